@@ -1,0 +1,24 @@
+"""LoRA² for ComfyUI: train a LoRA whose every layer learns its own rank, load it, and see what was learned."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .nodes import inspect, load, train
+
+WEB_DIRECTORY = "./web"
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+
+
+class LoRA2Extension(ComfyExtension):
+    """The pack's three nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes, in the order of their use."""
+        return [*train.NODES, *load.NODES, *inspect.NODES]
+
+
+async def comfy_entrypoint() -> LoRA2Extension:
+    """Called by ComfyUI when it loads the pack."""
+    return LoRA2Extension()

@@ -1,0 +1,1 @@
+"""LoRA²: low-rank adapters whose every layer learns its own rank. Torch only; knows nothing of the host."""

@@ -1,0 +1,198 @@
+"""One adapted layer: the frozen layer's output plus B Λ A x, with arrays that grow and shrink."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from .errors import LoraError
+from .factors import Factors
+
+GRANULE = 8
+"""Capacities are multiples of this: tensor cores like it, and resizing stays rare."""
+
+_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether a layer of this kind can carry an adapter: linear, or a 1-, 2- or 3-dimensional convolution.
+
+    Quantised linear layers need not be nn.Linear: any module with in_features, out_features and a weight counts.
+    """
+    linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+    return (linear or isinstance(module, tuple(_CONVOLUTIONS))) and getattr(module, "weight", None) is not None
+
+
+def module_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of the weight that a layer stands for: (d_out, d_in) or (c_out, c_in / groups, *kernel)."""
+    if isinstance(module, tuple(_CONVOLUTIONS)):
+        assert isinstance(module.weight, Tensor)
+        return tuple(module.weight.shape)
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def capacity_for(rank: int) -> int:
+    """The smallest capacity that holds a rank."""
+    return max(GRANULE, math.ceil(rank / GRANULE) * GRANULE)
+
+
+def next_capacity(capacity: int, rank: int, limit: int) -> int:
+    """The capacity to hold from now on: grows when the rank presses against it, shrinks with a granule of hysteresis.
+
+    rank: the rank that θ asks for now; limit: the most it may ever ask for.
+    """
+    if rank >= capacity:
+        return max(capacity, min(capacity_for(rank) + GRANULE, capacity_for(limit)))
+    return min(capacity, max(capacity_for(rank) + GRANULE, GRANULE)) if rank <= capacity - 2 * GRANULE else capacity
+
+
+class Adapter:
+    """The factors of one layer and the low-rank path through them.
+
+    down: (capacity, d_in) for a linear layer, (capacity, c_in / groups, *kernel) for a convolution.
+    up: (capacity, d_out): position-major like down, so that resizing cuts or adds rows of both.
+    importance: (≥ capacity,), Λ of each position, zero beyond the logical rank; written by the network, never trained
+    through autograd (see network.py). None once the layer is settled: all ones.
+    """
+
+    def __init__(self, module: nn.Module, capacity: int, std: float, device: torch.device, generator: Generator) -> None:
+        if not adaptable(module):
+            raise LoraError(f"A layer of kind {type(module).__name__} cannot carry an adapter.")
+        self.module = module
+        self.shape = module_shape(module)
+        self.std = std
+        self.device = device
+        self.down = nn.Parameter(self._new_rows(capacity, generator))
+        self.up = nn.Parameter(torch.zeros(capacity, self.shape[0], device=device))
+        self.importance: Tensor | None = None
+        self._apply = _convolution_of(module) if isinstance(module, tuple(_CONVOLUTIONS)) else _linear
+
+    @property
+    def capacity(self) -> int:
+        """How many positions the arrays hold."""
+        return int(self.down.shape[0])
+
+    @property
+    def cost(self) -> int:
+        """Parameters per position."""
+        return cost(self.shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """B Λ A x for the layer's input x, in x's dtype; the shape of the layer's output."""
+        down: Tensor = self.down
+        if self.importance is not None:
+            scale = self.importance[: self.capacity]
+            down = down * scale.view(-1, *(1,) * (down.ndim - 1))
+        return self._apply(x, down.to(x.dtype), self.up.to(x.dtype))
+
+    def _new_rows(self, count: int, generator: Generator) -> Tensor:
+        """Rows of a down factor that is about to grow: N(0, σ²), drawn on the CPU so that every device draws the same."""
+        return (torch.randn(count, *self.shape[1:], generator=generator) * self.std).to(self.device)
+
+    def resize(self, capacity: int, generator: Generator, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Keep the first positions and hold room for `capacity` of them.
+
+        A new position has a random down row and a zero up row, so the output does not change; optimizer moments follow,
+        those of new positions zero. Only between an optimizer step and the next forward.
+        """
+        keep = min(capacity, self.capacity)
+        extra = capacity - keep
+        rows = self._new_rows(extra, generator)
+        self._replace("down", torch.cat([self.down.data[:keep], rows]), keep, optimizer)
+        up = torch.cat([self.up.data[:keep], self.up.data.new_zeros(extra, self.shape[0])])
+        self._replace("up", up, keep, optimizer)
+
+    def renew(self, start: int, generator: Generator, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Drop what the positions from `start` on have learned: fresh down rows, zero up rows and moments."""
+        if start >= self.capacity:
+            return
+        self.down.data[start:] = self._new_rows(self.capacity - start, generator)
+        self.up.data[start:] = 0
+        for parameter in (self.down, self.up):
+            for moment in _moments(optimizer, parameter).values():
+                moment[start:] = 0
+
+    def load(self, factors: Factors, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Take these factors as they are, at exactly their rank; moments start at zero."""
+        down = (factors.down * factors.scale).to(self.down)
+        up = factors.up.reshape(self.shape[0], -1).t().to(self.up)
+        self._replace("down", down.contiguous(), 0, optimizer)
+        self._replace("up", up.contiguous(), 0, optimizer)
+
+    def factors(self, rank: int) -> Factors:
+        """The first `rank` positions with √Λ folded into both factors; float32 views or copies, detached."""
+        down, up = self.down.detach()[:rank], self.up.detach()[:rank]
+        if self.importance is not None:
+            root = self.importance[:rank].sqrt()
+            down, up = down * root.view(-1, *(1,) * (down.ndim - 1)), up * root[:, None]
+        tail = (1,) * (len(self.shape) - 2)
+        return Factors(up=up.t().reshape(self.shape[0], rank, *tail), down=down, alpha=float(rank))
+
+    def _replace(self, name: str, data: Tensor, keep: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Put a new Parameter in the place of `name`, and in the optimizer's, whose moments keep their first rows.
+
+        A resized `.data` would do only while no graph of an earlier step is alive, since that one remembers the old shape.
+        """
+        old: nn.Parameter = getattr(self, name)
+        new = nn.Parameter(data)
+        setattr(self, name, new)
+        if optimizer is None:
+            return
+        for group in optimizer.param_groups:
+            group["params"] = [new if p is old else p for p in group["params"]]
+        moments = _moments(optimizer, old)
+        state = optimizer.state.pop(old, None)
+        if state is not None:
+            for key, moment in moments.items():
+                state[key] = torch.zeros_like(data)
+                state[key][:keep] = moment[:keep]
+            optimizer.state[new] = state
+
+
+def full_rank(shape: tuple[int, ...]) -> int:
+    """min(d_out, d_in · kernel) of a weight's shape."""
+    return min(shape[0], math.prod(shape[1:]))
+
+
+def cost(shape: tuple[int, ...]) -> int:
+    """d_out + d_in · kernel of a weight's shape: the parameters of one position."""
+    return shape[0] + math.prod(shape[1:])
+
+
+def _moments(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The optimizer's tensors that have the parameter's shape."""
+    if optimizer is None or parameter not in optimizer.state:
+        return {}
+    state = optimizer.state[parameter]
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape}
+
+
+def _linear(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return F.linear(x, down) @ up
+
+
+def _convolution_of(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The low-rank path of a convolution: the layer's own geometry at rank channels, then a 1×1 convolution.
+
+    With groups every group sees the same down kernels on its own channels, which is what reshaping up · down to the
+    weight's shape means.
+    """
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    convolve = next(f for kind, f in _CONVOLUTIONS.items() if isinstance(module, kind))
+    stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
+    mode, around = module.padding_mode, module._reversed_padding_repeated_twice
+
+    def path(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        pad = padding
+        if mode != "zeros":
+            x, pad = F.pad(x, around, mode=mode), 0
+        down = down.repeat(groups, *(1,) * (down.ndim - 1))
+        hidden = convolve(x, down, None, stride, pad, dilation, groups)
+        mix = up.t().reshape(up.shape[1], up.shape[0], *(1,) * (x.ndim - 2))
+        return convolve(hidden, mix, None, 1, 0, 1, groups)
+
+    return path

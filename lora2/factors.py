@@ -1,0 +1,47 @@
+"""One plain LoRA layer: two factors and a scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of one layer, ΔW = (alpha / rank) · up · down.
+
+    down: (rank, d_in) for a linear layer, (rank, c_in / groups, *kernel) for a convolution.
+    up: (d_out, rank), or (d_out, rank, 1, …) for a convolution.
+    alpha: the scale's numerator; None means alpha = rank, a scale of 1.
+    """
+
+    up: Tensor
+    down: Tensor
+    alpha: float | None = None
+
+    @property
+    def rank(self) -> int:
+        """How many positions the layer has."""
+        return int(self.down.shape[0])
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank; 1 without an alpha and for an empty layer."""
+        return 1.0 if self.alpha is None or self.rank == 0 else self.alpha / self.rank
+
+    @property
+    def cost(self) -> int:
+        """Parameters per unit of rank."""
+        return self.up.shape[0] + self.down.shape[1:].numel()
+
+    @property
+    def parameters(self) -> int:
+        """Numbers held by both factors."""
+        return self.up.numel() + self.down.numel()
+
+    def delta(self) -> Tensor:
+        """ΔW with the weight's shape, in the factors' dtype: (d_out, d_in) or (d_out, c_in / groups, *kernel)."""
+        product = self.up.reshape(self.up.shape[0], self.rank) @ self.down.reshape(self.rank, -1)
+        return (self.scale * product).reshape(self.up.shape[0], *self.down.shape[1:])
+

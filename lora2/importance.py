@@ -1,0 +1,63 @@
+"""How important each position of a rank is, and how many positions that makes.
+
+Symbols follow Shenaj, Errica, Carta, "Not All Layers Are Created Equal" (arXiv:2603.21884) and its parent, Errica et al.,
+"Adaptive Width Neural Networks" (arXiv:2501.15889): ν is the rate of a discretised exponential over positions j = 0, 1, …,
+q the share of its mass that a layer keeps, D the rank. The learned number is θ, the logarithm of the continuous rank
+ρ = c / ν with c = −ln(1 − q), so that one step in θ changes every rank by the same fraction and ν stays positive.
+Every function works elementwise on tensors of any float dtype and device and never copies to the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# e^(ln 64) is 64.000004 in float32; without this slack a rank set to a whole number would round up to the next one.
+CEIL_SLACK = 2e-6
+
+
+def mass_constant(q: float) -> float:
+    """c = −ln(1 − q), for 0 < q < 1."""
+    return -math.log1p(-q)
+
+
+def rate(theta: Tensor, q: float) -> Tensor:
+    """ν = c e^(−θ): the rate that belongs to a log rank θ."""
+    return mass_constant(q) * torch.exp(-theta)
+
+
+def importance(position: Tensor, nu: Tensor) -> Tensor:
+    """f(j; ν) = e^(−νj) (1 − e^(−ν)): the mass of position j, which sums to 1 over all j ≥ 0."""
+    return torch.exp(-nu * position) * -torch.expm1(-nu)
+
+
+def log_importance_slope(position: Tensor, nu: Tensor) -> Tensor:
+    """∂ ln f(j; ν) / ∂θ = ν (j − 1 / (e^ν − 1)), by ∂ν/∂θ = −ν."""
+    return nu * (position - 1 / torch.expm1(nu))
+
+
+def quantile_rank(theta: Tensor) -> Tensor:
+    """D = ⌈c / ν⌉ = ⌈e^θ⌉: the fewest positions whose mass reaches q. A float tensor of whole numbers, at least 1."""
+    rho = torch.exp(theta)
+    return torch.ceil(rho * (1 - CEIL_SLACK)).clamp(min=1)
+
+
+def down_std(rank: int, d_in: int, energy: float) -> float:
+    """σ of the down factor's start, with energy = Σ_{j<D} f(j; ν)²: σ² = D / (3 d_in Σ f²).
+
+    It makes E‖ΛA‖² that of a plain LoRA of rank D with alpha = rank and Kaiming-uniform (a = √5) rows, whose elements have
+    variance 1 / (3 d_in).
+    """
+    return math.sqrt(rank / (3 * d_in * energy))
+
+
+def paper_down_std(energy: float) -> float:
+    """σ = √2 / √Σf²: the paper's literal "rescaled Kaiming", which knows no fan-in."""
+    return math.sqrt(2 / energy)
+
+
+def kept_energy(rank: int, nu: float) -> float:
+    """Σ_{j<D} f(j; ν)² in closed form: (1 − e^(−ν))² (1 − e^(−2νD)) / (1 − e^(−2ν))."""
+    return math.expm1(-nu) ** 2 * math.expm1(-2 * nu * rank) / math.expm1(-2 * nu)

@@ -1,0 +1,124 @@
+"""The denoising loss in the model's own prediction space, and the entropy of cross-attention.
+
+Every function takes the model's x0 prediction, because that is what a host can give for any model, and weighs its error so
+that the result is the error of what the network itself puts out. With data of standard deviation s = sigma_data:
+
+    ε models     x0 = x − σ ε                          error of ε  = error of x0 / σ
+    v models     x0 = x s²/(σ²+s²) − v σ s/√(σ²+s²)     error of v  = error of x0 √(σ²+s²) / (σ s)
+    flow models  x0 = x − σ v                          error of v  = error of x0 / σ
+
+(Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv:2206.00364, table 1;
+Lipman et al., "Flow Matching for Generative Modeling", arXiv:2210.02747.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EPSILON, V, FLOW, X0 = "epsilon", "v", "flow", "x0"
+PREDICTIONS = (EPSILON, V, FLOW, X0)
+
+ENTROPY_POSITIONS = 256
+"""Queries whose attention the entropy looks at; evenly spaced, since all of a large picture's would fill gigabytes."""
+
+
+def prediction_weight(sigma: Tensor, prediction: str, sigma_data: float = 1.0) -> Tensor:
+    """w(σ) with w · (x0 error)² = (error of the network's own output)². sigma: (batch,); returns (batch,)."""
+    if prediction in (EPSILON, FLOW):
+        return sigma**-2
+    if prediction == V:
+        return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return torch.ones_like(sigma)
+
+
+def signal_to_noise(sigma: Tensor, prediction: str, sigma_data: float = 1.0) -> Tensor:
+    """SNR of the noisy latent: (s/σ)² where noise is added to data, ((1−σ)/σ)² where data fades into noise."""
+    if prediction == FLOW:
+        return ((1 - sigma) / sigma) ** 2
+    return (sigma_data / sigma) ** 2
+
+
+def min_snr_weight(sigma: Tensor, prediction: str, gamma: float, sigma_data: float = 1.0) -> Tensor:
+    """min(SNR, γ), the weight of the x0 error in Min-SNR-γ (Hang et al., arXiv:2303.09556, eq. 10)."""
+    return signal_to_noise(sigma, prediction, sigma_data).clamp(max=gamma)
+
+
+def denoising_loss(
+    predicted: Tensor, clean: Tensor, sigma: Tensor, prediction: str, gamma: float = 0.0, sigma_data: float = 1.0
+) -> Tensor:
+    """Mean squared error of the network's own output, averaged over the batch; weighted by Min-SNR-γ when gamma > 0.
+
+    predicted, clean: (batch, channels, …) x0 predicted and true, in the model's latent scale. sigma: (batch,).
+    """
+    error = (predicted.float() - clean.float()).flatten(1).pow(2).mean(1)
+    if gamma > 0:
+        weight = min_snr_weight(sigma, prediction, gamma, sigma_data)
+    else:
+        weight = prediction_weight(sigma, prediction, sigma_data)
+    return (weight * error).mean()
+
+
+def attention_entropy(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    """Mean over heads and queries of H(softmax(q kᵀ / √d)), in nats.
+
+    q: (batch, queries, heads · d), k: (batch, keys, heads · d). At most ENTROPY_POSITIONS evenly spaced queries count.
+    """
+    q = q[:, :: max(1, math.ceil(q.shape[1] / ENTROPY_POSITIONS))]
+    q = q.unflatten(-1, (heads, -1)).transpose(1, 2).float()
+    k = k.unflatten(-1, (heads, -1)).transpose(1, 2).float()
+    scores = torch.log_softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
+    return -(scores.exp() * scores).sum(-1).mean()
+
+
+class EntropyProbe:
+    """Listens to the q and k projections of cross-attention blocks and gives their mean entropy.
+
+    blocks: (to_q, to_k, heads) of every cross-attention block.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[nn.Module, nn.Module, int]]) -> None:
+        self.blocks = list(blocks)
+        self._queries: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """While inside, every forward is listened to. Enter after the adapters, so that their share is heard."""
+        handles = []
+        for index, (to_q, to_k, heads) in enumerate(self.blocks):
+            handles.append(to_q.register_forward_hook(self._hear_query(index)))
+            handles.append(to_k.register_forward_hook(self._hear_key(index, heads)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._queries.clear()
+            self._values.clear()
+
+    def take(self) -> Tensor | None:
+        """The mean entropy of the last forward, and forget it; None when no block was heard."""
+        values = [self._values[i] for i in sorted(self._values)]
+        self._queries.clear()
+        self._values.clear()
+        return torch.stack(values).mean() if values else None
+
+    def _hear_query(self, index: int) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            self._queries[index] = output
+
+        return hook
+
+    def _hear_key(self, index: int, heads: int) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            query = self._queries.pop(index, None)
+            if query is not None:
+                self._values[index] = attention_entropy(query, output, heads)
+
+        return hook

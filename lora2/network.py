@@ -1,0 +1,276 @@
+"""All adapted layers of a model: their ranks as one vector θ, and everything that is decided over all layers together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from . import importance as imp
+from .adapter import Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
+from .errors import LoraError
+from .factors import Factors
+from .settings import Settings
+from .spectrum import allocate, singular_order
+
+INITIAL_OVER_TARGET = 4
+SMALLEST_INITIAL = 16
+
+
+class AdaptiveNetwork:
+    """Adapters on a model's layers, every one with a rank that is learned.
+
+    theta: (layers,) log of the continuous rank, trained by the gradient that `write_theta_gradient` computes.
+    While ranks adapt, Λ lives in one (layers, positions) buffer that `refresh` recomputes on the device before a step;
+    every adapter sees its row. Nothing in a step copies to the CPU; `sync` does, once in a while.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        settings: Settings,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not layers:
+            raise LoraError("No layer to adapt. Choose other layers, or loosen the include and exclude patterns.")
+        self.settings = settings
+        self.names = list(layers)
+        self.device = torch.device(device)
+        self.generator = Generator().manual_seed(settings.seed)
+        shapes = [module_shape(module) for module in layers.values()]
+        self._limits = [rank_limit(shape, settings) for shape in shapes]
+        costs = [cost(shape) for shape in shapes]
+        self.budget = settings.budget(costs, self._limits)
+        initial = self._initial_ranks(self.budget / sum(costs))
+        energies = [imp.kept_energy(rank, imp.mass_constant(settings.q) / rank) for rank in initial]
+        self.adapters = [
+            Adapter(module, capacity_for(rank), _std(shape, rank, energy, settings), self.device, self.generator)
+            for module, shape, rank, energy in zip(layers.values(), shapes, initial, energies, strict=True)
+        ]
+        self.settled = False
+        self.theta = nn.Parameter(torch.tensor(initial, dtype=torch.float64).log().float().to(self.device))
+        self.pressure = 1.0
+        """Multiplies the rank regulariser; a budget raises and lowers it."""
+        self._rebuild()
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    def _initial_ranks(self, target: float) -> list[int]:
+        wanted = self.settings.initial_rank or max(SMALLEST_INITIAL, INITIAL_OVER_TARGET * math.ceil(target))
+        return [min(max(wanted, self.settings.min_rank), limit) for limit in self._limits]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The factors of every layer, down before up; without θ."""
+        return [p for a in self.adapters for p in (a.down, a.up)]
+
+    # -- the device side of a step -----------------------------------------------------------------------------------
+
+    def _rebuild(self) -> None:
+        """Lay Λ's buffer out anew after capacities changed."""
+        if self.settled:
+            for adapter in self.adapters:
+                adapter.importance = None
+            return
+        self._limit_theta = torch.tensor(self._limits, dtype=torch.float32, device=self.device).log()
+        self._floor_theta = torch.tensor(
+            [min(self.settings.min_rank, limit) for limit in self._limits], dtype=torch.float32, device=self.device
+        ).log()
+        width = max(a.capacity for a in self.adapters)
+        self._positions = torch.arange(width, device=self.device, dtype=torch.float32)
+        self._capacities = torch.tensor([a.capacity for a in self.adapters], device=self.device, dtype=torch.float32)
+        self._importance = torch.zeros(len(self.adapters), width, device=self.device)
+        for row, adapter in zip(self._importance, self.adapters, strict=True):
+            adapter.importance = row
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Λ from θ, zero beyond the logical rank. On the device, in place."""
+        if self.settled:
+            return
+        self.theta.data = torch.maximum(torch.minimum(self.theta.data, self._limit_theta), self._floor_theta)
+        nu = imp.rate(self.theta, self.settings.q)[:, None]
+        inside = self._positions < self.logical_ranks()[:, None]
+        torch.mul(imp.importance(self._positions, nu), inside, out=self._importance)
+
+    def logical_ranks(self) -> Tensor:
+        """D of every layer, (layers,) float on the device: what θ asks for, as far as the arrays reach."""
+        return torch.minimum(imp.quantile_rank(self.theta.detach()), self._capacities)
+
+    @torch.no_grad()
+    def write_theta_gradient(self) -> None:
+        """θ.grad from the up factors' gradients and the rank regulariser.
+
+        ΔW = Σ_j Λ_j b_j a_jᵀ, so Λ_j ∂L/∂Λ_j = b_j · ∂L/∂b_j, and ∂L/∂θ = Σ_{j<D} (b_j · ∂L/∂b_j) ∂lnΛ_j/∂θ: no pass of its own.
+        The regulariser is λ_r Σ|ν − ν_target|, with ∂ν/∂θ = −ν.
+        """
+        share = torch.zeros_like(self._importance)
+        for row, adapter in zip(share, self.adapters, strict=True):
+            if adapter.up.grad is not None:
+                torch.sum(adapter.up * adapter.up.grad, dim=1, out=row[: adapter.capacity])
+        nu = imp.rate(self.theta, self.settings.q)
+        slope = imp.log_importance_slope(self._positions, nu[:, None])
+        data = (share * slope * (self._importance > 0)).sum(dim=1)
+        pull = -nu * torch.sign(nu - self.target_rate) * (self.settings.rank_weight * self.pressure)
+        self.theta.grad = data + pull
+
+    @property
+    def target_rate(self) -> float:
+        """ν_target: the rate whose rank is the target's, or the budget's mean rank."""
+        return imp.mass_constant(self.settings.q) / self.target_rank
+
+    @property
+    def target_rank(self) -> float:
+        """The mean rank that the budget allows."""
+        return self.budget / sum(a.cost for a in self.adapters)
+
+    def regulariser(self) -> Tensor:
+        """λ_r Σ|ν − ν_target|, as a scalar on the device; 0 once settled."""
+        if self.settled:
+            return torch.zeros((), device=self.device)
+        nu = imp.rate(self.theta.detach(), self.settings.q)
+        return self.settings.rank_weight * self.pressure * (nu - self.target_rate).abs().sum()
+
+    # -- the CPU side, once in a while ---------------------------------------------------------------------------------
+
+    def ranks(self) -> dict[str, int]:
+        """Every layer's rank now; one copy from the device."""
+        if self.settled:
+            return {name: a.capacity for name, a in zip(self.names, self.adapters, strict=True)}
+        return {name: int(d) for name, d in zip(self.names, self.logical_ranks().tolist(), strict=True)}
+
+    def size(self) -> int:
+        """Parameters up to every layer's rank."""
+        ranks = self.ranks()
+        return sum(ranks[name] * a.cost for name, a in zip(self.names, self.adapters, strict=True))
+
+    @torch.no_grad()
+    def sync(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Let the arrays follow the ranks, from one copy of θ; True when any array was resized.
+
+        Positions that fell out of the rank since the last sync are dropped for good: if the rank returns, they start anew.
+        """
+        if self.settled:
+            return False
+        wanted = imp.quantile_rank(self.theta).tolist()
+        changed = False
+        for adapter, rank, limit in zip(self.adapters, wanted, self._limits, strict=True):
+            adapter.renew(int(min(rank, adapter.capacity)), self.generator, optimizer)
+            capacity = next_capacity(adapter.capacity, int(rank), limit)
+            if capacity != adapter.capacity:
+                adapter.resize(capacity, self.generator, optimizer)
+                changed = True
+        if self.settings.budget_mb and self.settings.settle_at >= 1:
+            self.pressure = next_pressure(self.pressure, self.size() / self.budget)
+        if changed:
+            self._rebuild()
+        return changed
+
+    @torch.no_grad()
+    def settle(self, cut: bool = True) -> None:
+        """Fold Λ, bring every layer into singular order, cut all together to the budget, go on as a plain LoRA.
+
+        Without a cut the model's output changes by rounding only. Start a new optimizer afterwards: the old moments
+        belong to other directions.
+        """
+        factors = self.export()
+        if cut:
+            factors = fit(factors, self.budget, self.settings.min_rank)
+        self.settled = True
+        self._rebuild()
+        for name, adapter in zip(self.names, self.adapters, strict=True):
+            adapter.load(factors[name])
+
+    @torch.no_grad()
+    def export(self, ordered: bool | None = None) -> dict[str, Factors]:
+        """Every layer as plain factors on the CPU, at its rank, float32.
+
+        ordered: singular order (the default once settled); otherwise positions stay in the order of Λ, as in the paper.
+        """
+        ranks = self.ranks()
+        out = {}
+        for name, adapter in zip(self.names, self.adapters, strict=True):
+            factors = adapter.factors(ranks[name])
+            if ordered or (ordered is None and self.settled):
+                factors = _float32(singular_order(factors)[0])
+            out[name] = Factors(factors.up.cpu(), factors.down.cpu(), factors.alpha)
+        return out
+
+    @torch.no_grad()
+    def final_factors(self) -> tuple[dict[str, Factors], bool]:
+        """The layers as a file should hold them, and whether they are in singular order.
+
+        The paper's form keeps the order of Λ, unless a size budget still has to be met.
+        """
+        factors = self.export()
+        if self.settled or not self.settings.budget_mb:
+            return factors, self.settled
+        return fit(factors, self.budget, self.settings.min_rank), True
+
+    def rates(self) -> dict[str, float | None]:
+        """ν of every layer; None once settled."""
+        if self.settled:
+            return dict.fromkeys(self.names)
+        return dict(zip(self.names, imp.rate(self.theta.detach(), self.settings.q).tolist(), strict=True))
+
+    # -- attaching -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """While inside, the adapted layers answer with their adapters' paths added; nothing is left behind after."""
+        handles = [a.module.register_forward_hook(_hook(a)) for a in self.adapters]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def next_pressure(pressure: float, ratio: float) -> float:
+    """The budget's multiplier for a size of `ratio` times the budget: up when above, down when below, within 1e-4 … 1e4."""
+    return min(1e4, max(1e-4, pressure * min(2.0, max(0.5, ratio)) ** 2))
+
+
+def fit(factors: Mapping[str, Factors], budget: int, min_rank: int = 1) -> dict[str, Factors]:
+    """Cut layers together to a budget of parameters, by energy per parameter, each kept in singular order.
+
+    Keeps min_rank positions everywhere as far as the budget allows: a layer of rank 0 could not go on learning.
+    """
+    ordered = {name: singular_order(f) for name, f in factors.items()}
+    floor = {name: min(min_rank, f.rank) for name, (f, _) in ordered.items()}
+    spare = budget - sum(floor[name] * f.cost for name, (f, _) in ordered.items())
+    costs = {name: f.cost for name, (f, _) in ordered.items()}
+    more = allocate({name: s[floor[name] :] for name, (_, s) in ordered.items()}, costs, max(0, spare))
+    return {name: _float32(head(f, floor[name] + more[name])) for name, (f, _) in ordered.items()}
+
+
+def head(factors: Factors, rank: int) -> Factors:
+    """The first `rank` positions, at the same scale."""
+    return Factors(factors.up[:, :rank], factors.down[:rank], factors.scale * rank)
+
+
+def _float32(factors: Factors) -> Factors:
+    return Factors(factors.up.float(), factors.down.float(), factors.alpha)
+
+
+def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + adapter(args[0])
+
+    return add
+
+
+def rank_limit(shape: tuple[int, ...], settings: Settings) -> int:
+    """The largest rank that a layer of this shape may have."""
+    most = full_rank(shape)
+    return min(most, settings.max_rank) if settings.max_rank else most
+
+
+def _std(shape: tuple[int, ...], rank: int, energy: float, settings: Settings) -> float:
+    if settings.init == "paper":
+        return imp.paper_down_std(energy)
+    return imp.down_std(rank, cost(shape) - shape[0], energy)

@@ -1,0 +1,29 @@
+"""Learning rates and timesteps over a run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+LAST_SHARE = 0.1
+"""Where the cosine ends, as a share of the learning rate: the last steps should still count."""
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
+    """The share of the learning rate at a step: linear warm-up over `warmup` · steps, then constant or half a cosine."""
+    rising = round(steps * warmup)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if schedule == "constant":
+        return 1.0
+    done = (step - rising) / max(1, steps - rising)
+    return LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def sample_times(count: int, sampling: str, generator: Generator) -> Tensor:
+    """`count` times in (0, 1), 0 clean and 1 noise: uniform, or logit-normal (Esser et al., arXiv:2403.03206, §3.1)."""
+    if sampling == "logit-normal":
+        return torch.sigmoid(torch.randn(count, generator=generator))
+    return torch.rand(count, generator=generator).clamp(1e-4, 1 - 1e-4)

@@ -1,0 +1,147 @@
+"""Everything a run can be told, checked before it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .errors import LoraError
+
+TARGETS = ("attention", "attention + feed-forward", "all linear", "all linear + convolution")
+SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SAMPLINGS = ("auto", "uniform", "logit-normal", "shifted")
+INITS = ("fan-in", "paper")
+TRISTATE = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The story of a run, with its defaults.
+
+    A run of `steps` optimizer steps starts every layer at `initial_rank`. For the first `settle_at` share of the steps
+    the ranks adapt: θ moves with `rank_learning_rate` (held still for the first `rank_hold` share), pulled toward
+    `target_rank` by `rank_weight` · Σ|ν − ν_target|. Then the ranks settle: every layer is brought into the order of its
+    singular values and all layers are cut together to the size of `target_rank` everywhere, or of `budget_mb` megabytes,
+    and training goes on at those ranks. `settle_at` = 1 never settles: the paper's own form.
+
+    target_rank: parameter-weighted mean rank to end with. budget_mb: size of the file in MB (10⁶ bytes) instead; 0 = none.
+    initial_rank: 0 chooses four times the target, at least 16. max_rank: 0 = each layer's full rank.
+    q: the share of the importance mass that a rank holds. rank_weight, entropy_weight: λ_r and λ_e of the paper.
+    bytes_per_parameter, file_overhead: how a number of parameters becomes a file's size; a host fills them in.
+    min_snr_gamma: 0 = off. clip_norm: 0 = off. caption_dropout: share of captions replaced by the empty one.
+    """
+
+    steps: int = 600
+    learning_rate: float = 3e-4
+    batch_size: int = 1
+    accumulation: int = 1
+    target_rank: int = 8
+    budget_mb: float = 0.0
+    initial_rank: int = 0
+    min_rank: int = 1
+    max_rank: int = 0
+    q: float = 0.9
+    rank_weight: float = 1e-4
+    rank_learning_rate: float = 1e-2
+    rank_hold: float = 0.05
+    settle_at: float = 0.5
+    entropy_weight: float = 1e-4
+    init: str = "fan-in"
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    clip_norm: float = 1.0
+    min_snr_gamma: float = 0.0
+    timestep_sampling: str = "auto"
+    caption_dropout: float = 0.0
+    seed: int = 0
+    sync_every: int = 20
+    bytes_per_parameter: int = 2
+    file_overhead: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "target_rank", "min_rank", "sync_every"):
+            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("learning_rate", "rank_learning_rate"):
+            value = getattr(self, name)
+            self._require(math.isfinite(value) and value > 0, name, "must be a positive number")
+        for name in ("rank_weight", "entropy_weight", "weight_decay", "clip_norm", "min_snr_gamma", "budget_mb"):
+            value = getattr(self, name)
+            self._require(math.isfinite(value) and value >= 0, name, "must be zero or a positive number")
+        for name in ("rank_hold", "settle_at", "caption_dropout", "warmup"):
+            self._require(0 <= getattr(self, name) <= 1, name, "is a share and must lie between 0 and 1")
+        self._require(0.01 <= self.q <= 0.9999, "q", "must lie between 0.01 and 0.9999")
+        for name in ("initial_rank", "max_rank"):
+            self._require(getattr(self, name) >= 0, name, "must not be negative")
+        if self.max_rank:
+            self._require(self.min_rank <= self.max_rank, "min_rank", f"must not be above max_rank = {self.max_rank}")
+            self._require(
+                self.initial_rank <= self.max_rank, "initial_rank", f"must not be above max_rank = {self.max_rank}"
+            )
+            self._require(
+                bool(self.budget_mb) or self.target_rank <= self.max_rank,
+                "target_rank",
+                f"must not be above max_rank = {self.max_rank}",
+            )
+        if not self.budget_mb:
+            self._require(
+                self.min_rank <= self.target_rank, "min_rank", f"must not be above target_rank = {self.target_rank}"
+            )
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("timestep_sampling", SAMPLINGS),
+            ("init", INITS),
+        ):
+            self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
+
+    def _require(self, condition: bool, name: str, words: str) -> None:
+        if not condition:
+            raise LoraError(f"{name} = {getattr(self, name)} {words}.")
+
+    @property
+    def settle_step(self) -> int:
+        """The step before which the ranks settle; equal to `steps` when they never do."""
+        return self.steps if self.settle_at >= 1 else min(self.steps, round(self.steps * self.settle_at))
+
+    def with_file(self, overhead: int, bytes_per_parameter: int) -> Settings:
+        """The same settings for a file with this many bytes beside the factors, and this many per parameter."""
+        return replace(self, file_overhead=overhead, bytes_per_parameter=bytes_per_parameter)
+
+    def budget(self, costs: Sequence[int], limits: Sequence[int]) -> int:
+        """How many parameters layers of these costs and largest ranks may have together once settled.
+
+        Raises LoraError for a target or a budget that they cannot have.
+        """
+        most = sum(c * limit for c, limit in zip(costs, limits, strict=True))
+        if not self.budget_mb:
+            if self.target_rank > max(limits):
+                raise LoraError(
+                    f"target_rank = {self.target_rank} is above what any adapted layer can hold: the largest has rank "
+                    f"{max(limits)}. Choose a target of at most {max(limits)}."
+                )
+            return sum(c * min(self.target_rank, limit) for c, limit in zip(costs, limits, strict=True))
+        budget = int((self.budget_mb * 1e6 - self.file_overhead) / self.bytes_per_parameter)
+        least = sum(c * min(self.min_rank, limit) for c, limit in zip(costs, limits, strict=True))
+        if budget < least:
+            raise LoraError(
+                f"budget_mb = {self.budget_mb:g} is smaller than rank {self.min_rank} on all {len(costs)} layers, which needs "
+                f"{self._megabytes(least)} MB. Raise budget_mb, or adapt fewer layers."
+            )
+        if budget > most:
+            raise LoraError(
+                f"budget_mb = {self.budget_mb:g} is more than the {len(costs)} layers can hold: at their largest rank they take "
+                f"{self._megabytes(most)} MB. Lower budget_mb, raise max_rank, or adapt more layers."
+            )
+        return budget
+
+    def _megabytes(self, parameters: int) -> str:
+        return f"{(parameters * self.bytes_per_parameter + self.file_overhead) / 1e6:.3f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for the file's metadata."""
+        return asdict(self)

@@ -1,0 +1,162 @@
+"""The loop: draw a batch, step, let the ranks follow, settle once, and say how it goes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from .data import Buckets
+from .errors import LoraError
+from .losses import EntropyProbe, denoising_loss
+from .network import AdaptiveNetwork
+from .optimizer import Optimizer
+from .schedule import learning_rate_factor, sample_times
+from .settings import Settings
+
+EMPTY_CAPTION = -1
+"""Stands for the empty caption where a picture's index stands for its caption."""
+
+
+class Denoiser(Protocol):
+    """A diffusion model as the trainer sees it: what a host provides."""
+
+    prediction: str
+    sigma_data: float
+    device: torch.device
+
+    def sigma(self, time: Tensor, shifted: bool) -> Tensor:
+        """σ of times in (0, 1): (batch,) → (batch,). shifted: by the model's own timestep shift, if it has one."""
+
+    def add_noise(self, sigma: Tensor, noise: Tensor, clean: Tensor) -> Tensor:
+        """The noisy latent, (batch, channels, …)."""
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
+        """The model's x0 prediction with every sample's own caption (an index, or EMPTY_CAPTION), with gradients."""
+
+
+@dataclass
+class Progress:
+    """Where a run is. ranks is refreshed when the arrays follow the ranks; losses has one number per finished step."""
+
+    steps: int
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    ranks: dict[str, int] = field(default_factory=dict)
+    rank_history: list[tuple[int, float]] = field(default_factory=list)
+    phase: str = "adapting"
+    seconds: float = 0.0
+
+
+class Diverged(LoraError):
+    """The loss is no longer a number. The network still holds the last good state."""
+
+
+class Trainer:
+    """One run of a network on a dataset. `run` may be left by any exception; the network then holds what was learned."""
+
+    def __init__(
+        self,
+        network: AdaptiveNetwork,
+        denoiser: Denoiser,
+        latents: Sequence[Tensor],
+        settings: Settings,
+        entropy: EntropyProbe | None = None,
+    ) -> None:
+        self.network = network
+        self.denoiser = denoiser
+        self.settings = settings
+        self.entropy = entropy if settings.entropy_weight > 0 else None
+        self.data = Buckets(latents, settings.batch_size, settings.seed + 1)
+        self.generator = Generator().manual_seed(settings.seed + 2)
+        self.optimizer = Optimizer(network, settings)
+        self.progress = Progress(settings.steps, ranks=network.ranks())
+        self._since_settling = 0
+
+    def run(self, on_step: Callable[[Progress], None] | None = None) -> Progress:
+        """Train to the end. on_step is called after every step and may raise to stop; raises Diverged on a NaN loss."""
+        start = time.monotonic() - self.progress.seconds
+        with ExitStack() as stack:
+            stack.enter_context(self.network.attached())
+            if self.entropy is not None:
+                stack.enter_context(self.entropy.attached())
+            while self.progress.step < self.settings.steps:
+                self._settle_if_due()
+                self._step()
+                self.progress.seconds = time.monotonic() - start
+                if on_step is not None:
+                    on_step(self.progress)
+        return self.progress
+
+    def _step(self) -> None:
+        settings, step = self.settings, self.progress.step
+        self.network.refresh()
+        losses = []
+        for _ in range(settings.accumulation):
+            loss = self.loss(*self.draw())
+            (loss / settings.accumulation).backward()
+            losses.append(loss.detach())
+        finite = self.optimizer.step(self._rate(step), ranks_move=step >= round(settings.steps * settings.rank_hold))
+        value = float(torch.stack(losses).mean())
+        if not (math.isfinite(value) and finite):
+            raise Diverged(
+                f"The loss became {value} at step {step + 1}, and the step was not taken: lower the learning rate (now "
+                f"{settings.learning_rate:g}), check the latents, or train in bf16 or fp32."
+            )
+        self.progress.losses.append(value)
+        self.progress.step = step + 1
+        self._since_settling += 1
+        if self.progress.step % settings.sync_every == 0 or self.progress.step == settings.steps:
+            self.network.sync(self.optimizer.inner)
+            self._note_ranks()
+
+    def _rate(self, step: int) -> float:
+        """The learning rate's share now; after settling, the new optimizer's moments are warmed up as at the start."""
+        settings = self.settings
+        factor = learning_rate_factor(step, settings.steps, settings.warmup, settings.schedule)
+        if self.network.settled and settings.settle_step:
+            factor *= min(1.0, (self._since_settling + 1) / (round(settings.steps * settings.warmup) + 1))
+        return factor
+
+    def _settle_if_due(self) -> None:
+        if self.network.settled or self.progress.step < self.settings.settle_step:
+            return
+        self.network.sync()
+        self.network.settle()
+        self.optimizer = Optimizer(self.network, self.settings)
+        self._since_settling = 0
+        self.progress.phase = "settled"
+        self._note_ranks()
+
+    def _note_ranks(self) -> None:
+        progress = self.progress
+        progress.ranks = self.network.ranks()
+        progress.rank_history.append((progress.step, sum(progress.ranks.values()) / len(progress.ranks)))
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Clean latents, noise, σ and captions of the next batch. Drawn on the CPU: a seed means the same everywhere."""
+        settings, device = self.settings, self.denoiser.device
+        indices = self.data.next_batch()
+        clean = self.data.stack(indices)
+        noise = torch.randn(clean.shape, generator=self.generator)
+        sampling = settings.timestep_sampling
+        times = sample_times(len(indices), sampling, self.generator)
+        sigma = self.denoiser.sigma(times, shifted=sampling in ("auto", "shifted"))
+        dropped = torch.rand(len(indices), generator=self.generator) < settings.caption_dropout
+        captions = [EMPTY_CAPTION if gone else i for i, gone in zip(indices, dropped.tolist(), strict=True)]
+        return clean.to(device), noise.to(device), sigma.to(device), captions
+
+    def loss(self, clean: Tensor, noise: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
+        """The denoising loss plus λ_e times the entropy of cross-attention."""
+        denoiser, settings = self.denoiser, self.settings
+        noisy = denoiser.add_noise(sigma, noise, clean)
+        predicted = denoiser.denoise(noisy, sigma, captions)
+        loss = denoising_loss(predicted, clean, sigma, denoiser.prediction, settings.min_snr_gamma, denoiser.sigma_data)
+        entropy = self.entropy.take() if self.entropy is not None else None
+        return loss if entropy is None else loss + settings.entropy_weight * entropy

@@ -1,0 +1,1 @@
+"""Thin ComfyUI nodes; `host` is the bridge behind them."""

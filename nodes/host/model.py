@@ -1,0 +1,239 @@
+"""A ComfyUI model as a denoiser that can be trained through."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import comfy.conds
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...lora2.errors import LoraError
+from ...lora2.losses import EPSILON, FLOW, V, X0
+from ...lora2.trainer import EMPTY_CAPTION
+from .checkpointing import checkpointed, inputs_of_norms_kept, repeated_blocks
+from .dataset import Caption, caption_entries
+from .weights import trainable_weights
+
+log = logging.getLogger("lora2")
+
+TRAINING_OVER_INFERENCE = 20
+"""Activations that a backward pass needs, over the host's estimate for an inference step (SDXL, 1024², measured)."""
+
+_UNTRAINABLE = ("control", "gligen", "hooks", "area", "mask")
+"""Conditioning options that act at sampling time; a training step would have to ignore them."""
+
+
+class HostModel:
+    """A model and its captions, ready to be trained through while `training` is entered.
+
+    prediction, sigma_data: what the network puts out (lora2.losses). device: where it runs.
+    """
+
+    def __init__(self, patcher: Any, dtype: torch.dtype | None = None) -> None:
+        patcher = patcher.get_non_dynamic_delegate() if patcher.is_dynamic() else patcher.clone()
+        if dtype is not None:
+            patcher.set_model_compute_dtype(dtype)
+        self.patcher = patcher
+        self.model: Any = patcher.model
+        self.device: torch.device = patcher.load_device
+        self._captions: list[dict[str, Any]] = []
+        self._empty: dict[tuple[int, ...], dict[str, Any]] = {}
+        self._empty_source: Caption | None = None
+        self._options: dict[str, Any] = {}
+
+    # -- before training ---------------------------------------------------------------------------------------------
+
+    def check_latents(self, latents: Sequence[Tensor]) -> None:
+        """Raise LoraError when a latent cannot belong to this model."""
+        channels = self.model.latent_format.latent_channels
+        for number, latent in enumerate(latents, 1):
+            if latent.shape[0] != channels:
+                raise LoraError(
+                    f"Picture {number} has a latent of {latent.shape[0]} channels, but this model works on {channels}. "
+                    "Encode the pictures with the VAE that belongs to the model."
+                )
+
+    def scale_latents(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """VAE latents in the scale that the diffusion model works on."""
+        return [self.model.process_latent_in(latent[None])[0].float().clone() for latent in latents]
+
+    @contextmanager
+    def training(
+        self, latents: Sequence[Tensor], captions: Sequence[Caption], empty: Caption | None, batch: int, checkpointing: str
+    ) -> Iterator[None]:
+        """While inside, the model is loaded, its weights are frozen ordinary tensors, and captions are encoded.
+
+        latents: scaled, one per caption: sizes that the model is conditioned on come from each picture's own shape.
+        checkpointing: "auto" turns it on when memory is short.
+        """
+        shape = max((tuple(t.shape) for t in latents), key=math.prod)
+        memory = self.model.memory_required([batch, *shape])
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory * 2)
+        blocks = repeated_blocks(self.model.diffusion_model) if self._checkpoint(checkpointing, memory) else []
+        was_training = comfy.model_management.in_training
+        with ExitStack() as stack:
+            stack.enter_context(trainable_weights(self.model))
+            stack.enter_context(checkpointed(blocks))
+            if "num_res_blocks" not in self.model.model_config.unet_config:
+                stack.enter_context(inputs_of_norms_kept(self.model.diffusion_model))
+            stack.callback(self._release, was_training)
+            comfy.model_management.in_training = True
+            self.patcher.pre_run()
+            self._options = self._transformer_options()
+            self._empty_source = empty
+            self._captions = [self._encode(c, t) for c, t in zip(captions, latents, strict=True)]
+            yield
+
+    def _release(self, was_training: bool) -> None:
+        comfy.model_management.in_training = was_training
+        self._captions, self._empty, self._options = [], {}, {}
+        self.patcher.cleanup()
+
+    def _checkpoint(self, choice: str, memory: float) -> bool:
+        if choice != "auto":
+            return choice == "on"
+        needed = memory * TRAINING_OVER_INFERENCE
+        free = self.patcher.get_free_memory(self.device)
+        if needed > free:
+            log.info("LoRA²: gradient checkpointing on, as %.1f GB of activations do not fit %.1f GB.", needed / 1e9, free / 1e9)
+        return bool(needed > free)
+
+    def _transformer_options(self) -> dict[str, Any]:
+        options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options).get("transformer_options", {})
+        for kind, added in (("wrappers", self.patcher.wrappers), ("callbacks", self.patcher.callbacks)):
+            comfy.patcher_extension.merge_nested_dicts(options.setdefault(kind, {}), added, copy_dict1=False)
+        return options
+
+    def _encode(self, caption: Caption, latent: Tensor) -> dict[str, Any]:
+        """The model's own conditioning for one caption at one latent's shape, as ordinary tensors."""
+        present = [k for k in _UNTRAINABLE if caption[1].get(k) is not None]
+        if present:
+            raise LoraError(f"A caption's conditioning carries {', '.join(present)}, which cannot be trained with. Remove it.")
+        sample = latent[None].to(self.device)
+        conds = comfy.sampler_helpers.convert_cond([caption])
+        encoded = comfy.samplers.encode_model_conds(
+            self.model.extra_conds, conds, torch.zeros_like(sample), self.device, "positive", latent_image=sample
+        )
+        model_conds = encoded[0]["model_conds"]
+        return {k: _ordinary_cond(v.process_cond(batch_size=1, area=None)) for k, v in model_conds.items()}
+
+    def _empty_for(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        if shape not in self._empty:
+            assert self._empty_source is not None
+            self._empty[shape] = self._encode(self._empty_source, torch.zeros(shape[1:]))
+        return self._empty[shape]
+
+    # -- the denoiser (lora2.trainer.Denoiser) -------------------------------------------------------------------------
+
+    @property
+    def prediction(self) -> str:
+        """What the network puts out; raises LoraError for kinds that have no denoising loss here."""
+        sampling, known = self.model.model_sampling, comfy.model_sampling
+        if isinstance(sampling, (known.IMG_TO_IMG_FLOW, known.IMG_TO_IMG, known.COSMOS_RFLOW)):
+            raise LoraError(f"Models of the kind {type(self.model).__name__} cannot be trained yet.")
+        if isinstance(sampling, (known.V_PREDICTION, known.V_PREDICTION_DDPM)):
+            return V
+        if isinstance(sampling, known.X0):
+            return X0
+        if isinstance(sampling, known.EPS):
+            return EPSILON
+        if isinstance(sampling, known.CONST):
+            return FLOW
+        raise LoraError(f"Models of the kind {type(self.model).__name__} cannot be trained yet.")
+
+    @property
+    def sigma_data(self) -> float:
+        """The data's standard deviation in the model's parametrisation."""
+        return float(getattr(self.model.model_sampling, "sigma_data", 1.0))
+
+    def sigma(self, time: Tensor, shifted: bool) -> Tensor:
+        """σ of times in (0, 1): the model's table for discrete models, time itself or its shift for flow models."""
+        sampling = self.model.model_sampling
+        if self.prediction == FLOW:
+            return sampling.sigma(time * getattr(sampling, "multiplier", 1)).float() if shifted else time
+        table = sampling.sigmas.float().cpu()
+        return table[(time * len(table)).long().clamp(max=len(table) - 1)]
+
+    def add_noise(self, sigma: Tensor, noise: Tensor, clean: Tensor) -> Tensor:
+        """The noisy latent as the model's sampling defines it."""
+        return self.model.model_sampling.noise_scaling(sigma, noise, clean, False)
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
+        """x0 predicted for every sample with its own caption; samples whose conditioning fits together run together."""
+        conds = [self._empty_for(noisy[:1].shape) if i == EMPTY_CAPTION else self._captions[i] for i in captions]
+        groups: list[list[int]] = []
+        for index, cond in enumerate(conds):
+            for group in groups:
+                if _fit(conds[group[0]], cond):
+                    group.append(index)
+                    break
+            else:
+                groups.append([index])
+        if len(groups) == 1:
+            return self._apply(noisy, sigma, conds)
+        out: list[Tensor | None] = [None] * len(conds)
+        for group in groups:
+            for index, value in zip(group, self._apply(noisy[group], sigma[group], [conds[i] for i in group]), strict=True):
+                out[index] = value
+        return torch.stack(out)  # type: ignore[arg-type]
+
+    def _apply(self, noisy: Tensor, sigma: Tensor, conds: Sequence[dict[str, Any]]) -> Tensor:
+        joined = {k: _to(c.concat([other[k] for other in conds[1:]]), self.device) for k, c in conds[0].items()}
+        options = dict(self._options, cond_or_uncond=[0] * len(conds), uuids=[], sigmas=sigma)
+        return self.model.apply_model(noisy, sigma, transformer_options=options, **joined)
+
+
+def training_dtype(patcher: Any, choice: str) -> torch.dtype | None:
+    """The compute type for a precision choice; None keeps the model's own.
+
+    auto keeps bf16 and fp32, and leaves fp16, whose gradients underflow, for bf16 or else fp32.
+    """
+    own = patcher.model.get_dtype_inference()
+    chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(choice)
+    if choice == "auto" and own == torch.float16:
+        chosen = torch.bfloat16 if comfy.model_management.should_use_bf16(patcher.load_device) else torch.float32
+    return None if chosen == own else chosen
+
+
+def _ordinary_cond(cond: Any) -> Any:
+    """Conditioning computed in inference mode, as tensors that autograd may save."""
+    return _map(cond, lambda t: t.detach().clone())
+
+
+def _to(cond: Any, device: torch.device) -> Any:
+    if isinstance(cond, Tensor):
+        return cond.to(device)
+    return [_to(c, device) for c in cond] if isinstance(cond, list) else cond
+
+
+def _map(cond: Any, change: Any) -> Any:
+    value = cond.cond
+    if isinstance(value, Tensor):
+        value = change(value)
+    elif isinstance(value, list):
+        value = [change(v) if isinstance(v, Tensor) else v for v in value]
+    return cond._copy_with(value)
+
+
+def _fit(first: dict[str, Any], other: dict[str, Any]) -> bool:
+    return first.keys() == other.keys() and all(first[k].can_concat(other[k]) for k in first)
+
+
+def empty_caption(captions: Sequence[Caption], given: Sequence[Any] | None) -> Caption:
+    """What a dropped caption becomes: the one given, or a caption of zeros shaped like the first."""
+    if given:
+        return caption_entries(given[0])[0]
+    tensor, options = captions[0]
+    zeros = {k: torch.zeros_like(v) if isinstance(v, Tensor) and k == "pooled_output" else v for k, v in options.items()}
+    return [torch.zeros_like(tensor), zeros]

@@ -1,0 +1,22 @@
+"""Words from a running node to the person at the graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from server import PromptServer
+
+log = logging.getLogger("lora2")
+
+
+def teller(node_id: str | None) -> Callable[[str], None]:
+    """A function that writes into the log and onto the node."""
+
+    def say(words: str) -> None:
+        log.info("LoRA²: %s", words)
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and node_id is not None:
+            server.send_progress_text(words, node_id)
+
+    return say

@@ -1,0 +1,141 @@
+"""Where a trained adapter goes, and what its file says."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+
+from ...lora2.adapter import full_rank
+from ...lora2.errors import LoraError
+from ...lora2.factors import Factors
+from ...lora2.format import LoraStateDict, to_state_dict, write_new
+from ...lora2.metadata import LayerInfo, build, layer_info, with_info
+from ...lora2.writer import header
+
+log = logging.getLogger("lora2")
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder inside the host's LoRA folder, and the file's name without number and ending."""
+
+    folder: Path
+    stem: str
+    root: Path
+
+    def name_of(self, path: Path) -> str:
+        """The file as the host's LoRA lists name it."""
+        return path.relative_to(self.root).as_posix()
+
+
+def place_for(name: str) -> Place:
+    """The place that a save name such as "subjects/mug" means; raises LoraError when it leaves the LoRA folder."""
+    root = Path(folder_paths.get_folder_paths("loras")[0])
+    parts = Path(name.replace("\\", "/").removesuffix(".safetensors"))
+    bad = not name.strip() or parts.is_absolute() or ".." in parts.parts or ":" in name or any(ord(c) < 32 for c in name)
+    stem = parts.name.strip()
+    folder = root / parts.parent
+    if bad or not stem or stem.startswith(".") or not folder.resolve().is_relative_to(root.resolve()):
+        raise LoraError(
+            f"save_name {name[:80]!r} points outside ComfyUI's LoRA folder or names no file. Use a plain name, with a "
+            "subfolder if you like: subjects/mug"
+        )
+    return Place(folder, stem, root)
+
+
+def check_space(place: Place, most_bytes: int) -> None:
+    """Raise LoraError before training when the file would not fit on the disk."""
+    existing = next(p for p in (place.folder, *place.folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < most_bytes + (1 << 20):
+        raise LoraError(
+            f"The disk of ComfyUI's LoRA folder has {free / 1e6:.1f} MB free, but the LoRA may need {most_bytes / 1e6:.1f} MB. "
+            "Free some space, or choose a smaller target rank or budget."
+        )
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What stays the same about a run's file: its names, keys and origin."""
+
+    prefixes: Mapping[str, str]
+    style: str
+    family: str
+    prediction: str
+    resolution: tuple[int, int] | None
+    dtype: torch.dtype
+
+    def overhead(self, shapes: Mapping[str, Sequence[int]], stem: str, training: Mapping[str, Any]) -> int:
+        """An upper bound of the file's bytes that are not factors: header, metadata and alphas."""
+        tensors: dict[str, torch.Tensor] = {}
+        info: dict[str, LayerInfo] = {}
+        for name, shape in shapes.items():
+            full, prefix = full_rank(shape), self.prefixes[name]
+            rank_rows = torch.empty(0, dtype=self.dtype, device="meta")
+            factors = Factors(rank_rows.new_empty(shape[0], full), rank_rows.new_empty(full, *shape[1:]))
+            tensors[prefix + ".lora_down.weight"] = factors.down
+            tensors[prefix + ".lora_up.weight"] = factors.up
+            tensors[prefix + ".alpha"] = torch.empty((), device="meta")
+            info[prefix] = layer_info(factors, nu=0.12345678901234567, target=99999.123456789)
+        fixed = build({}, name=stem, family=self.family, layers={}, training={}, resolution=(99999, 99999), prediction="epsilon")
+        extra = dict(training, last_loss=0.12345678901234567, seconds=123456.123456)
+        full_metadata = with_info(tensors, fixed, {"format": 1, "layers": info, "training": extra})
+        return len(header(tensors, full_metadata)) + 4 * len(shapes) + 64
+
+    def state_dict(
+        self,
+        factors: Mapping[str, Factors],
+        stem: str,
+        training: Mapping[str, Any],
+        rates: Mapping[str, float | None],
+        target: float,
+    ) -> LoraStateDict:
+        """The adapter as the file's tensors and metadata; float32 where the chosen type cannot hold the values.
+
+        rates: ν of layers in the order of Λ, None for layers in singular order.
+        """
+        named = {self.prefixes[name]: f for name, f in factors.items()}
+        try:
+            tensors = to_state_dict(named, self.style, self.dtype)
+        except LoraError:
+            log.warning("LoRA²: values too large for %s; saving as float32 instead.", self.dtype)
+            tensors = to_state_dict(named, self.style, torch.float32)
+        layers = {
+            self.prefixes[name]: layer_info(
+                f, nu=rates[name], target=target, order="singular" if rates[name] is None else "importance"
+            )
+            for name, f in factors.items()
+            if f.rank
+        }
+        metadata = build(
+            tensors,
+            name=stem,
+            family=self.family,
+            layers=layers,
+            training=training,
+            prediction=self.prediction,
+            resolution=self.resolution,
+        )
+        return LoraStateDict(tensors, metadata)
+
+
+def save(place: Place, lora: LoraStateDict) -> Path:
+    """Write the adapter under a new name in its place, or, where that fails, in the host's output folder."""
+    try:
+        return write_new(place.folder, place.stem, lora, lora.metadata)
+    except LoraError as error:
+        spare = Path(folder_paths.get_output_directory()) / "loras"
+        try:
+            path = write_new(spare, place.stem, lora, lora.metadata)
+        except LoraError:
+            raise error from None
+        raise LoraError(f"{error} It was saved as output/loras/{path.name} instead; move it to your LoRA folder.") from None

@@ -1,0 +1,201 @@
+"""One training run on a host model: checks, training, live pictures, saving."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ...lora2.adapter import cost, module_shape
+from ...lora2.chart import live_picture
+from ...lora2.errors import LoraError
+from ...lora2.format import LoraStateDict
+from ...lora2.losses import EntropyProbe
+from ...lora2.network import AdaptiveNetwork, rank_limit
+from ...lora2.settings import Settings
+from ...lora2.trainer import Progress, Trainer
+from .dataset import Caption, pictures
+from .layers import cross_attention, family_of, file_prefixes, select_layers
+from .model import HostModel, empty_caption, training_dtype
+from .saving import DTYPES, FileInfo, Place, check_space, place_for, save
+
+log = logging.getLogger("lora2")
+
+PREVIEW_SHARE = 0.03
+"""Live pictures may take this share of the time."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the node was asked for, beside the settings."""
+
+    save_name: str
+    target: str
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    checkpointing: str = "auto"
+    precision: str = "auto"
+    save_dtype: str = "fp16"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves: the adapter, its file, and how the loss went."""
+
+    lora: LoraStateDict
+    path: Path
+    name: str
+    losses: list[float]
+
+
+def train(
+    patcher: Any,
+    latents: Sequence[dict[str, Any]],
+    conditioning: Sequence[Any],
+    settings: Settings,
+    request: Request,
+    empty: Sequence[Any] | None = None,
+    say: Callable[[str], None] = log.info,
+) -> Trained:
+    """Check everything, train, save. Whatever stops the training, what was learned until then is saved and said."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return _train(patcher, latents, conditioning, settings, request, empty, say)
+
+
+def _train(
+    patcher: Any,
+    latents: Sequence[dict[str, Any]],
+    conditioning: Sequence[Any],
+    settings: Settings,
+    request: Request,
+    empty: Sequence[Any] | None,
+    say: Callable[[str], None],
+) -> Trained:
+    place = place_for(request.save_name)
+    images, captions = pictures(latents, conditioning)
+    host = HostModel(patcher, training_dtype(patcher, request.precision))
+    host.check_latents(images)
+    layers = select_layers(host.model, request.target, request.include, request.exclude)
+    files = _file_info(host, layers, images, request)
+    shapes = {name: module_shape(m) for name, m in layers.items()}
+    settings = settings.with_file(files.overhead(shapes, place.stem, settings.to_dict()), files.dtype.itemsize)
+    check_space(place, _most_bytes(shapes, settings))
+    images = host.scale_latents(images)
+    nothing = empty_caption(captions, empty) if settings.caption_dropout else None
+    with host.training(images, captions, nothing, settings.batch_size, request.checkpointing):
+        network = AdaptiveNetwork(layers, settings, host.device)
+        trainer = Trainer(network, host, images, settings, EntropyProbe(cross_attention(host.model)))
+        say(f"Training {len(layers)} layers on {len(images)} pictures, {settings.steps} steps.")
+        finish = _Finish(network, trainer.progress, files, place, settings, request, len(images))
+        try:
+            trainer.run(_Live(settings.steps))
+        except BaseException as stopped:
+            if trainer.progress.step == 0:
+                raise _explained(stopped, "") from stopped.__cause__
+            trained = finish()
+            words = f"Stopped after {trainer.progress.step} of {settings.steps} steps; what was learned is saved as {trained.name}."
+            say(words)
+            raise _explained(stopped, " " + words) from stopped.__cause__
+        trained = finish()
+        say(f"Saved as {trained.name}.")
+        return trained
+
+
+class _Finish:
+    """Turns the network's state into a saved file."""
+
+    def __init__(
+        self,
+        network: AdaptiveNetwork,
+        progress: Progress,
+        files: FileInfo,
+        place: Place,
+        settings: Settings,
+        request: Request,
+        pictures: int,
+    ) -> None:
+        self.network, self.progress, self.files, self.place = network, progress, files, place
+        self.settings, self.request, self.pictures = settings, request, pictures
+
+    def __call__(self) -> Trained:
+        network, progress = self.network, self.progress
+        training: dict[str, Any] = dict(
+            self.settings.to_dict(),
+            layers=self.request.target,
+            pictures=self.pictures,
+            steps_done=progress.step,
+            last_loss=progress.losses[-1],
+            seconds=round(progress.seconds, 1),
+        )
+        factors, ordered = network.final_factors()
+        rates = dict.fromkeys(factors) if ordered else network.rates()
+        lora = self.files.state_dict(factors, self.place.stem, training, rates, network.target_rank)
+        path = save(self.place, lora)
+        return Trained(lora, path, self.place.name_of(path), list(progress.losses))
+
+
+class _Live:
+    """After every step: the progress bar, now and then a picture, and the host's request to stop."""
+
+    def __init__(self, steps: int) -> None:
+        self.bar = comfy.utils.ProgressBar(steps)
+        self._next_picture = 0.0
+        self._phase = ""
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        preview: tuple[str, Image.Image, int] | None = None
+        if now >= self._next_picture or progress.phase != self._phase or progress.step == progress.steps:
+            picture = live_picture(progress.losses, progress.steps, progress.ranks, progress.phase)
+            preview = ("JPEG", picture, max(picture.size))
+            self._phase = progress.phase
+            drawn = time.monotonic()
+            self._next_picture = drawn + max(0.5, (drawn - now) / PREVIEW_SHARE)
+        self.bar.update_absolute(progress.step, progress.steps, preview)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def _file_info(host: HostModel, layers: Mapping[str, nn.Module], images: Sequence[Tensor], request: Request) -> FileInfo:
+    prefixes, style = file_prefixes(host.model, list(layers))
+    largest = max(images, key=lambda t: t.shape[-1] * t.shape[-2])
+    ratio = getattr(host.model.latent_format, "spacial_downscale_ratio", 8)
+    size = (largest.shape[-1] * ratio, largest.shape[-2] * ratio)
+    family = family_of(host.model, host.prediction)
+    return FileInfo(prefixes, style, family, host.prediction, size, DTYPES[request.save_dtype])
+
+
+def _most_bytes(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> int:
+    """The file's size at most; raises LoraError for a target or budget that the layers cannot have."""
+    limits = [rank_limit(s, settings) for s in shapes.values()]
+    costs = [cost(s) for s in shapes.values()]
+    parameters = settings.budget(costs, limits)
+    if settings.settle_at >= 1:
+        parameters = max(parameters, sum(c * min(limit, settings.initial_rank) for c, limit in zip(costs, limits, strict=True)))
+    return settings.file_overhead + parameters * settings.bytes_per_parameter
+
+
+def _explained(stopped: BaseException, words: str) -> BaseException:
+    """The exception to go on with: the host's own for a cancel, ours with advice for what a person can change."""
+    if isinstance(stopped, torch.OutOfMemoryError):
+        return LoraError(
+            "The GPU ran out of memory. Turn checkpointing on, lower batch_size (and raise accumulation), train on smaller "
+            "pictures, or adapt fewer layers." + words
+        )
+    if isinstance(stopped, LoraError) and words:
+        return type(stopped)(f"{stopped}{words}")
+    return stopped
+
+
+def apply(patcher: Any, lora: LoraStateDict) -> Any:
+    """A model with the adapter applied, as the host's own loader does it."""
+    return comfy.sd.load_lora_for_models(patcher, None, dict(lora), 1.0, 0.0)[0]

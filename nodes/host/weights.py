@@ -1,0 +1,46 @@
+"""Base weights as autograd takes them, without a second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def trainable_weights(model: nn.Module) -> Iterator[None]:
+    """While inside, the model's parameters and buffers are ordinary frozen tensors over the same memory.
+
+    Nodes run in inference mode, where a loaded model's weights are inference tensors that autograd refuses to save. A new
+    tensor over the same storage is not one, and costs nothing; the original objects come back at the end, so that the
+    host finds what it left. Call with inference mode off.
+    """
+    swapped: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, original in slots.items():
+                if original is None or not (original.is_inference() or original.requires_grad):
+                    continue
+                alias = ordinary(original)
+                swapped.append((slots, name, original, alias))  # type: ignore[arg-type]
+    try:
+        for slots, name, _, alias in swapped:
+            slots[name] = alias
+        yield
+    finally:
+        for slots, name, original, alias in swapped:
+            if slots.get(name) is alias:
+                slots[name] = original
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that autograd may save; a copy only for tensor kinds that have no plain storage."""
+    with torch.no_grad():
+        if type(tensor) not in (Tensor, nn.Parameter):
+            plain = tensor.clone()
+        else:
+            plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return nn.Parameter(plain, requires_grad=False) if isinstance(tensor, nn.Parameter) else plain
