@@ -15,6 +15,9 @@ from .factors import Factors
 GRANULE = 8
 """Capacities are multiples of this: tensor cores like it, and resizing stays rare."""
 
+NO_WEIGHT = 1e-7
+"""Singular values below this share of the largest are float32's rounding."""
+
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
@@ -29,8 +32,7 @@ def adaptable(module: nn.Module) -> bool:
 
 def module_shape(module: nn.Module) -> tuple[int, ...]:
     """The shape of the weight that a layer stands for: (d_out, d_in) or (c_out, c_in / groups, *kernel)."""
-    if isinstance(module, tuple(_CONVOLUTIONS)):
-        assert isinstance(module.weight, Tensor)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return tuple(module.weight.shape)
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
@@ -59,7 +61,9 @@ class Adapter:
     through autograd (see network.py). None once the layer is settled: all ones.
     """
 
-    def __init__(self, module: nn.Module, capacity: int, std: float, device: torch.device, generator: Generator) -> None:
+    def __init__(
+        self, module: nn.Module, capacity: int, std: float, device: torch.device, generator: Generator
+    ) -> None:
         if not adaptable(module):
             raise LoraError(f"A layer of kind {type(module).__name__} cannot carry an adapter.")
         self.module = module
@@ -69,7 +73,7 @@ class Adapter:
         self.down = nn.Parameter(self._new_rows(capacity, generator))
         self.up = nn.Parameter(torch.zeros(capacity, self.shape[0], device=device))
         self.importance: Tensor | None = None
-        self._apply = _convolution_of(module) if isinstance(module, tuple(_CONVOLUTIONS)) else _linear
+        self._apply = _convolution_of(module) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else _linear
 
     @property
     def capacity(self) -> int:
@@ -115,6 +119,18 @@ class Adapter:
         for parameter in (self.down, self.up):
             for moment in _moments(optimizer, parameter).values():
                 moment[start:] = 0
+
+    def revive(self, generator: Generator) -> None:
+        """Let positions without weight learn again, as a plain LoRA's new ones do, once settled.
+
+        A position of singular value zero has two zero factors and so no gradient, for ever. It gets a random down row
+        (variance 1 / (3 d_in)) and a zero up row; the output changes by the rounding that it held.
+        """
+        weight = self.down.data.flatten(1).norm(dim=1) * self.up.data.norm(dim=1)
+        dead = weight <= NO_WEIGHT * weight.amax() if self.capacity else weight > 0
+        rows = torch.randn(self.down.shape, generator=generator) / math.sqrt(3 * math.prod(self.shape[1:]))
+        self.down.data[dead] = rows.to(self.down)[dead]
+        self.up.data[dead] = 0
 
     def load(self, factors: Factors, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Take these factors as they are, at exactly their rank; moments start at zero."""
@@ -175,24 +191,23 @@ def _linear(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return F.linear(x, down) @ up
 
 
-def _convolution_of(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _convolution_of(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The low-rank path of a convolution: the layer's own geometry at rank channels, then a 1×1 convolution.
 
     With groups every group sees the same down kernels on its own channels, which is what reshaping up · down to the
     weight's shape means.
     """
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     convolve = next(f for kind, f in _CONVOLUTIONS.items() if isinstance(module, kind))
     stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
     mode, around = module.padding_mode, module._reversed_padding_repeated_twice
 
     def path(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        pad = padding
+        pad: int | str | tuple[int, ...] = padding
         if mode != "zeros":
             x, pad = F.pad(x, around, mode=mode), 0
         down = down.repeat(groups, *(1,) * (down.ndim - 1))
         hidden = convolve(x, down, None, stride, pad, dilation, groups)
-        mix = up.t().reshape(up.shape[1], up.shape[0], *(1,) * (x.ndim - 2))
+        mix = up.t().reshape(up.shape[1], up.shape[0], *(1,) * (down.ndim - 2))
         return convolve(hidden, mix, None, 1, 0, 1, groups)
 
     return path

@@ -27,7 +27,7 @@ class Factors:
 
     @property
     def scale(self) -> float:
-        """alpha / rank; 1 without an alpha and for an empty layer."""
+        """Alpha / rank; 1 without an alpha and for an empty layer."""
         return 1.0 if self.alpha is None or self.rank == 0 else self.alpha / self.rank
 
     @property

@@ -19,7 +19,7 @@ CEIL_SLACK = 2e-6
 
 
 def mass_constant(q: float) -> float:
-    """c = −ln(1 − q), for 0 < q < 1."""
+    """C = −ln(1 − q), for 0 < q < 1."""
     return -math.log1p(-q)
 
 

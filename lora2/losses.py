@@ -45,8 +45,13 @@ def signal_to_noise(sigma: Tensor, prediction: str, sigma_data: float = 1.0) -> 
 
 
 def min_snr_weight(sigma: Tensor, prediction: str, gamma: float, sigma_data: float = 1.0) -> Tensor:
-    """min(SNR, γ), the weight of the x0 error in Min-SNR-γ (Hang et al., arXiv:2303.09556, eq. 10)."""
-    return signal_to_noise(sigma, prediction, sigma_data).clamp(max=gamma)
+    """min(SNR, γ), the weight of the x0 error in Min-SNR-γ (Hang et al., arXiv:2303.09556, eq. 10).
+
+    ε and v count the error in units of the data's deviation s, hence 1 / s²: so their own errors weigh min(SNR, γ) / SNR and
+    min(SNR, γ) / (SNR + 1), as published.
+    """
+    unit = sigma_data**2 if prediction in (EPSILON, V) else 1.0
+    return signal_to_noise(sigma, prediction, sigma_data).clamp(max=gamma) / unit
 
 
 def denoising_loss(
@@ -85,7 +90,7 @@ class EntropyProbe:
     def __init__(self, blocks: Sequence[tuple[nn.Module, nn.Module, int]]) -> None:
         self.blocks = list(blocks)
         self._queries: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+        self._heard: list[tuple[Tensor, int]] = []
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -99,15 +104,20 @@ class EntropyProbe:
         finally:
             for handle in handles:
                 handle.remove()
-            self._queries.clear()
-            self._values.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget what was heard; before a forward, since a backward with checkpointing runs the blocks again."""
+        self._queries.clear()
+        self._heard.clear()
 
     def take(self) -> Tensor | None:
-        """The mean entropy of the last forward, and forget it; None when no block was heard."""
-        values = [self._values[i] for i in sorted(self._values)]
-        self._queries.clear()
-        self._values.clear()
-        return torch.stack(values).mean() if values else None
+        """The mean entropy of all forwards heard, every sample counted alike, and forget them; None if there were none."""
+        heard = list(self._heard)
+        self.forget()
+        if not heard:
+            return None
+        return torch.stack([value * samples for value, samples in heard]).sum() / sum(samples for _, samples in heard)
 
     def _hear_query(self, index: int) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
@@ -119,6 +129,6 @@ class EntropyProbe:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             query = self._queries.pop(index, None)
             if query is not None:
-                self._values[index] = attention_entropy(query, output, heads)
+                self._heard.append((attention_entropy(query, output, heads), query.shape[0]))
 
         return hook

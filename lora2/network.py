@@ -67,6 +67,11 @@ class AdaptiveNetwork:
         """The factors of every layer, down before up; without θ."""
         return [p for a in self.adapters for p in (a.down, a.up)]
 
+    def forget_gradients(self) -> None:
+        """Drop all gradients, as after a step that was given up."""
+        for parameter in (*self.parameters(), self.theta):
+            parameter.grad = None
+
     # -- the device side of a step -----------------------------------------------------------------------------------
 
     def _rebuild(self) -> None:
@@ -92,7 +97,7 @@ class AdaptiveNetwork:
         """Λ from θ, zero beyond the logical rank. On the device, in place."""
         if self.settled:
             return
-        self.theta.data = torch.maximum(torch.minimum(self.theta.data, self._limit_theta), self._floor_theta)
+        self.theta.data.clamp_(self._floor_theta, self._limit_theta)
         nu = imp.rate(self.theta, self.settings.q)[:, None]
         inside = self._positions < self.logical_ranks()[:, None]
         torch.mul(imp.importance(self._positions, nu), inside, out=self._importance)
@@ -141,6 +146,7 @@ class AdaptiveNetwork:
         """Every layer's rank now; one copy from the device."""
         if self.settled:
             return {name: a.capacity for name, a in zip(self.names, self.adapters, strict=True)}
+        self.refresh()  # θ may have taken a step since, beyond the limits too
         return {name: int(d) for name, d in zip(self.names, self.logical_ranks().tolist(), strict=True)}
 
     def size(self) -> int:
@@ -156,6 +162,7 @@ class AdaptiveNetwork:
         """
         if self.settled:
             return False
+        self.refresh()
         wanted = imp.quantile_rank(self.theta).tolist()
         changed = False
         for adapter, rank, limit in zip(self.adapters, wanted, self._limits, strict=True):
@@ -177,13 +184,14 @@ class AdaptiveNetwork:
         Without a cut the model's output changes by rounding only. Start a new optimizer afterwards: the old moments
         belong to other directions.
         """
-        factors = self.export()
+        factors = self.export(ordered=not cut)
         if cut:
             factors = fit(factors, self.budget, self.settings.min_rank)
         self.settled = True
         self._rebuild()
         for name, adapter in zip(self.names, self.adapters, strict=True):
             adapter.load(factors[name])
+            adapter.revive(self.generator)
 
     @torch.no_grad()
     def export(self, ordered: bool | None = None) -> dict[str, Factors]:
@@ -215,6 +223,7 @@ class AdaptiveNetwork:
         """ν of every layer; None once settled."""
         if self.settled:
             return dict.fromkeys(self.names)
+        self.refresh()
         return dict(zip(self.names, imp.rate(self.theta.detach(), self.settings.q).tolist(), strict=True))
 
     # -- attaching -----------------------------------------------------------------------------------------------------

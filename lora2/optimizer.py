@@ -26,13 +26,16 @@ class Optimizer:
         )
 
     @torch.no_grad()
-    def step(self, rate: float, ranks_move: bool) -> bool:
-        """Take the accumulated gradients with `rate` times the learning rate and clear them; False if not finite."""
+    def step(self, rate: float, ranks_move: bool, loss: Tensor) -> bool:
+        """Take the accumulated gradients with `rate` times the learning rate and clear them.
+
+        False, and no step, if they or the loss are not finite (a loss may overflow where its gradients do not).
+        """
         if self.theta is not None:
             self.network.write_theta_gradient()
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = global_norm(gradients)
-        finite = bool(torch.isfinite(norm))
+        finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
         if finite:
             if self.settings.clip_norm > 0:
                 torch._foreach_mul_(gradients, (self.settings.clip_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -41,8 +44,7 @@ class Optimizer:
             self.inner.step()
             if self.theta is not None and ranks_move:
                 self.theta.step()
-        self.inner.zero_grad(set_to_none=True)
-        self.network.theta.grad = None
+        self.network.forget_gradients()
         return finite
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from .errors import LoraError
@@ -15,6 +16,14 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 SAMPLINGS = ("auto", "uniform", "logit-normal", "shifted")
 INITS = ("fan-in", "paper")
 TRISTATE = ("auto", "on", "off")
+SEEDS = 2**64
+"""torch's generators take seeds below this, as ComfyUI's widget does."""
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "int": (Integral, "must be a whole number"),
+    "float": (Real, "must be a number"),
+    "str": (str, "must be a word"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,13 @@ class Settings:
     file_overhead: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            kind, words = _KINDS[str(field.type)]
+            value = getattr(self, field.name)
+            self._require(isinstance(value, kind) and not isinstance(value, bool), field.name, words)
+        self._require(0 <= self.seed < SEEDS, "seed", "must lie between 0 and 2⁶⁴ − 1")
+        self._require(self.bytes_per_parameter >= 1, "bytes_per_parameter", "must be at least 1")
+        self._require(self.file_overhead >= 0, "file_overhead", "must not be negative")
         for name in ("steps", "batch_size", "accumulation", "target_rank", "min_rank", "sync_every"):
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("learning_rate", "rank_learning_rate"):
@@ -106,7 +122,7 @@ class Settings:
     @property
     def settle_step(self) -> int:
         """The step before which the ranks settle; equal to `steps` when they never do."""
-        return self.steps if self.settle_at >= 1 else min(self.steps, round(self.steps * self.settle_at))
+        return self.steps if self.settle_at >= 1 else min(self.steps - 1, round(self.steps * self.settle_at))
 
     def with_file(self, overhead: int, bytes_per_parameter: int) -> Settings:
         """The same settings for a file with this many bytes beside the factors, and this many per parameter."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from .losses import EntropyProbe, denoising_loss
 from .network import AdaptiveNetwork
 from .optimizer import Optimizer
 from .schedule import learning_rate_factor, sample_times
-from .settings import Settings
+from .settings import SEEDS, Settings
 
 EMPTY_CAPTION = -1
 """Stands for the empty caption where a picture's index stands for its caption."""
@@ -27,9 +26,17 @@ EMPTY_CAPTION = -1
 class Denoiser(Protocol):
     """A diffusion model as the trainer sees it: what a host provides."""
 
-    prediction: str
-    sigma_data: float
-    device: torch.device
+    @property
+    def prediction(self) -> str:
+        """What the network puts out: one of losses.PREDICTIONS."""
+
+    @property
+    def sigma_data(self) -> float:
+        """The data's standard deviation in the model's parametrisation."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
 
     def sigma(self, time: Tensor, shifted: bool) -> Tensor:
         """σ of times in (0, 1): (batch,) → (batch,). shifted: by the model's own timestep shift, if it has one."""
@@ -43,15 +50,23 @@ class Denoiser(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run is. ranks is refreshed when the arrays follow the ranks; losses has one number per finished step."""
+    """Where a run is.
+
+    losses: one per finished step. ranks: by layer, as of the last time the arrays followed them. settled_at: the step
+    before which the ranks settled, None while they adapt.
+    """
 
     steps: int
     step: int = 0
     losses: list[float] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
-    rank_history: list[tuple[int, float]] = field(default_factory=list)
-    phase: str = "adapting"
+    settled_at: int | None = None
     seconds: float = 0.0
+
+    @property
+    def phase(self) -> str:
+        """The phase: "adapting" until the ranks settle, then "settled"."""
+        return "adapting" if self.settled_at is None else "settled"
 
 
 class Diverged(LoraError):
@@ -73,8 +88,8 @@ class Trainer:
         self.denoiser = denoiser
         self.settings = settings
         self.entropy = entropy if settings.entropy_weight > 0 else None
-        self.data = Buckets(latents, settings.batch_size, settings.seed + 1)
-        self.generator = Generator().manual_seed(settings.seed + 2)
+        self.data = Buckets(latents, settings.batch_size, (settings.seed + 1) % SEEDS)
+        self.generator = Generator().manual_seed((settings.seed + 2) % SEEDS)
         self.optimizer = Optimizer(network, settings)
         self.progress = Progress(settings.steps, ranks=network.ranks())
         self._since_settling = 0
@@ -86,6 +101,7 @@ class Trainer:
             stack.enter_context(self.network.attached())
             if self.entropy is not None:
                 stack.enter_context(self.entropy.attached())
+            stack.callback(self.network.forget_gradients)
             while self.progress.step < self.settings.steps:
                 self._settle_if_due()
                 self._step()
@@ -102,9 +118,11 @@ class Trainer:
             loss = self.loss(*self.draw())
             (loss / settings.accumulation).backward()
             losses.append(loss.detach())
-        finite = self.optimizer.step(self._rate(step), ranks_move=step >= round(settings.steps * settings.rank_hold))
-        value = float(torch.stack(losses).mean())
-        if not (math.isfinite(value) and finite):
+        mean = torch.stack(losses).mean()
+        ranks_move = step >= round(settings.steps * settings.rank_hold)
+        taken = self.optimizer.step(self._rate(step), ranks_move, mean)
+        value = float(mean)
+        if not taken:
             raise Diverged(
                 f"The loss became {value} at step {step + 1}, and the step was not taken: lower the learning rate (now "
                 f"{settings.learning_rate:g}), check the latents, or train in bf16 or fp32."
@@ -131,13 +149,11 @@ class Trainer:
         self.network.settle()
         self.optimizer = Optimizer(self.network, self.settings)
         self._since_settling = 0
-        self.progress.phase = "settled"
+        self.progress.settled_at = self.progress.step
         self._note_ranks()
 
     def _note_ranks(self) -> None:
-        progress = self.progress
-        progress.ranks = self.network.ranks()
-        progress.rank_history.append((progress.step, sum(progress.ranks.values()) / len(progress.ranks)))
+        self.progress.ranks = self.network.ranks()
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Clean latents, noise, σ and captions of the next batch. Drawn on the CPU: a seed means the same everywhere."""
@@ -155,6 +171,8 @@ class Trainer:
     def loss(self, clean: Tensor, noise: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
         """The denoising loss plus λ_e times the entropy of cross-attention."""
         denoiser, settings = self.denoiser, self.settings
+        if self.entropy is not None:
+            self.entropy.forget()
         noisy = denoiser.add_noise(sigma, noise, clean)
         predicted = denoiser.denoise(noisy, sigma, captions)
         loss = denoising_loss(predicted, clean, sigma, denoiser.prediction, settings.min_snr_gamma, denoiser.sigma_data)

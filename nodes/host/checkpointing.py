@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,7 +37,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
     """While inside, these blocks keep only their inputs in the forward pass."""
     for block in blocks:
-        block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+        block.forward = _recomputed(block.forward)
     try:
         yield
     finally:
@@ -48,17 +47,18 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        # Some blocks add to their input in place; the recomputation must start from what they were given.
+        # Some blocks add to their input in place; the recomputation must start from what they were given, which in-place
+        # work would also turn into a tensor that requires a gradient.
         def fresh(*inner: Any, **named: Any) -> Any:
-            return forward(*map(_copied, inner), **{k: _copied(v) for k, v in named.items()})
+            return forward(*map(_cloned, inner), **{k: _cloned(v) for k, v in named.items()})
 
         return checkpoint(fresh, *args, use_reentrant=False, **kwargs)
 
     return wrapped
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled() else value
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def inputs_of_norms_kept(model: nn.Module) -> Iterator[None]:
     """
 
     def keep(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(_copied(a) for a in args)
+        return tuple(_cloned(a) if isinstance(a, Tensor) and a.requires_grad else a for a in args)
 
     with ExitStack() as stack:
         for module in model.modules():

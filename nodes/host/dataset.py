@@ -70,5 +70,7 @@ def caption_entries(value: Any) -> list[Caption]:
         raise LoraError("The conditioning is not a ComfyUI conditioning. Connect a dataset node or a CLIP Text Encode.")
     for entry in value:
         if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[1], dict)):
-            raise LoraError("The conditioning is not a ComfyUI conditioning. Connect a dataset node or a CLIP Text Encode.")
+            raise LoraError(
+                "The conditioning is not a ComfyUI conditioning. Connect a dataset node or a CLIP Text Encode."
+            )
     return [list(entry) for entry in value]

@@ -45,10 +45,12 @@ def family_of(model: nn.Module, prediction: str) -> str:
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of the diffusion model that could carry an adapter, by its path below diffusion_model."""
-    return {name: m for name, m in model.diffusion_model.named_modules() if adaptable(m)}  # type: ignore[union-attr, operator]
+    return {name: m for name, m in model.diffusion_model.named_modules() if adaptable(m)}  # type: ignore[union-attr]
 
 
-def select_layers(model: nn.Module, target: str, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+def select_layers(
+    model: nn.Module, target: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, nn.Module]:
     """The layers that a choice means, narrowed or widened by patterns (shell-style, on the layer's path).
 
     include: added to the choice. exclude: taken away, last. Raises LoraError when nothing is left or a pattern matches no
@@ -100,7 +102,7 @@ def file_prefixes(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, str
 def cross_attention(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:
     """(to_q, to_k, heads) of every cross-attention block; empty for families without such blocks."""
     found = []
-    for name, module in model.diffusion_model.named_modules():  # type: ignore[union-attr, operator]
+    for name, module in model.diffusion_model.named_modules():  # type: ignore[union-attr]
         if name.split(".")[-1] == "attn2" and all(hasattr(module, a) for a in ("to_q", "to_k", "heads")):
             found.append((module.to_q, module.to_k, int(module.heads)))
     return found

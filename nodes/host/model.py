@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...lora2.errors import LoraError
-from ...lora2.losses import EPSILON, FLOW, V, X0
+from ...lora2.losses import EPSILON, FLOW, X0, V
 from ...lora2.trainer import EMPTY_CAPTION
 from .checkpointing import checkpointed, inputs_of_norms_kept, repeated_blocks
 from .dataset import Caption, caption_entries
@@ -49,7 +49,7 @@ class HostModel:
         self.device: torch.device = patcher.load_device
         self._captions: list[dict[str, Any]] = []
         self._empty: dict[tuple[int, ...], dict[str, Any]] = {}
-        self._empty_source: Caption | None = None
+        self._empty_source: Caption = []
         self._options: dict[str, Any] = {}
 
     # -- before training ---------------------------------------------------------------------------------------------
@@ -70,7 +70,12 @@ class HostModel:
 
     @contextmanager
     def training(
-        self, latents: Sequence[Tensor], captions: Sequence[Caption], empty: Caption | None, batch: int, checkpointing: str
+        self,
+        latents: Sequence[Tensor],
+        captions: Sequence[Caption],
+        empty: Caption,
+        batch: int,
+        checkpointing: str,
     ) -> Iterator[None]:
         """While inside, the model is loaded, its weights are frozen ordinary tensors, and captions are encoded.
 
@@ -106,11 +111,17 @@ class HostModel:
         needed = memory * TRAINING_OVER_INFERENCE
         free = self.patcher.get_free_memory(self.device)
         if needed > free:
-            log.info("LoRA²: gradient checkpointing on, as %.1f GB of activations do not fit %.1f GB.", needed / 1e9, free / 1e9)
+            log.info(
+                "LoRA²: gradient checkpointing on, as %.1f GB of activations do not fit %.1f GB.",
+                needed / 1e9,
+                free / 1e9,
+            )
         return bool(needed > free)
 
     def _transformer_options(self) -> dict[str, Any]:
-        options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options).get("transformer_options", {})
+        options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options).get(
+            "transformer_options", {}
+        )
         for kind, added in (("wrappers", self.patcher.wrappers), ("callbacks", self.patcher.callbacks)):
             comfy.patcher_extension.merge_nested_dicts(options.setdefault(kind, {}), added, copy_dict1=False)
         return options
@@ -119,7 +130,9 @@ class HostModel:
         """The model's own conditioning for one caption at one latent's shape, as ordinary tensors."""
         present = [k for k in _UNTRAINABLE if caption[1].get(k) is not None]
         if present:
-            raise LoraError(f"A caption's conditioning carries {', '.join(present)}, which cannot be trained with. Remove it.")
+            raise LoraError(
+                f"A caption's conditioning carries {', '.join(present)}, which cannot be trained with. Remove it."
+            )
         sample = latent[None].to(self.device)
         conds = comfy.sampler_helpers.convert_cond([caption])
         encoded = comfy.samplers.encode_model_conds(
@@ -130,7 +143,6 @@ class HostModel:
 
     def _empty_for(self, shape: tuple[int, ...]) -> dict[str, Any]:
         if shape not in self._empty:
-            assert self._empty_source is not None
             self._empty[shape] = self._encode(self._empty_source, torch.zeros(shape[1:]))
         return self._empty[shape]
 
@@ -184,7 +196,9 @@ class HostModel:
             return self._apply(noisy, sigma, conds)
         out: list[Tensor | None] = [None] * len(conds)
         for group in groups:
-            for index, value in zip(group, self._apply(noisy[group], sigma[group], [conds[i] for i in group]), strict=True):
+            for index, value in zip(
+                group, self._apply(noisy[group], sigma[group], [conds[i] for i in group]), strict=True
+            ):
                 out[index] = value
         return torch.stack(out)  # type: ignore[arg-type]
 
@@ -235,5 +249,7 @@ def empty_caption(captions: Sequence[Caption], given: Sequence[Any] | None) -> C
     if given:
         return caption_entries(given[0])[0]
     tensor, options = captions[0]
-    zeros = {k: torch.zeros_like(v) if isinstance(v, Tensor) and k == "pooled_output" else v for k, v in options.items()}
+    zeros = {
+        k: torch.zeros_like(v) if isinstance(v, Tensor) and k == "pooled_output" else v for k, v in options.items()
+    }
     return [torch.zeros_like(tensor), zeros]

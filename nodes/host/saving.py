@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ def place_for(name: str) -> Place:
     """The place that a save name such as "subjects/mug" means; raises LoraError when it leaves the LoRA folder."""
     root = Path(folder_paths.get_folder_paths("loras")[0])
     parts = Path(name.replace("\\", "/").removesuffix(".safetensors"))
-    bad = not name.strip() or parts.is_absolute() or ".." in parts.parts or ":" in name or any(ord(c) < 32 for c in name)
+    bad = (
+        not name.strip() or parts.is_absolute() or ".." in parts.parts or ":" in name or any(ord(c) < 32 for c in name)
+    )
     stem = parts.name.strip()
     folder = root / parts.parent
     if bad or not stem or stem.startswith(".") or not folder.resolve().is_relative_to(root.resolve()):
@@ -74,7 +76,7 @@ class FileInfo:
     resolution: tuple[int, int] | None
     dtype: torch.dtype
 
-    def overhead(self, shapes: Mapping[str, Sequence[int]], stem: str, training: Mapping[str, Any]) -> int:
+    def overhead(self, shapes: Mapping[str, tuple[int, ...]], stem: str, training: Mapping[str, Any]) -> int:
         """An upper bound of the file's bytes that are not factors: header, metadata and alphas."""
         tensors: dict[str, torch.Tensor] = {}
         info: dict[str, LayerInfo] = {}
@@ -86,7 +88,9 @@ class FileInfo:
             tensors[prefix + ".lora_up.weight"] = factors.up
             tensors[prefix + ".alpha"] = torch.empty((), device="meta")
             info[prefix] = layer_info(factors, nu=0.12345678901234567, target=99999.123456789)
-        fixed = build({}, name=stem, family=self.family, layers={}, training={}, resolution=(99999, 99999), prediction="epsilon")
+        fixed = build(
+            {}, name=stem, family=self.family, layers={}, training={}, resolution=(99999, 99999), prediction="epsilon"
+        )
         extra = dict(training, last_loss=0.12345678901234567, seconds=123456.123456)
         full_metadata = with_info(tensors, fixed, {"format": 1, "layers": info, "training": extra})
         return len(header(tensors, full_metadata)) + 4 * len(shapes) + 64
@@ -138,4 +142,6 @@ def save(place: Place, lora: LoraStateDict) -> Path:
             path = write_new(spare, place.stem, lora, lora.metadata)
         except LoraError:
             raise error from None
-        raise LoraError(f"{error} It was saved as output/loras/{path.name} instead; move it to your LoRA folder.") from None
+        raise LoraError(
+            f"{error} It was saved as output/loras/{path.name} instead; move it to your LoRA folder."
+        ) from None

@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.sd
 import comfy.utils
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from ...lora2.adapter import cost, module_shape
-from ...lora2.chart import live_picture
 from ...lora2.errors import LoraError
 from ...lora2.format import LoraStateDict
+from ...lora2.live import live_picture
 from ...lora2.losses import EntropyProbe
 from ...lora2.network import AdaptiveNetwork, rank_limit
 from ...lora2.settings import Settings
 from ...lora2.trainer import Progress, Trainer
-from .dataset import Caption, pictures
+from .dataset import pictures
 from .layers import cross_attention, family_of, file_prefixes, select_layers
 from .model import HostModel, empty_caption, training_dtype
 from .saving import DTYPES, FileInfo, Place, check_space, place_for, save
@@ -91,19 +90,20 @@ def _train(
     settings = settings.with_file(files.overhead(shapes, place.stem, settings.to_dict()), files.dtype.itemsize)
     check_space(place, _most_bytes(shapes, settings))
     images = host.scale_latents(images)
-    nothing = empty_caption(captions, empty) if settings.caption_dropout else None
+    nothing = empty_caption(captions, empty)
     with host.training(images, captions, nothing, settings.batch_size, request.checkpointing):
         network = AdaptiveNetwork(layers, settings, host.device)
         trainer = Trainer(network, host, images, settings, EntropyProbe(cross_attention(host.model)))
         say(f"Training {len(layers)} layers on {len(images)} pictures, {settings.steps} steps.")
         finish = _Finish(network, trainer.progress, files, place, settings, request, len(images))
         try:
-            trainer.run(_Live(settings.steps))
+            trainer.run(_Live(network, files))
         except BaseException as stopped:
             if trainer.progress.step == 0:
                 raise _explained(stopped, "") from stopped.__cause__
             trained = finish()
-            words = f"Stopped after {trainer.progress.step} of {settings.steps} steps; what was learned is saved as {trained.name}."
+            done = f"Stopped after {trainer.progress.step} of {settings.steps} steps"
+            words = f"{done}; what was learned is saved as {trained.name}."
             say(words)
             raise _explained(stopped, " " + words) from stopped.__cause__
         trained = finish()
@@ -147,8 +147,10 @@ class _Finish:
 class _Live:
     """After every step: the progress bar, now and then a picture, and the host's request to stop."""
 
-    def __init__(self, steps: int) -> None:
-        self.bar = comfy.utils.ProgressBar(steps)
+    def __init__(self, network: AdaptiveNetwork, files: FileInfo) -> None:
+        self.bar = comfy.utils.ProgressBar(network.settings.steps)
+        self.files = files
+        self.costs = {files.prefixes[name]: a.cost for name, a in zip(network.names, network.adapters, strict=True)}
         self._next_picture = 0.0
         self._phase = ""
 
@@ -156,7 +158,7 @@ class _Live:
         now = time.monotonic()
         preview: tuple[str, Image.Image, int] | None = None
         if now >= self._next_picture or progress.phase != self._phase or progress.step == progress.steps:
-            picture = live_picture(progress.losses, progress.steps, progress.ranks, progress.phase)
+            picture = self._picture(progress)
             preview = ("JPEG", picture, max(picture.size))
             self._phase = progress.phase
             drawn = time.monotonic()
@@ -164,8 +166,21 @@ class _Live:
         self.bar.update_absolute(progress.step, progress.steps, preview)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
+    def _picture(self, progress: Progress) -> Image.Image:
+        return live_picture(
+            progress.losses,
+            progress.steps,
+            {self.files.prefixes[name]: rank for name, rank in progress.ranks.items()},
+            progress.phase,
+            costs=self.costs,
+            number_bytes=self.files.dtype.itemsize,
+            settled_at=progress.settled_at,
+        )
 
-def _file_info(host: HostModel, layers: Mapping[str, nn.Module], images: Sequence[Tensor], request: Request) -> FileInfo:
+
+def _file_info(
+    host: HostModel, layers: Mapping[str, nn.Module], images: Sequence[Tensor], request: Request
+) -> FileInfo:
     prefixes, style = file_prefixes(host.model, list(layers))
     largest = max(images, key=lambda t: t.shape[-1] * t.shape[-2])
     ratio = getattr(host.model.latent_format, "spacial_downscale_ratio", 8)
@@ -180,7 +195,9 @@ def _most_bytes(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> in
     costs = [cost(s) for s in shapes.values()]
     parameters = settings.budget(costs, limits)
     if settings.settle_at >= 1:
-        parameters = max(parameters, sum(c * min(limit, settings.initial_rank) for c, limit in zip(costs, limits, strict=True)))
+        parameters = max(
+            parameters, sum(c * min(limit, settings.initial_rank) for c, limit in zip(costs, limits, strict=True))
+        )
     return settings.file_overhead + parameters * settings.bytes_per_parameter
 
 
@@ -194,8 +211,3 @@ def _explained(stopped: BaseException, words: str) -> BaseException:
     if isinstance(stopped, LoraError) and words:
         return type(stopped)(f"{stopped}{words}")
     return stopped
-
-
-def apply(patcher: Any, lora: LoraStateDict) -> Any:
-    """A model with the adapter applied, as the host's own loader does it."""
-    return comfy.sd.load_lora_for_models(patcher, None, dict(lora), 1.0, 0.0)[0]

@@ -15,13 +15,14 @@ def trainable_weights(model: nn.Module) -> Iterator[None]:
 
     Nodes run in inference mode, where a loaded model's weights are inference tensors that autograd refuses to save. A new
     tensor over the same storage is not one, and costs nothing; the original objects come back at the end, so that the
-    host finds what it left. Call with inference mode off.
+    host finds what it left. All of them, since a weight that was moved between devices outside inference mode no longer
+    says that it is an inference tensor, and is refused all the same. Call with inference mode off.
     """
     swapped: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
     for module in model.modules():
         for slots in (module._parameters, module._buffers):
             for name, original in slots.items():
-                if original is None or not (original.is_inference() or original.requires_grad):
+                if original is None:
                     continue
                 alias = ordinary(original)
                 swapped.append((slots, name, original, alias))  # type: ignore[arg-type]

@@ -1,0 +1,53 @@
+"""Untrusted text (names and metadata of files) made fit to show."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_MARKS = re.compile(r"[\\`*_\[\]|~$]")  # harmless without these: () # ! + - inside a line
+_LINKS = re.compile(r"(?i)(www)\.|:(?=//)|(mailto|xmpp):|@")
+
+
+def clean(text: object, limit: int = 120) -> str:
+    """One line of at most `limit` characters without control, direction or invisible characters."""
+    # Cut before the work as well: a header may hold megabytes under one key.
+    raw = str(text)[: 4 * limit]
+    shown = "".join(
+        " " if c.isspace() else c for c in raw if c.isspace() or unicodedata.category(c)[0] not in "CZ"
+    )
+    line = " ".join(shown.split())
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def escape_markdown(text: object, limit: int = 120) -> str:
+    """`clean` text that Markdown and HTML show as it is: no markup, no link, no table break."""
+    line = "".join(_ENTITIES.get(c, c) for c in clean(text, limit))
+    line = _MARKS.sub(r"\\\g<0>", line)
+    return _LINKS.sub(_break_link, line)
+
+
+def _break_link(match: re.Match[str]) -> str:
+    if match.group(1):
+        return f"{match.group(1)}&#46;"
+    if match.group(2):
+        return f"{match.group(2)}&#58;"
+    return "&#64;" if match.group() == "@" else "&#58;"
+
+
+def size(number_of_bytes: float) -> str:
+    """Bytes in words: '940 B', '61.3 KB', '4.2 MB', '1.38 GB' (decimal units, three digits)."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        # 0.9995 of a unit would round up to '1000' of the smaller one.
+        if number_of_bytes >= 0.9995 * factor:
+            return f"{three_digits(number_of_bytes / factor)} {unit}"
+    return f"{number_of_bytes:.0f} B"
+
+
+def three_digits(value: float) -> str:
+    """A positive number with three digits and no useless zeros: 1.38, 14.8, 415, 2000."""
+    if value >= 99.95:
+        return f"{value:.0f}"
+    text = f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    return text.rstrip("0").rstrip(".")

@@ -1,0 +1,138 @@
+"""Load Adaptive LoRA: as much of it as wanted, cut without training thanks to the order of its positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..lora2.format import read
+from ..lora2.report import build
+from ..lora2.text import size
+from ..lora2.truncate import CutResult, cut
+from .host import files, loading
+from .host.progress import teller
+
+Ranks = io.Custom("LORA2_RANKS")
+
+
+class LoadAdaptiveLora(io.ComfyNode):
+    """Reads any LoRA file; cuts its plain layers if asked to; applies it as ComfyUI's own loader does."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node as the host shows it; called again whenever the list of files may have changed."""
+        return io.Schema(
+            node_id="LoRA2_LoadAdaptiveLora",
+            display_name="Load Adaptive LoRA",
+            category="LoRA²",
+            description=(
+                "Applies a LoRA to a model, whole or cut to a share, a rank or a size, without training anything. Whole and at "
+                "strength 1 it does exactly what ComfyUI's Load LoRA does. Reads any LoRA file."
+            ),
+            search_aliases=[
+                "load lora",
+                "lora loader",
+                "resize lora",
+                "reduce lora rank",
+                "shrink lora",
+                "adalora",
+                "dynamic rank",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model to apply the LoRA to."),
+                io.Combo.Input(
+                    "lora_name", options=files.lora_names(), tooltip="The file, from ComfyUI's LoRA folders."
+                ),
+                io.Float.Input(
+                    "strength_model",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="How strongly the diffusion model is changed. 1 is as trained.",
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="How strongly the text encoder is changed, if the file has a part for it.",
+                ),
+                io.Float.Input(
+                    "share",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Keep in every layer only the first positions that hold this share of what it carries. 1 = all.",
+                ),
+                io.Int.Input(
+                    "max_rank",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    tooltip="Keep at most this rank in every layer. 0 = no limit.",
+                ),
+                io.Float.Input(
+                    "megabytes",
+                    default=0.0,
+                    min=0.0,
+                    max=100_000.0,
+                    step=0.1,
+                    tooltip="Keep the most important positions of all layers together that fit this size in MB. 0 = no limit.",
+                ),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="The text encoder, if the LoRA should be applied to it too."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the LoRA applied."),
+                io.Clip.Output(
+                    display_name="clip", tooltip="The text encoder with the LoRA applied; empty if none is connected."
+                ),
+                Ranks.Output(display_name="ranks", tooltip="The ranks of what was loaded."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+        """A file that changed is read again, though its name is the same."""
+        return files.lora_fingerprint(lora_name)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        lora_name: str,
+        strength_model: float,
+        strength_clip: float,
+        share: float = 1.0,
+        max_rank: int = 0,
+        megabytes: float = 0.0,
+        clip: Any = None,
+    ) -> io.NodeOutput:
+        """Read, check, cut, apply, and say what was done."""
+        document = read(files.lora_path(lora_name))
+        matched = loading.match(document, model, clip)
+        result = cut(document, share, max_rank, megabytes)
+        tensors = dict(result.document.state_dict())
+        changed = loading.apply(model, clip, tensors, strength_model, strength_clip)
+        teller(cls.hidden.unique_id)(f"{matched.words()} {_cut_words(result)}".strip())
+        return io.NodeOutput(*changed, build(result.document, files.lora_title(lora_name)))
+
+
+def _cut_words(result: CutResult) -> str:
+    """What was cut, and what could not be."""
+    words = []
+    if result.bytes_after < result.bytes_before:
+        words.append(f"Cut from {size(result.bytes_before)} to {size(result.bytes_after)}.")
+    if result.uncut:
+        kinds = ", ".join(sorted(set(result.uncut.values())))
+        words.append(f"{len(result.uncut)} parts cannot be cut and stay whole: {kinds}.")
+    return " ".join(words)
+
+
+NODES = [LoadAdaptiveLora]

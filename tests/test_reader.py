@@ -1,0 +1,178 @@
+"""A broken or hostile file is refused in one sentence, before anything in it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from lora2 import reader
+from lora2.errors import LoraError
+from lora2.format import read
+
+
+def build(header: object, size: int = 0, length: int | None = None) -> bytes:
+    """A file with this header, `size` zero bytes of data, and perhaps a lie about the header's length."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(size)
+
+
+def entry(shape: Any = (2, 2), offsets: Any = (0, 16), dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+GOOD = build({"__metadata__": {"a": "b"}, "t": entry(), "u": entry((3,), (16, 22), "BF16")}, 22)
+
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "truncated: it has 0 bytes"),
+    "seven bytes": (b"\0" * 7, "truncated: it has 7 bytes"),
+    "no header": (b"\0" * 8, "not JSON"),
+    "cut in the header": (GOOD[:50], "truncated: its header needs"),
+    "cut in the data": (GOOD[:-1], "truncated: its tensors need 22 bytes, 21 are there"),
+    "too long": (GOOD + b"\0", "1 bytes follow the last tensor"),
+    "gigantic header": (build(b"x" * 10, length=1 << 40), "its header claims 1099511627776 bytes"),
+    "header over the limit": (build(b"x" * 10, length=reader.HEADER_LIMIT + 1), "its header claims"),
+    "largest length": (b"\xff" * 8 + b"{}", "its header claims"),
+    "not UTF-8": (build(b'{"\xff": 1}'), "not JSON"),
+    "not JSON": (build(b'{"t": '), "not JSON"),
+    "deep": (build(b"[" * 100_001), "not JSON"),
+    "deep objects": (build(b'{"a":' * 100_001), "not JSON"),
+    "endless number": (build(b'{"a":' + b"1" * 100_001 + b"}"), "not JSON"),
+    "a list": (build([1]), "not a JSON object"),
+    "the same name twice": (build(b'{"t": 1, "u": 2, "t": 3}'), "t is there twice"),
+    "metadata a text": (build({"__metadata__": "x"}), "its metadata is not a table of texts"),
+    "metadata of numbers": (build({"__metadata__": {"a": 1}}), "its metadata is not a table of texts"),
+    "metadata nested": (build({"__metadata__": {"a": {"b": "c"}}}), "its metadata is not a table of texts"),
+    "entry a number": (build({"t": 1}), "the entry of tensor t is malformed"),
+    "entry without shape": (
+        build({"t": {"dtype": "F32", "data_offsets": [0, 4]}}),
+        "entry of tensor t is malformed",
+    ),
+    "entry with more": (build({"t": {**entry(), "x": 1}}, 16), "the entry of tensor t is malformed"),
+    "unknown type": (build({"t": entry(dtype="F7")}, 16), "tensor t has the unknown type F7"),
+    "type a list": (build({"t": entry(dtype=["F32"])}, 16), "unknown type"),
+    "negative shape": (build({"t": entry((-2, -2))}, 16), "impossible shape"),
+    "shape of fractions": (build({"t": entry((2.0, 2.0))}, 16), "impossible shape"),
+    "shape of booleans": (build({"t": entry((True, 4))}, 16), "impossible shape"),
+    "shape a number": (build({"t": entry(4)}, 16), "impossible shape"),
+    "enormous shape": (build({"t": entry((1 << 64, 4))}, 16), "impossible shape"),
+    "shape that overflows": (build({"t": entry((1 << 32, 1 << 32))}, 0), "needs 73786976294838206464 bytes"),
+    "many dimensions": (build({"t": entry([1] * 9, (0, 4))}, 4), "impossible shape"),
+    "three offsets": (build({"t": entry(offsets=(0, 8, 16))}, 16), "impossible offsets"),
+    "offsets turned": (build({"t": entry(offsets=(16, 0))}, 16), "impossible offsets"),
+    "negative offsets": (build({"t": entry(offsets=(-16, 0))}, 16), "impossible offsets"),
+    "size and shape differ": (
+        build({"t": entry(offsets=(0, 12))}, 12),
+        "needs 16 bytes, its offsets hold 12",
+    ),
+    "overlap": (build({"a": entry(), "b": entry(offsets=(8, 24))}, 24), "tensor b overlaps another"),
+    "same place": (build({"a": entry(), "b": entry()}, 16), "tensor b overlaps another"),
+    "gap": (build({"a": entry(), "b": entry(offsets=(20, 36))}, 36), "gap before tensor b"),
+    "late start": (build({"a": entry(offsets=(4, 20))}, 20), "gap before tensor a"),
+    "outside": (build({"a": entry(offsets=(0, 16))}, 8), "truncated: its tensors need 16 bytes, 8 are there"),
+    "web page": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "is text.*Download"),
+    "JSON error page": (b'{"error":"not found, sorry, please sign in"}', "is text"),
+    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is text.*Git LFS"),
+    "GGUF": (b"GGUF\x03\0\0\0" + bytes(16), "GGUF"),
+    "strange name": (build({"\x1b[31m\u202e": 1}), r"tensor \\x1b\[31m\\u202e is malformed"),
+    "lone surrogate": (build(b'{"\\ud800": 1}'), r"tensor \\ud800 is malformed"),
+}
+
+
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_broken_files_are_refused(tmp_path: Path, case: str) -> None:
+    content, words = BROKEN[case]
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(LoraError, match=words) as caught:
+        read(path)
+    message = str(caught.value)
+    assert "broken.safetensors" in message
+    assert message.isprintable()
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickled_files_are_named(tmp_path: Path, legacy: bool) -> None:
+    path = tmp_path / "old.ckpt"
+    torch.save({"t": torch.ones(3)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(LoraError, match="old PyTorch file"):
+        read(path)
+
+
+def test_archives_are_no_loras(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x", "y")
+    with pytest.raises(LoraError, match="not a safetensors file"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.mkdir(), "is not a file"),
+        (lambda path: os.mkfifo(path), "is not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a file"),
+        (lambda path: path.symlink_to(path), "cannot be read"),
+    ],
+)
+def test_what_is_no_file(tmp_path: Path, make: Callable[[Path], Any], words: str) -> None:
+    make(tmp_path / "x.safetensors")
+    with pytest.raises(LoraError, match=words):
+        read(tmp_path / "x.safetensors")
+
+
+def test_good_files_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(GOOD)
+    tensors, metadata = reader.read_file(path)
+    assert metadata == {"a": "b"}
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
+        "t": (torch.float32, (2, 2)),
+        "u": (torch.bfloat16, (3,)),
+    }
+    path.write_bytes(build({}))
+    assert reader.read_file(path) == ({}, {})
+    path.write_bytes(build({"e": entry((0, 7), (0, 0)), "s": entry((), (0, 4))}, 4))
+    assert reader.read_file(path)[0]["e"].shape == (0, 7)
+
+
+@pytest.mark.parametrize("length", [128, 19280, 16444, 31548])
+def test_no_header_length_looks_like_another_format(tmp_path: Path, length: int) -> None:
+    """The low bytes of these lengths are those that pickles, archives, pages and JSON begin with."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(build(b"{}".ljust(length)))
+    assert reader.read_file(path) == ({}, {})
+
+
+@pytest.mark.parametrize("dtype", list(reader.DTYPE_NAMES))
+def test_every_type_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "x.safetensors"
+    tensor = torch.zeros(3, 2).to(dtype)
+    safetensors.torch.save_file({"t": tensor}, path)
+    assert reader.read_file(path)[0]["t"].dtype == dtype
+
+
+def test_any_single_damage_is_refused_or_harmless(tmp_path: Path) -> None:
+    """Every byte of a small file's head set to some other value: a LoraError or a reading, nothing else."""
+    path = tmp_path / "x.safetensors"
+    refused = 0
+    for position in range(len(GOOD) - 22):
+        for value in (0, 0x22, 0x2D, 0x39, 0x7B, 0xFF):
+            damaged = bytearray(GOOD)
+            damaged[position] = value
+            path.write_bytes(damaged)
+            try:
+                read(path)
+            except LoraError:
+                refused += 1
+    assert refused > 500
