@@ -40,8 +40,13 @@ class Factors:
         """Numbers held by both factors."""
         return self.up.numel() + self.down.numel()
 
+    def head(self, rank: int) -> Factors:
+        """The first `rank` positions, or all of fewer, at the same scale."""
+        down = self.down[:rank]
+        return Factors(self.up[:, :rank], down, self.scale * len(down))
+
     def delta(self) -> Tensor:
         """ΔW with the weight's shape, in the factors' dtype: (d_out, d_in) or (d_out, c_in / groups, *kernel)."""
-        product = self.up.reshape(self.up.shape[0], self.rank) @ self.down.reshape(self.rank, -1)
+        product = self.up.reshape(self.up.shape[0], self.rank) @ self.down.reshape(self.rank, self.down.shape[1:].numel())
         return (self.scale * product).reshape(self.up.shape[0], *self.down.shape[1:])
 

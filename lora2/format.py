@@ -161,11 +161,12 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = No
 
 def read(path: str | Path) -> LoraDocument:
     """The layers of a LoRA file. Raises LoraError, naming the file, where it makes no sense."""
-    tensors, metadata = read_file(Path(path))
+    path = Path(path)
+    tensors, metadata = read_file(path)
     try:
         return parse(tensors, metadata)
     except LoraError as error:
-        raise LoraError(f"{shown(path)}: {error}") from error
+        raise LoraError(f"{shown(path.name)}: {error}") from error
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, str]:

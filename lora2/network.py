@@ -254,12 +254,7 @@ def fit(factors: Mapping[str, Factors], budget: int, min_rank: int = 1) -> dict[
     spare = budget - sum(floor[name] * f.cost for name, (f, _) in ordered.items())
     costs = {name: f.cost for name, (f, _) in ordered.items()}
     more = allocate({name: s[floor[name] :] for name, (_, s) in ordered.items()}, costs, max(0, spare))
-    return {name: _float32(head(f, floor[name] + more[name])) for name, (f, _) in ordered.items()}
-
-
-def head(factors: Factors, rank: int) -> Factors:
-    """The first `rank` positions, at the same scale."""
-    return Factors(factors.up[:, :rank], factors.down[:rank], factors.scale * rank)
+    return {name: _float32(f.head(floor[name] + more[name])) for name, (f, _) in ordered.items()}
 
 
 def _float32(factors: Factors) -> Factors:

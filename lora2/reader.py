@@ -31,16 +31,16 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = _checked_header(path)
         return dict(safetensors.torch.load_file(path)), metadata
     except FileNotFoundError as error:
-        raise LoraError(f"{shown(path)} does not exist.") from error
+        raise LoraError(f"{shown(path.name)} does not exist.") from error
     except (OSError, safetensors.SafetensorError) as error:
-        raise LoraError(f"{shown(path)} cannot be read: {shown(error)}") from error
+        raise LoraError(f"{shown(path.name)} cannot be read: {shown(error)}") from error
 
 
 def _checked_header(path: Path) -> dict[str, str]:
     """Check the whole header against the file; returns its metadata."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise LoraError(f"{shown(path)} is not a file.")
+        raise LoraError(f"{shown(path.name)} is not a file.")
     with open(path, "rb") as file:
         start = file.read(8)
         if len(start) < 8:
@@ -64,14 +64,14 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
     """Name the formats that people try instead; their first bytes, read as a length, are always enormous."""
     if start[:2] == b"PK" or start[0] == 0x80:
         raise LoraError(
-            f"{shown(path)} is an old PyTorch file (.pt, .ckpt), not a safetensors file. Such files can"
+            f"{shown(path.name)} is an old PyTorch file (.pt, .ckpt), not a safetensors file. Such files can"
             " run code when opened, so they are not read here: convert it to safetensors first."
         )
     if start[:4] == b"GGUF":
-        raise LoraError(f"{shown(path)} is a GGUF file, not a LoRA in a safetensors file.")
+        raise LoraError(f"{shown(path.name)} is a GGUF file, not a LoRA in a safetensors file.")
     if start[:1] in b"<{" or start.startswith(b"version "):
         raise LoraError(
-            f"{shown(path)} is text, not a safetensors file: perhaps a web page or a Git LFS pointer was"
+            f"{shown(path.name)} is text, not a safetensors file: perhaps a web page or a Git LFS pointer was"
             " saved in its place. Download the file itself again."
         )
 
@@ -138,8 +138,8 @@ def _counts(value: Any) -> bool:
 
 
 def _broken(path: Path, what: str) -> NoReturn:
-    raise LoraError(f"{shown(path)} is not a valid safetensors file: {what}. Download or save it again.")
+    raise LoraError(f"{shown(path.name)} is not a valid safetensors file: {what}. Download or save it again.")
 
 
 def _truncated(path: Path, what: str) -> NoReturn:
-    raise LoraError(f"{shown(path)} is truncated: {what}. Download or copy it again.")
+    raise LoraError(f"{shown(path.name)} is truncated: {what}. Download or copy it again.")

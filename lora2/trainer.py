@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -123,8 +124,9 @@ class Trainer:
         taken = self.optimizer.step(self._rate(step), ranks_move, mean)
         value = float(mean)
         if not taken:
+            what = "gradients are no longer numbers" if math.isfinite(value) else f"loss became {value}"
             raise Diverged(
-                f"The loss became {value} at step {step + 1}, and the step was not taken: lower the learning rate (now "
+                f"The {what} at step {step + 1}, and the step was not taken: lower the learning rate (now "
                 f"{settings.learning_rate:g}), check the latents, or train in bf16 or fp32."
             )
         self.progress.losses.append(value)

@@ -67,15 +67,15 @@ class _Layer:
     def keep_first(self, rank: int) -> None:
         """Cut in the order in which the positions lie."""
         if rank < self.rank:
-            self.factors = cast(head(fold_scale(self.factors), rank), self.factors)
+            self.factors = cast(fold_scale(self.factors).head(rank), self.factors)
             self.changed, self._order = True, None
 
     def keep_strongest(self, rank: int) -> None:
         """Cut in singular order, the best approximation of that rank."""
         if rank < self.rank:
             ordered, sigma = self.order()
-            self.factors = cast(head(ordered, rank), self.factors)
-            self.nu, self.changed, self._order = None, True, (head(ordered, rank), sigma[:rank])
+            self.factors = cast(ordered.head(rank), self.factors)
+            self.nu, self.changed, self._order = None, True, (ordered.head(rank), sigma[:rank])
 
     def keep(self, rank: int) -> None:
         """Cut in order of importance where the layer has one, else in singular order."""
@@ -118,12 +118,6 @@ def cut(doc: LoraDocument, share: float = 1.0, max_rank: int = 0, megabytes: flo
         bytes_after=_bytes(tensors_after),
         uncut=doc.uncut(),
     )
-
-
-def head(factors: Factors, rank: int) -> Factors:
-    """The first `rank` positions, or all of fewer, of factors with alpha = rank; and so again."""
-    down = factors.down[:rank]
-    return Factors(factors.up[:, :rank], down, float(len(down)))
 
 
 def cast(factors: Factors, like: Factors) -> Factors:

@@ -169,7 +169,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _explain(error: OSError, folder: Path, size: int) -> str:
     """What went wrong with the disk, and what to do."""
-    where = f"{shown(folder)} ({size / 1e6:.1f} MB to write)"
+    where = f"the folder {shown(folder.name)} ({size / 1e6:.1f} MB to write)"
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
         return f"The disk is full: the LoRA was not saved in {where}. Free some space or change the folder."
     if error.errno == errno.EFBIG:

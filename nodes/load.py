@@ -120,11 +120,11 @@ class LoadAdaptiveLora(io.ComfyNode):
         result = cut(document, share, max_rank, megabytes)
         tensors = dict(result.document.state_dict())
         changed = loading.apply(model, clip, tensors, strength_model, strength_clip)
-        teller(cls.hidden.unique_id)(f"{matched.words()} {_cut_words(result)}".strip())
+        teller(cls.hidden.unique_id)(" ".join([matched.words(), *_cut_words(result), *document.notes]))
         return io.NodeOutput(*changed, build(result.document, files.lora_title(lora_name)))
 
 
-def _cut_words(result: CutResult) -> str:
+def _cut_words(result: CutResult) -> list[str]:
     """What was cut, and what could not be."""
     words = []
     if result.bytes_after < result.bytes_before:
@@ -132,7 +132,7 @@ def _cut_words(result: CutResult) -> str:
     if result.uncut:
         kinds = ", ".join(sorted(set(result.uncut.values())))
         words.append(f"{len(result.uncut)} parts cannot be cut and stay whole: {kinds}.")
-    return " ".join(words)
+    return words
 
 
 NODES = [LoadAdaptiveLora]

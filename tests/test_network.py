@@ -116,7 +116,8 @@ def answer(network: AdaptiveNetwork, model: Model, x: Tensor) -> Tensor:
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / expected.norm())
 
 
 # -- ranks on the device -------------------------------------------------------------------------------------

@@ -87,8 +87,9 @@ def test_every_family_trains_and_its_file_is_exact_in_comfyui(
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     for prefix, factors in document.layers.items():
         key = keys[prefix]
-        expected = before[key].double() + factors.up.double().flatten(1) @ factors.down.double().flatten(1)
-        # float32: one rounding in the product's sum and one in the addition.
+        update = factors.up.double().flatten(1) @ factors.down.double().flatten(1)
+        expected = before[key].double() + factors.scale * update
+        # float32: one rounding in the product's sum, one in the scale, one in the addition.
         error = (now[key].double() - expected).abs().max() / expected.abs().max()
         assert error <= 1e-6
     patched.detach()

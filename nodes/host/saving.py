@@ -105,14 +105,17 @@ class FileInfo:
     ) -> LoraStateDict:
         """The adapter as the file's tensors and metadata; float32 where the chosen type cannot hold the values.
 
-        rates: ν of layers in the order of Λ, None for layers in singular order.
+        rates: ν of layers in the order of Λ, None for layers in singular order. UNet files have one alpha for all layers,
+        with the scales folded in, so that every reader is exact: diffusers loses the alphas of attention layers where
+        they differ (0.39.0 and 0.42.1, measured; tests/test_readers.py). Others have each layer's own rank.
         """
         named = {self.prefixes[name]: f for name, f in factors.items()}
+        alpha = float(max(1, round(target))) if self.style == "kohya" else None
         try:
-            tensors = to_state_dict(named, self.style, self.dtype)
+            tensors = to_state_dict(named, self.style, self.dtype, alpha)
         except LoraError:
             log.warning("LoRA²: values too large for %s; saving as float32 instead.", self.dtype)
-            tensors = to_state_dict(named, self.style, torch.float32)
+            tensors = to_state_dict(named, self.style, torch.float32, alpha)
         layers = {
             self.prefixes[name]: layer_info(
                 f, nu=rates[name], target=target, order="singular" if rates[name] is None else "importance"

@@ -1,0 +1,204 @@
+"""How a step is run: as it is written, or replayed as CUDA graphs.
+
+A step of a large model is thousands of small kernels, and launching them takes longer than running them. A graph holds the
+launches of one forward and backward for one shape; replaying it costs one launch. Inputs are copied into the tensors that
+the graph was recorded with, and gradients add up in tensors that stay where they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .network import AdaptiveNetwork
+from .optimizer import Optimizer
+
+log = logging.getLogger("lora2")
+
+WARM_VISITS = 2
+"""Steps of a shape that run as written before it is recorded: libraries choose their kernels and buffers in them."""
+
+MOST_GRAPHS = 12
+"""Shapes that are recorded; further ones run as written."""
+
+
+@dataclass
+class Micro:
+    """Samples of one shape whose conditioning fits together, and their share of the step.
+
+    clean, noise: (batch, channels, …); sigma: (batch,). conditioning: what the denoiser made of the captions, by name:
+    tensors, lists of tensors, or plain values. weight: () share of the step's loss.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    sigma: Tensor
+    conditioning: dict[str, Any]
+    weight: Tensor
+
+
+Loss = Callable[[Micro], Tensor]
+
+
+class Engine:
+    """Runs steps as they are written."""
+
+    def __init__(self, network: AdaptiveNetwork, loss: Loss) -> None:
+        self.network = network
+        self.loss = loss
+
+    def step(self, micros: list[Micro], optimizer: Optimizer) -> Tensor:
+        """One optimizer step over all samples; the loss before it, () on the device."""
+        self.network.refresh()
+        self.network.hold_gradients()
+        total = torch.zeros((), device=self.network.device)
+        for micro in micros:
+            total = total + self.backward(micro)
+        self.update(optimizer, total)
+        return total
+
+    def backward(self, micro: Micro) -> Tensor:
+        """Forward and backward of a part of the step; its share of the loss."""
+        loss = self.loss(micro) * micro.weight
+        loss.backward()
+        return loss.detach()
+
+    def update(self, optimizer: Optimizer, loss: Tensor) -> None:
+        """The optimizer's step."""
+        optimizer.step(loss)
+
+    def forget(self) -> None:
+        """Call when parameters were replaced."""
+
+
+class GraphEngine(Engine):
+    """Replays steps as CUDA graphs; falls back to running them as written, for good, where recording fails."""
+
+    def __init__(self, network: AdaptiveNetwork, loss: Loss) -> None:
+        super().__init__(network, loss)
+        self.failed = False
+        self._visits: dict[str, int] = {}
+        self._graphs: dict[str, _Recorded] = {}
+        self._update: _Recorded | None = None
+        self._updates = 0
+        self._pool: Any = None
+
+    def backward(self, micro: Micro) -> Tensor:
+        """As written the first times, then recorded, then replayed."""
+        key = signature(micro)
+        if key not in self._graphs:
+            visits = self._visits[key] = self._visits.get(key, 0) + 1
+            if self.failed or visits <= WARM_VISITS or len(self._graphs) >= MOST_GRAPHS:
+                return super().backward(micro)
+            static = copied(micro)
+            recorded = self._record(lambda: super(GraphEngine, self).backward(static))
+            if recorded is None:
+                return super().backward(micro)
+            recorded.inputs = static
+            self._graphs[key] = recorded
+        recorded = self._graphs[key]
+        fill(recorded.inputs, micro)
+        return recorded.replay().clone()
+
+    def update(self, optimizer: Optimizer, loss: Tensor) -> None:
+        """As written the first time, when the optimizer makes its moments; then recorded and replayed."""
+        self._updates += 1
+        if self._update is None and not self.failed and self._updates > 1:
+            static = loss.clone()
+
+            def work() -> Tensor:
+                optimizer.step(static)
+                return static
+
+            self._update = self._record(work)
+        if self._update is None:
+            optimizer.step(loss)
+        else:
+            self._update.replay(loss)
+
+    def _record(self, work: Callable[[], Tensor]) -> _Recorded | None:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = work()
+        except RuntimeError as error:
+            # Recording stops at the first operation that a graph cannot hold; nothing of it has run.
+            self.failed = True
+            self.forget()
+            log.info("LoRA²: steps cannot be recorded as CUDA graphs here, so they run as written: %s", error)
+            return None
+        return _Recorded(graph, output)
+
+    def forget(self) -> None:
+        """Drop what was recorded: it trains parameters that are gone."""
+        self._graphs.clear()
+        self._update = None
+        self._updates = 0
+        self._pool = None
+        torch.cuda.empty_cache()
+
+
+class _Recorded:
+    """A graph with the tensors that it reads and writes."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
+        self.graph = graph
+        self.output = output
+        self.inputs: Any = None
+
+    def replay(self, value: Tensor | None = None) -> Tensor:
+        if value is not None:
+            self.output.copy_(value)
+        self.graph.replay()
+        return self.output
+
+
+def engine_for(network: AdaptiveNetwork, loss: Loss, graphs: bool) -> Engine:
+    """Graphs where they are wanted and the device can replay them."""
+    return GraphEngine(network, loss) if graphs and network.device.type == "cuda" else Engine(network, loss)
+
+
+def signature(micro: Micro) -> str:
+    """What a graph is made for: shapes and types of all tensors, and every plain value."""
+    return repr([_sign(value) for value in (micro.clean, micro.sigma, *sorted(micro.conditioning.items()))])
+
+
+def _sign(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), str(value.dtype)
+    return [_sign(item) for item in value] if isinstance(value, (list, tuple)) else repr(value)
+
+
+def copied(micro: Micro) -> Micro:
+    """The same values in tensors of their own."""
+    conditioning = {name: _copy(value) for name, value in micro.conditioning.items()}
+    parts = (micro.clean, micro.noise, micro.sigma)
+    return Micro(*(part.clone() for part in parts), conditioning, micro.weight.clone())
+
+
+def fill(target: Micro, source: Micro) -> None:
+    """Copy the values of one part into another's tensors."""
+    for name in ("clean", "noise", "sigma", "weight"):
+        getattr(target, name).copy_(getattr(source, name), non_blocking=True)
+    for name, value in source.conditioning.items():
+        _fill(target.conditioning[name], value)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _fill(target: Any, source: Any) -> None:
+    if isinstance(target, Tensor):
+        target.copy_(source, non_blocking=True)
+    elif isinstance(target, list):
+        for one, other in zip(target, source, strict=True):
+            _fill(one, other)

@@ -1,0 +1,124 @@
+"""Every impossible setting is refused by name, before anything starts."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from lora2.errors import LoraError
+from lora2.settings import INITS, OPTIMIZERS, SAMPLINGS, SCHEDULES, Settings
+
+NAN, INF = math.nan, math.inf
+COUNTS = ["steps", "batch_size", "accumulation", "target_rank", "min_rank", "sync_every", "bytes_per_parameter"]
+MAYBE = ["initial_rank", "max_rank", "file_overhead"]
+POSITIVE = ["learning_rate", "rank_learning_rate"]
+NOT_NEGATIVE = ["rank_weight", "entropy_weight", "weight_decay", "clip_norm", "min_snr_gamma", "budget_mb"]
+SHARES = ["rank_hold", "settle_at", "caption_dropout", "warmup"]
+WORDS = ["schedule", "optimizer", "timestep_sampling", "init"]
+BAD = [
+    *((name, value) for name in COUNTS for value in (0, -1, 2.5, NAN, INF, "3", None, True)),
+    *((name, value) for name in MAYBE for value in (-1, 2.5, NAN, "3", None)),
+    *((name, value) for name in POSITIVE for value in (0, -1e-9, NAN, INF, "1e-4", None)),
+    *((name, value) for name in NOT_NEGATIVE for value in (-1e-9, NAN, INF, -INF, "0", None)),
+    *((name, value) for name in SHARES for value in (-0.01, 1.01, NAN, INF, "half", None)),
+    *(("q", value) for value in (0, 0.009, 1, 1.5, -0.9, NAN, INF, "0.9")),
+    *((name, value) for name in WORDS for value in ("", "Cosine", "linear", None, 3)),
+    *(("seed", value) for value in (-1, 2**64, 0.5, NAN, "1", None)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=[f"{n}={v!r}" for n, v in BAD])
+def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(LoraError, match=rf"^{name} = .*\.$"):
+        Settings(**{name: value})
+
+
+def test_every_setting_is_covered() -> None:
+    assert {name for name, _ in BAD} == {field.name for field in fields(Settings)}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("min_rank", {"min_rank": 9, "target_rank": 8}),
+        ("min_rank", {"min_rank": 9, "max_rank": 8, "budget_mb": 1.0}),
+        ("initial_rank", {"initial_rank": 17, "max_rank": 16}),
+        ("target_rank", {"target_rank": 17, "max_rank": 16}),
+    ],
+)
+def test_settings_that_contradict_each_other(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(LoraError, match=rf"^{name} = .* must not be above "):
+        Settings(**changes)
+
+
+def test_the_ends_of_every_range_are_allowed() -> None:
+    for changes in (
+        dict.fromkeys(COUNTS, 1),
+        dict.fromkeys(MAYBE, 0),
+        dict.fromkeys(NOT_NEGATIVE, 0),
+        dict.fromkeys(SHARES, 0),
+        dict.fromkeys(SHARES, 1.0),
+        {"q": 0.01},
+        {"q": 0.9999},
+        {"seed": 0},
+        {"seed": 2**64 - 1},
+        {"target_rank": 99, "max_rank": 16, "budget_mb": 1.0},
+    ):
+        Settings(**changes)
+    for name, choices in (
+        ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("timestep_sampling", SAMPLINGS), ("init", INITS),
+    ):
+        for choice in choices:
+            assert getattr(Settings(**{name: choice}), name) == choice
+
+
+def test_settings_are_plain_values_for_a_file() -> None:
+    told = Settings(steps=7, seed=2**64 - 1)
+    assert Settings(**json.loads(json.dumps(told.to_dict()))) == told
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "step"),
+    [(600, 0.5, 300), (600, 0.0, 0), (600, 1.0, 600), (600, 0.999, 599), (10, 0.95, 9), (1, 0.5, 0), (1, 0.9, 0),
+     (1, 1.0, 1), (3, 0.9, 2)],
+)
+def test_ranks_settle_before_the_last_step_or_never(steps: int, share: float, step: int) -> None:
+    """Below a share of 1 there is always a step left in which they have settled: the target must be met."""
+    assert Settings(steps=steps, settle_at=share).settle_step == step
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------
+
+COSTS, LIMITS = [100, 50], [20, 10]
+
+
+def test_a_target_is_a_number_of_parameters() -> None:
+    assert Settings(target_rank=4).budget(COSTS, LIMITS) == 4 * 150
+    assert Settings(target_rank=15).budget(COSTS, LIMITS) == 15 * 100 + 10 * 50, "a layer has no more than its limit"
+    with pytest.raises(LoraError, match=r"target_rank = 21 .* at most 20"):
+        Settings(target_rank=21).budget(COSTS, LIMITS)
+
+
+def test_megabytes_are_a_number_of_parameters() -> None:
+    """10⁶ bytes, less what the file holds beside the factors."""
+    told = Settings(budget_mb=0.0015).with_file(overhead=300, bytes_per_parameter=2)
+    assert told.budget(COSTS, LIMITS) == (1500 - 300) // 2
+    assert told.with_file(300, 4).budget(COSTS, LIMITS) == (1500 - 300) // 4
+
+
+def test_a_budget_that_cannot_be_met_says_what_can() -> None:
+    """The smallest and the largest size are named, and they are the right ones."""
+    least, most = 2 * (100 + 50), 2 * (20 * 100 + 10 * 50)
+    for size, word in ((least - 1, "smaller than rank 1 on all 2 layers"), (most + 2, "more than the 2 layers can hold")):
+        told = Settings(budget_mb=(size + 1000) / 1e6).with_file(overhead=1000, bytes_per_parameter=2)
+        with pytest.raises(LoraError, match=rf"^budget_mb = .* {word}") as refused:
+            told.budget(COSTS, LIMITS)
+        named = (least if size < least else most) + 1000
+        assert f"{named / 1e6:.3f} MB" in str(refused.value)
+    for size in (least, most):
+        told = Settings(budget_mb=(size + 1000) / 1e6).with_file(overhead=1000, bytes_per_parameter=2)
+        assert told.budget(COSTS, LIMITS) == size // 2

@@ -1,0 +1,589 @@
+"""The loop on a small denoiser: seeds, bad losses, stopping, batches, phases, and ranks that fit their task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora2.losses import EPSILON, FLOW, PREDICTIONS, X0, EntropyProbe, V, denoising_loss
+from lora2.network import AdaptiveNetwork
+from lora2.optimizer import Optimizer, global_norm
+from lora2.schedule import learning_rate_factor
+from lora2.settings import Settings
+from lora2.trainer import EMPTY_CAPTION, Diverged, Progress, Trainer
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Toy(nn.Module):
+    """A denoiser of a few thousand weights: a convolution, cross-attention to a caption's two tokens, a convolution."""
+
+    def __init__(self, prediction: str = EPSILON, pictures: int = 9) -> None:
+        super().__init__()
+        self.prediction, self.sigma_data, self.device = prediction, 1.0, torch.device("cpu")
+        self.into, self.out = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
+        self.to_q, self.to_k, self.to_v = nn.Linear(16, 16), nn.Linear(12, 16), nn.Linear(12, 16)
+        generator = torch.Generator().manual_seed(11)
+        for parameter in self.parameters():
+            parameter.data.normal_(0, 0.2, generator=generator)
+        self.requires_grad_(False)
+        self.words = torch.randn(pictures + 1, 2, 12, generator=generator)  # the last one is the empty caption
+        self.calls: list[dict[str, Any]] = []
+
+    def layers(self) -> dict[str, nn.Module]:
+        return {"into": self.into, "q": self.to_q, "k": self.to_k, "v": self.to_v, "out": self.out}
+
+    def probe(self) -> EntropyProbe:
+        return EntropyProbe([(self.to_q, self.to_k, 2)])
+
+    def sigma(self, time: Tensor, shifted: bool) -> Tensor:
+        self.calls.append({"time": time, "shifted": shifted})
+        return time if self.prediction == FLOW else 10 * time**2 + 0.05
+
+    def add_noise(self, sigma: Tensor, noise: Tensor, clean: Tensor) -> Tensor:
+        at = sigma.view(-1, 1, 1, 1)
+        noisy = (1 - at) * clean + at * noise if self.prediction == FLOW else clean + at * noise
+        self.calls[-1].update(clean=clean, noise=noise, noisy=noisy)
+        return noisy
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
+        self.calls[-1].update(given=noisy, sigma=sigma, captions=list(captions))
+        at = sigma.view(-1, 1, 1, 1)
+        context = self.words[torch.tensor(captions)]
+        hidden = torch.tanh(self.into(noisy / (1 + at)))
+        q = self.to_q(hidden.flatten(2).transpose(1, 2))
+        attention = torch.softmax(q @ self.to_k(context).transpose(1, 2) / 4, -1) @ self.to_v(context)
+        hidden = hidden + attention.transpose(1, 2).reshape(hidden.shape)
+        output = self.out(hidden)
+        if self.prediction == X0:
+            return output
+        if self.prediction == V:
+            return noisy / (at**2 + 1) - output * at / (at**2 + 1).sqrt()
+        return noisy - at * output
+
+
+def latents(count: int = 9) -> list[Tensor]:
+    """Pictures of two shapes, mixed."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(4, 4, 6 if i % 3 == 2 else 4, generator=generator) for i in range(count)]
+
+
+def told(**changes: Any) -> Settings:
+    return Settings(
+        **{
+            "steps": 12, "learning_rate": 1e-2, "rank_learning_rate": 5e-2, "batch_size": 2, "target_rank": 2,
+            "initial_rank": 9, "sync_every": 3, "rank_weight": 1e-2, "seed": 1, **changes,
+        }
+    )
+
+
+def trainer_of(toy: Toy | None = None, **changes: Any) -> Trainer:
+    toy = toy or Toy(changes.pop("prediction", EPSILON))
+    settings = told(**changes)
+    return Trainer(AdaptiveNetwork(toy.layers(), settings), toy, latents(), settings, toy.probe())
+
+
+def toy_of(trainer: Trainer) -> Toy:
+    assert isinstance(trainer.denoiser, Toy)
+    return trainer.denoiser
+
+
+def state(trainer: Trainer) -> list[Tensor]:
+    """All that training changes, copied."""
+    return [p.detach().clone() for p in (*trainer.network.parameters(), trainer.network.theta)]
+
+
+def learned(trainer: Trainer) -> list[Tensor]:
+    factors, _ = trainer.network.final_factors()
+    return [t for f in factors.values() for t in (f.up, f.down)]
+
+
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) for m in model.modules())
+
+
+# -- seeds ---------------------------------------------------------------------------------------------------
+
+EVERYTHING: dict[str, Any] = {
+    "accumulation": 2, "caption_dropout": 0.3, "min_snr_gamma": 5.0, "entropy_weight": 1e-2, "weight_decay": 0.01,
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("settle_at", [0.0, 0.5, 1.0])
+def test_a_seed_decides_every_bit(optimizer: str, settle_at: float) -> None:
+    runs = []
+    for seed in (7, 7, 8):
+        torch.rand(1)  # torch's own generator must not matter
+        trainer = trainer_of(seed=seed, optimizer=optimizer, settle_at=settle_at, **EVERYTHING)
+        progress = trainer.run()
+        runs.append((learned(trainer), progress.losses, progress.ranks))
+    assert same(runs[0][0], runs[1][0])
+    assert runs[0][1:] == runs[1][1:]
+    assert runs[0][1] != runs[2][1]
+    assert not same(runs[0][0], runs[2][0])
+
+
+def test_a_run_leaves_torchs_generator_and_the_model_alone() -> None:
+    trainer = trainer_of(**EVERYTHING)
+    toy = toy_of(trainer)
+    weights = {k: v.clone() for k, v in toy.state_dict().items()}
+    before = torch.get_rng_state()
+    trainer.run()
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(v, weights[k]) for k, v in toy.state_dict().items())
+    assert all(p.grad is None for p in toy.parameters())
+    assert hooks(toy) == 0
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 2, 2**64 - 1])
+def test_every_seed_of_comfyuis_widget_works(seed: int) -> None:
+    assert len(trainer_of(seed=seed, steps=2).run().losses) == 2
+
+
+# -- a loss that is no number --------------------------------------------------------------------------------
+
+
+def spoil_output(value: float) -> Any:
+    return lambda predicted: predicted + value
+
+
+def spoil_gradient(predicted: Tensor) -> Tensor:
+    predicted.register_hook(lambda gradient: gradient * math.nan)
+    return predicted
+
+
+@pytest.mark.parametrize("settle_at", [0.25, 1.0])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_output(math.nan), spoil_output(math.inf), spoil_output(1e19), spoil_gradient],
+    ids=["NaN", "infinity", "a square beyond float32 with finite gradients", "gradients only"],
+)
+def test_a_bad_step_is_not_taken(spoil: Any, accumulation: int, settle_at: float) -> None:
+    """One bad micro-batch is enough; the adapter stays as it was, bit for bit, and can be saved."""
+    trainer = trainer_of(accumulation=accumulation, settle_at=settle_at)
+    toy, good = toy_of(trainer), 6
+    ordinary, kept = toy.denoise, []
+
+    def denoise(noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
+        predicted = ordinary(noisy, sigma, captions)
+        bad = len(toy.calls) == good * accumulation + accumulation // 2 + 1
+        return spoil(predicted) if bad else predicted
+
+    def remember(progress: Progress) -> None:
+        kept[:] = [state(trainer), learned(trainer)]
+
+    toy.denoise = denoise  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match=r"step 7.*learning rate \(now 0.01\)") as raised:
+        trainer.run(remember)
+    assert "not taken" in str(raised.value)
+    assert trainer.progress.step == len(trainer.progress.losses) == good
+    assert all(math.isfinite(loss) for loss in trainer.progress.losses)
+    assert same(state(trainer), kept[0])
+    assert same(learned(trainer), kept[1])
+    assert all(bool(t.isfinite().all()) for t in learned(trainer))
+    moments = [v for s in trainer.optimizer.inner.state.values() for v in s.values() if isinstance(v, Tensor)]
+    assert all(bool(m.isfinite().all()) for m in moments), "the optimizer too"
+    assert all(p.grad is None for p in (*trainer.network.parameters(), trainer.network.theta))
+    assert hooks(toy) == 0
+
+
+def test_latents_with_a_nan_stop_the_first_step() -> None:
+    toy, settings = Toy(), told()
+    network = AdaptiveNetwork(toy.layers(), settings)
+    with pytest.raises(Diverged, match="step 1"):
+        Trainer(network, toy, [torch.full((4, 4, 4), math.nan)], settings).run()
+    assert not any(f.delta().any() for f in network.final_factors()[0].values())
+
+
+# -- stopping ------------------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """What a host raises when a person cancels."""
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 12])
+@pytest.mark.parametrize("kind", [Stop, KeyboardInterrupt, RuntimeError])
+def test_a_callback_that_raises_stops_at_once_and_keeps_what_was_learned(at: int, kind: type[BaseException]) -> None:
+    """Before settling, right at it and after it."""
+    trainer = trainer_of(settle_at=0.5)
+    kept: list[Tensor] = []
+
+    def cancel(progress: Progress) -> None:
+        if progress.step == at:
+            kept.extend(state(trainer))
+            raise kind
+
+    with pytest.raises(kind):
+        trainer.run(cancel)
+    assert len(toy_of(trainer).calls) == at, "not one forward more"
+    assert len(trainer.progress.losses) == trainer.progress.step == at
+    assert same(state(trainer), kept)
+    assert hooks(toy_of(trainer)) == 0
+    factors, _ = trainer.network.final_factors()
+    assert set(factors) == set(toy_of(trainer).layers())
+    assert any(bool(f.delta().any()) for f in factors.values())
+
+
+def test_stopping_and_going_on_is_the_same_as_not_stopping() -> None:
+    whole, parts = trainer_of(**EVERYTHING), trainer_of(**EVERYTHING)
+    whole.run()
+
+    def cancel(progress: Progress) -> None:
+        if progress.step in (2, 6, 7):
+            raise Stop
+
+    for _ in range(3):
+        with pytest.raises(Stop):
+            parts.run(cancel)
+    parts.run()
+    assert same(learned(whole), learned(parts))
+    assert whole.progress.losses == parts.progress.losses
+
+
+def test_a_model_that_fails_in_the_middle_of_a_step_leaves_no_half_gradients() -> None:
+    """The second of three micro-batches fails, as it may when memory runs out."""
+    trainer = trainer_of(accumulation=3)
+    toy, before = toy_of(trainer), state(trainer)
+    ordinary = toy.denoise
+
+    def denoise(*given: Any) -> Tensor:
+        if len(toy.calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return ordinary(*given)
+
+    toy.denoise = denoise  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.run()
+    assert same(state(trainer), before)
+    assert all(p.grad is None for p in trainer.network.parameters())
+    assert hooks(toy) == 0
+
+
+# -- what reaches the denoiser -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_every_sample_has_its_own_picture_caption_noise_and_time(batch: int) -> None:
+    trainer = trainer_of(batch_size=batch, steps=15, settle_at=1.0)
+    trainer.run()
+    pictures, times, noises = latents(), [], []
+    for call in toy_of(trainer).calls:
+        assert len(call["captions"]) == len(call["sigma"]) == len(call["clean"]) == batch
+        for index, clean in zip(call["captions"], call["clean"], strict=True):
+            assert torch.equal(clean, pictures[index]), "picture i has caption i"
+        assert torch.equal(call["given"], call["noisy"])
+        assert torch.equal(call["sigma"], 10 * call["time"] ** 2 + 0.05)
+        assert call["noise"].shape == call["clean"].shape
+        times += call["time"].tolist()
+        noises += call["noise"][:, 0, 0, 0].tolist()
+    assert len(set(times)) == len(times) == 15 * batch
+    assert len(set(noises)) == len(noises)
+    assert {i for call in toy_of(trainer).calls for i in call["captions"]} == set(range(9)) or batch == 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "shifted"), [("auto", True), ("shifted", True), ("uniform", False), ("logit-normal", False)]
+)
+def test_only_a_shifted_schedule_is_shifted(sampling: str, shifted: bool) -> None:
+    trainer = trainer_of(timestep_sampling=sampling)
+    trainer.draw()
+    assert toy_of(trainer).calls[0]["shifted"] is shifted
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_captions_are_dropped_at_their_rate(share: float) -> None:
+    """Sample by sample, independent of the picture; the other captions stay right."""
+    trainer = trainer_of(caption_dropout=share, batch_size=4)
+    drawn = [trainer.draw() for _ in range(500)]
+    captions = [c for *_, batch in drawn for c in batch]
+    dropped = sum(c == EMPTY_CAPTION for c in captions)
+    # 2000 draws: three deviations of a binomial.
+    assert abs(dropped - 2000 * share) <= 3 * math.sqrt(2000 * share * (1 - share))
+    if 0 < share < 1:
+        assert any(0 < sum(c == EMPTY_CAPTION for c in batch) < 4 for *_, batch in drawn)
+    pictures = latents()
+    for clean, _, _, batch in drawn[:50]:
+        for picture, caption in zip(clean, batch, strict=True):
+            assert caption == EMPTY_CAPTION or torch.equal(picture, pictures[caption])
+
+
+def test_dropped_captions_reach_the_denoiser() -> None:
+    trainer = trainer_of(caption_dropout=1.0, steps=2)
+    trainer.run()
+    assert all(call["captions"] == [EMPTY_CAPTION] * 2 for call in toy_of(trainer).calls)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_loss_is_the_models_own_plus_the_entropy(prediction: str) -> None:
+    toy = Toy(prediction)
+    for gamma, weight in ((0.0, 0.0), (0.0, 0.3), (5.0, 0.3)):
+        trainer = trainer_of(toy, min_snr_gamma=gamma, entropy_weight=weight)
+        clean, noise, sigma, captions = trainer.draw()
+        predicted = toy.denoise(toy.add_noise(sigma, noise, clean), sigma, captions)
+        expected = float(denoising_loss(predicted, clean, sigma, prediction, gamma))
+        probe = toy.probe()
+        with probe.attached():
+            toy.denoise(toy.add_noise(sigma, noise, clean), sigma, captions)
+            entropy = probe.take()
+        assert entropy is not None
+        with trainer.entropy.attached() if trainer.entropy is not None else trainer.network.attached():
+            got = float(trainer.loss(clean, noise, sigma, captions).detach())
+        assert (trainer.entropy is None) == (weight == 0)
+        assert got == pytest.approx(expected + weight * float(entropy), rel=1e-6)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_prediction_type_learns(prediction: str) -> None:
+    """On the same batches before and after."""
+    trainer = trainer_of(prediction=prediction, steps=60, batch_size=3, rank_weight=1e-4, settle_at=0.5)
+    toy_of(trainer).calls.append({})
+    probe = [trainer_of(prediction=prediction, seed=99, batch_size=9).draw() for _ in range(6)]
+
+    def mean_loss() -> float:
+        with trainer.network.attached(), torch.no_grad():
+            return sum(float(trainer.loss(*batch)) for batch in probe) / len(probe)
+
+    trainer.entropy = None
+    before = mean_loss()
+    trainer.run()
+    assert mean_loss() < 0.8 * before
+
+
+# -- steps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_micro_batches_equal_one_batch_of_the_same_samples(optimizer: str) -> None:
+    """Four batches of two are one batch of eight, to float32 rounding."""
+    one = trainer_of(accumulation=1, optimizer=optimizer, settle_at=0.5, entropy_weight=0.1)
+    four = trainer_of(accumulation=4, optimizer=optimizer, settle_at=0.5, entropy_weight=0.1)
+    source = trainer_of(Toy(), batch_size=8, seed=3)
+    batches = [source.draw() for _ in range(12)]
+    whole = iter(batches)
+    parts = iter([(c[i : i + 2], n[i : i + 2], s[i : i + 2], k[i : i + 2]) for c, n, s, k in batches for i in range(0, 8, 2)])
+    for trainer, feed in ((one, whole), (four, parts)):
+        toy_of(trainer).calls.append({})
+        trainer.draw = feed.__next__  # type: ignore[method-assign]
+        trainer.run()
+    assert one.progress.losses == pytest.approx(four.progress.losses, rel=1e-4)
+    assert one.progress.ranks == four.progress.ranks
+    for a, b in zip(one.network.export().values(), four.network.export().values(), strict=True):
+        # Adam divides 1e-7 of rounding by the gradient's own size, and twelve steps add up.
+        assert (a.delta() - b.delta()).norm() < 2e-3 * b.delta().norm()
+
+
+def test_the_learning_rate_follows_warm_up_schedule_and_settling() -> None:
+    trainer = trainer_of(steps=40, warmup=0.1, settle_at=0.5, learning_rate=0.02)
+    rates: list[float] = []
+    trainer.run(lambda _: rates.append(trainer.optimizer.inner.param_groups[0]["lr"] / 0.02))
+    expected = [learning_rate_factor(i, 40, 0.1, "cosine") for i in range(40)]
+    for i in range(4):
+        expected[20 + i] *= (i + 1) / 5
+    assert rates == pytest.approx(expected), "after settling the new moments are warmed up as at the start"
+
+
+def test_gradients_are_clipped_together() -> None:
+    """A first step of SGD moves by rate · min(norm, clip)."""
+    moved = {}
+    for clip in (0.0, 1e-3, 1e6):
+        trainer = trainer_of(optimizer="sgd", clip_norm=clip, warmup=0.0, settle_at=1.0, learning_rate=0.5)
+        before = state(trainer)[:-1]
+
+        def stop(_: Progress) -> None:
+            raise Stop
+
+        with pytest.raises(Stop):
+            trainer.run(stop)
+        after = state(trainer)[:-1]
+        moved[clip] = global_norm([a - b for a, b in zip(after, before, strict=True)]).item() / 0.5
+    assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2)
+    assert moved[0.0] == pytest.approx(moved[1e6], rel=1e-6)
+    assert moved[0.0] > 0.01
+
+
+def test_clipping_does_not_weaken_what_the_data_says_of_ranks() -> None:
+    """θ's gradient is taken before clipping, so λ_r means the same at any clip_norm."""
+    one, other = theta_after_a_step(clip=0.0), theta_after_a_step(clip=1e-4)
+    assert torch.equal(one, other)
+    assert bool(one.any())
+
+
+def theta_after_a_step(clip: float) -> Tensor:
+    """Adam's first moment of θ, a tenth of the gradient."""
+    trainer = trainer_of(clip_norm=clip)
+    network, theta = trainer.network, trainer.optimizer.theta
+    for adapter in network.adapters:
+        adapter.up.data.normal_(generator=torch.Generator().manual_seed(0))
+    network.refresh()
+    with network.attached():
+        trainer.loss(*trainer.draw()).backward()
+    trainer.optimizer.step(1.0, True, torch.ones(()))
+    assert theta is not None
+    return theta.state[network.theta]["exp_avg"]
+
+
+def test_global_norm() -> None:
+    tensors = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]]), torch.tensor(12.0)]
+    assert float(global_norm(tensors)) == pytest.approx(13)
+    assert float(global_norm([])) == 0
+    assert math.isnan(float(global_norm([torch.tensor(math.nan), torch.ones(2)])))
+
+
+# -- ranks and phases ----------------------------------------------------------------------------------------
+
+
+def test_ranks_hold_still_at_first() -> None:
+    trainer = trainer_of(steps=20, rank_hold=0.4, settle_at=1.0)
+    seen: list[Tensor] = []
+    start = trainer.network.theta.detach().clone()
+    trainer.run(lambda _: seen.append(trainer.network.theta.detach().clone()))
+    assert all(torch.equal(theta, start) for theta in seen[:8])
+    # The first step of Adam is its learning rate for every element, whatever the gradient. The last layer has four
+    # outputs and starts at its full rank of 4, beyond which it cannot go.
+    assert torch.allclose((seen[8] - start).abs()[:4], torch.full((4,), 5e-2), rtol=1e-3)
+    assert trainer.network.ranks()["out"] <= 4
+
+
+def test_theta_follows_its_gradient_and_progress_tells_the_ranks() -> None:
+    """Pulled toward rank 2 from 9 with all weight, every layer falls."""
+    trainer = trainer_of(steps=60, settle_at=1.0, rank_weight=100.0)
+    means: list[float] = []
+
+    def listen(progress: Progress) -> None:
+        means.append(sum(progress.ranks.values()) / 5)
+
+    progress = trainer.run(listen)
+    changes = {i + 1 for i in range(1, 60) if means[i] != means[i - 1]}
+    assert progress.phase == "adapting"
+    assert progress.settled_at is None
+    assert progress.ranks == trainer.network.ranks()
+    assert all(rank <= 4 for rank in progress.ranks.values())
+    assert changes <= set(range(3, 61, 3)), "told when the arrays follow, every sync_every steps"
+    assert len(changes) > 3
+
+
+@pytest.mark.parametrize("settle_at", [0.25, 0.5, 0.9])
+def test_settling_meets_the_target_and_training_goes_on(settle_at: float) -> None:
+    trainer = trainer_of(steps=40, settle_at=settle_at, target_rank=3, learning_rate=3e-3)
+    phases: list[str] = []
+    optimizers: list[Optimizer] = []
+
+    def listen(progress: Progress) -> None:
+        phases.append(progress.phase)
+        if trainer.optimizer not in optimizers:
+            optimizers.append(trainer.optimizer)
+
+    progress = trainer.run(listen)
+    settled = round(40 * settle_at)
+    assert phases == ["adapting"] * settled + ["settled"] * (40 - settled)
+    assert len(optimizers) == 2
+    assert len(progress.losses) == progress.step == 40
+    assert progress.settled_at == settled
+    network = trainer.network
+    assert network.size() <= network.budget == 3 * sum(a.cost for a in network.adapters)
+    assert network.budget - network.size() < max(a.cost for a in network.adapters)
+    assert progress.ranks == network.ranks()
+    factors, ordered = network.final_factors()
+    assert ordered
+    assert {n: f.rank for n, f in factors.items()} == progress.ranks
+
+
+def test_settling_at_the_start_trains_a_plain_lora_of_one_rank() -> None:
+    trainer = trainer_of(steps=60, settle_at=0.0, target_rank=4, initial_rank=0, batch_size=3)
+    progress = trainer.run()
+    assert set(progress.ranks.values()) == {4}
+    assert all(bool(f.delta().any()) for f in trainer.network.export().values())
+    held = [p for group in trainer.optimizer.inner.param_groups for p in group["params"]]
+    assert all(a is b for a, b in zip(held, trainer.network.parameters(), strict=True))
+
+
+class Teachers(nn.Module):
+    """Linear layers that must each become W + T, T of a known rank: channel i of the noisy latent goes through layer i."""
+
+    prediction, sigma_data, device = X0, 1.0, torch.device("cpu")
+    ranks = (1, 2, 4, 8, 16, 32)
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.parts = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in self.ranks).requires_grad_(False)
+        goals = []
+        for layer, rank in zip(self.parts, self.ranks, strict=True):
+            layer.weight.data.normal_(0, 0.1, generator=generator)
+            left = torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64))[0]
+            right = torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64))[0]
+            goals.append((left @ right.T).float())
+        self.goals = torch.stack(goals)
+
+    def layers(self) -> dict[str, nn.Module]:
+        return {str(rank): layer for rank, layer in zip(self.ranks, self.parts, strict=True)}
+
+    def sigma(self, time: Tensor, shifted: bool) -> Tensor:
+        return torch.ones_like(time)
+
+    def add_noise(self, sigma: Tensor, noise: Tensor, clean: Tensor) -> Tensor:
+        return noise
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
+        """The clean latent is zero, so what is put out is the error."""
+        errors = []
+        for index, layer in enumerate(self.parts):
+            z = noisy[:, index]
+            errors.append(layer(z) - z @ (layer.weight + self.goals[index]).T)
+        return 8 * torch.stack(errors, 1)
+
+
+def teach(**changes: Any) -> Trainer:
+    model = Teachers()
+    settings = Settings(
+        **{
+            "steps": 400, "learning_rate": 1e-2, "rank_learning_rate": 1.5e-2, "batch_size": 48, "target_rank": 2,
+            "initial_rank": 16, "settle_at": 1.0, "schedule": "constant", "clip_norm": 0.0, **changes,
+        }
+    )
+    trainer = Trainer(AdaptiveNetwork(model.layers(), settings), model, [torch.zeros(6, 64)], settings)
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("weight", [1e-2, 3e-2])
+def test_layers_learn_the_ranks_that_their_tasks_need(weight: float) -> None:
+    """The trial in DESIGN: teachers of rank 1 to 32, all layers started at 16 and pulled toward 2."""
+    ranks = list(teach(rank_weight=weight).progress.ranks.values())
+    assert ranks == sorted(ranks)
+    assert len(set(ranks)) == 6
+    assert ranks[0] < 10
+    assert ranks[5] > 40
+
+
+def test_a_stronger_pull_gives_smaller_ranks() -> None:
+    weak, strong = (list(teach(rank_weight=w, steps=200).progress.ranks.values()) for w in (1e-4, 3e-2))
+    assert sum(strong) < 0.9 * sum(weak)
+    assert all(s <= w for s, w in zip(strong, weak, strict=True))
+
+
+def test_settling_finds_the_true_ranks() -> None:
+    """All directions of all teachers weigh alike, and rank 10 everywhere pays for 60 of their 63."""
+    progress = teach(settle_at=0.75, target_rank=10).progress
+    assert list(progress.ranks.values()) == [1, 2, 4, 8, 16, 29]
+    # The three directions of energy 1 that are missing, of 6 · 64 outputs, times 8² in the loss.
+    assert progress.losses[-1] == pytest.approx(3 / (6 * 64) * 64, rel=0.25)
