@@ -8,7 +8,7 @@ the graph was recorded with, and gradients add up in tensors that stay where the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,21 +28,21 @@ MOST_GRAPHS = 12
 
 
 @dataclass
-class Micro:
+class Part:
     """Samples of one shape whose conditioning fits together, and their share of the step.
 
-    clean, noise: (batch, channels, …); sigma: (batch,). conditioning: what the denoiser made of the captions, by name:
-    tensors, lists of tensors, or plain values. weight: () share of the step's loss.
+    clean, noise: (batch, channels, …); sigma: (batch,). conditioning: what the denoiser made of the captions: tensors and
+    plain values, in dicts and lists. weight: () share of the step's loss.
     """
 
     clean: Tensor
     noise: Tensor
     sigma: Tensor
-    conditioning: dict[str, Any]
+    conditioning: Any
     weight: Tensor
 
 
-Loss = Callable[[Micro], Tensor]
+Loss = Callable[[Part], Tensor]
 
 
 class Engine:
@@ -52,25 +52,26 @@ class Engine:
         self.network = network
         self.loss = loss
 
-    def step(self, micros: list[Micro], optimizer: Optimizer) -> Tensor:
-        """One optimizer step over all samples; the loss before it, () on the device."""
+    def step(self, parts: Iterable[Part], optimizer: Optimizer, rate: float, ranks_move: bool) -> Tensor:
+        """One optimizer step over all samples.
+
+        Returns (2,) float32 on the device: the loss before the step, and 1 if the step was taken, 0 if it was not finite.
+        """
         self.network.refresh()
         self.network.hold_gradients()
-        total = torch.zeros((), device=self.network.device)
-        for micro in micros:
-            total = total + self.backward(micro)
-        self.update(optimizer, total)
-        return total
+        optimizer.prepare(rate, ranks_move)
+        loss = torch.stack([self.backward(part) for part in parts]).sum()
+        return torch.stack([loss, self.update(optimizer, loss).to(loss.dtype)])
 
-    def backward(self, micro: Micro) -> Tensor:
+    def backward(self, part: Part) -> Tensor:
         """Forward and backward of a part of the step; its share of the loss."""
-        loss = self.loss(micro) * micro.weight
+        loss = self.loss(part) * part.weight
         loss.backward()
         return loss.detach()
 
-    def update(self, optimizer: Optimizer, loss: Tensor) -> None:
-        """The optimizer's step."""
-        optimizer.step(loss)
+    def update(self, optimizer: Optimizer, loss: Tensor) -> Tensor:
+        """The optimizer's step; whether it was taken, () on the device."""
+        return optimizer.take(loss)
 
     def forget(self) -> None:
         """Call when parameters were replaced."""
@@ -88,38 +89,35 @@ class GraphEngine(Engine):
         self._updates = 0
         self._pool: Any = None
 
-    def backward(self, micro: Micro) -> Tensor:
+    def backward(self, part: Part) -> Tensor:
         """As written the first times, then recorded, then replayed."""
-        key = signature(micro)
+        key = signature(part)
         if key not in self._graphs:
             visits = self._visits[key] = self._visits.get(key, 0) + 1
             if self.failed or visits <= WARM_VISITS or len(self._graphs) >= MOST_GRAPHS:
-                return super().backward(micro)
-            static = copied(micro)
+                return super().backward(part)
+            static = copied(part)
             recorded = self._record(lambda: super(GraphEngine, self).backward(static))
             if recorded is None:
-                return super().backward(micro)
+                return super().backward(part)
             recorded.inputs = static
             self._graphs[key] = recorded
         recorded = self._graphs[key]
-        fill(recorded.inputs, micro)
+        fill(recorded.inputs, part)
         return recorded.replay().clone()
 
-    def update(self, optimizer: Optimizer, loss: Tensor) -> None:
+    def update(self, optimizer: Optimizer, loss: Tensor) -> Tensor:
         """As written the first time, when the optimizer makes its moments; then recorded and replayed."""
         self._updates += 1
         if self._update is None and not self.failed and self._updates > 1:
             static = loss.clone()
-
-            def work() -> Tensor:
-                optimizer.step(static)
-                return static
-
-            self._update = self._record(work)
+            self._update = self._record(lambda: optimizer.take(static))
+            if self._update is not None:
+                self._update.inputs = static
         if self._update is None:
-            optimizer.step(loss)
-        else:
-            self._update.replay(loss)
+            return optimizer.take(loss)
+        self._update.inputs.copy_(loss)
+        return self._update.replay().clone()
 
     def _record(self, work: Callable[[], Tensor]) -> _Recorded | None:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -152,9 +150,7 @@ class _Recorded:
         self.output = output
         self.inputs: Any = None
 
-    def replay(self, value: Tensor | None = None) -> Tensor:
-        if value is not None:
-            self.output.copy_(value)
+    def replay(self) -> Tensor:
         self.graph.replay()
         return self.output
 
@@ -164,41 +160,44 @@ def engine_for(network: AdaptiveNetwork, loss: Loss, graphs: bool) -> Engine:
     return GraphEngine(network, loss) if graphs and network.device.type == "cuda" else Engine(network, loss)
 
 
-def signature(micro: Micro) -> str:
+def signature(part: Part) -> str:
     """What a graph is made for: shapes and types of all tensors, and every plain value."""
-    return repr([_sign(value) for value in (micro.clean, micro.sigma, *sorted(micro.conditioning.items()))])
+    return repr([_sign(value) for value in (part.clean, part.sigma, part.conditioning)])
+
+
+def copied(part: Part) -> Part:
+    """The same values in tensors of their own."""
+    return Part(*(_copy(value) for value in (part.clean, part.noise, part.sigma, part.conditioning, part.weight)))
+
+
+def fill(target: Part, source: Part) -> None:
+    """Copy the values of one part into another's tensors."""
+    for name in ("clean", "noise", "sigma", "conditioning", "weight"):
+        _fill(getattr(target, name), getattr(source, name))
 
 
 def _sign(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape), str(value.dtype)
+    if isinstance(value, dict):
+        return [(name, _sign(item)) for name, item in sorted(value.items())]
     return [_sign(item) for item in value] if isinstance(value, (list, tuple)) else repr(value)
-
-
-def copied(micro: Micro) -> Micro:
-    """The same values in tensors of their own."""
-    conditioning = {name: _copy(value) for name, value in micro.conditioning.items()}
-    parts = (micro.clean, micro.noise, micro.sigma)
-    return Micro(*(part.clone() for part in parts), conditioning, micro.weight.clone())
-
-
-def fill(target: Micro, source: Micro) -> None:
-    """Copy the values of one part into another's tensors."""
-    for name in ("clean", "noise", "sigma", "weight"):
-        getattr(target, name).copy_(getattr(source, name), non_blocking=True)
-    for name, value in source.conditioning.items():
-        _fill(target.conditioning[name], value)
 
 
 def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
+    if isinstance(value, dict):
+        return {name: _copy(item) for name, item in value.items()}
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def _fill(target: Any, source: Any) -> None:
     if isinstance(target, Tensor):
         target.copy_(source, non_blocking=True)
+    elif isinstance(target, dict):
+        for name, item in target.items():
+            _fill(item, source[name])
     elif isinstance(target, list):
         for one, other in zip(target, source, strict=True):
             _fill(one, other)

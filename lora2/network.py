@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,9 @@ from .spectrum import allocate, singular_order
 
 INITIAL_OVER_TARGET = 4
 SMALLEST_INITIAL = 16
+
+PRESSED_SHARE, FREED_SHARE = 0.02, 0.05
+"""Of the parameters held: what makes the arrays follow the ranks."""
 
 
 class AdaptiveNetwork:
@@ -67,6 +70,12 @@ class AdaptiveNetwork:
         """The factors of every layer, down before up; without θ."""
         return [p for a in self.adapters for p in (a.down, a.up)]
 
+    def hold_gradients(self) -> None:
+        """Give every factor a gradient to add to, zero where it has none: its place stays the same from step to step."""
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def forget_gradients(self) -> None:
         """Drop all gradients, as after a step that was given up."""
         for parameter in (*self.parameters(), self.theta):
@@ -88,6 +97,7 @@ class AdaptiveNetwork:
         self._positions = torch.arange(width, device=self.device, dtype=torch.float32)
         self._capacities = torch.tensor([a.capacity for a in self.adapters], device=self.device, dtype=torch.float32)
         self._importance = torch.zeros(len(self.adapters), width, device=self.device)
+        self._peak = self._capacities.clone()
         for row, adapter in zip(self._importance, self.adapters, strict=True):
             adapter.importance = row
         self.refresh()
@@ -99,7 +109,9 @@ class AdaptiveNetwork:
             return
         self.theta.data.clamp_(self._floor_theta, self._limit_theta)
         nu = imp.rate(self.theta, self.settings.q)[:, None]
-        inside = self._positions < self.logical_ranks()[:, None]
+        ranks = self.logical_ranks()
+        torch.maximum(self._peak, ranks, out=self._peak)
+        inside = self._positions < ranks[:, None]
         torch.mul(imp.importance(self._positions, nu), inside, out=self._importance)
 
     def logical_ranks(self) -> Tensor:
@@ -163,19 +175,35 @@ class AdaptiveNetwork:
         if self.settled:
             return False
         self.refresh()
-        wanted = imp.quantile_rank(self.theta).tolist()
-        changed = False
-        for adapter, rank, limit in zip(self.adapters, wanted, self._limits, strict=True):
-            adapter.renew(int(min(rank, adapter.capacity)), self.generator, optimizer)
-            capacity = next_capacity(adapter.capacity, int(rank), limit)
-            if capacity != adapter.capacity:
-                adapter.resize(capacity, self.generator, optimizer)
-                changed = True
+        wanted, reached = torch.stack([imp.quantile_rank(self.theta), self._peak]).int().tolist()
+        for adapter, rank, peak in zip(self.adapters, wanted, reached, strict=True):
+            if peak > rank:
+                adapter.renew(rank, self.generator, optimizer)
+        self._peak.copy_(self.logical_ranks())
+        capacities = [
+            next_capacity(a.capacity, rank, limit) for a, rank, limit in zip(self.adapters, wanted, self._limits, strict=True)
+        ]
+        changed = self._worth(capacities)
+        if changed:
+            for adapter, capacity in zip(self.adapters, capacities, strict=True):
+                if capacity != adapter.capacity:
+                    adapter.resize(capacity, self.generator, optimizer)
         if self.settings.budget_mb and self.settings.settle_at >= 1:
             self.pressure = next_pressure(self.pressure, self.size() / self.budget)
         if changed:
             self._rebuild()
         return changed
+
+    def _worth(self, capacities: Sequence[int]) -> bool:
+        """Whether resizing pays: a recorded step has to be recorded again after it.
+
+        It does when layers that hold a share of the parameters press against their arrays, or when a share would be freed.
+        """
+        held = sum(a.capacity * a.cost for a in self.adapters)
+        pairs = list(zip(self.adapters, capacities, strict=True))
+        pressed = sum(a.capacity * a.cost for a, c in pairs if c > a.capacity)
+        freed = sum((a.capacity - c) * a.cost for a, c in pairs if c < a.capacity)
+        return pressed > PRESSED_SHARE * held or freed > FREED_SHARE * held
 
     @torch.no_grad()
     def settle(self, cut: bool = True) -> None:

@@ -1,4 +1,7 @@
-"""One step of the factors and of θ, clipped, and not taken when a gradient is not a number."""
+"""One step of the factors and of θ, clipped, and not taken when a gradient is not a number.
+
+All on the device: nothing here waits for a value, so that a step can be recorded and replayed (engine.py).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from .settings import Settings
 BETAS = (0.9, 0.99)
 """A run has hundreds of steps, not millions: β₂ = 0.999 would remember the start for all of it."""
 
+FUSED = ("cuda", "cpu")
+"""Devices whose fused optimizers skip a step, and unscale gradients, by a tensor on the device."""
+
 
 class Optimizer:
     """AdamW, Adam or SGD over the factors, and Adam over θ with a learning rate of its own."""
@@ -18,48 +24,69 @@ class Optimizer:
     def __init__(self, network: AdaptiveNetwork, settings: Settings) -> None:
         self.network = network
         self.settings = settings
-        self.inner = _factor_optimizer(network.parameters(), settings)
-        self.theta = (
-            None
-            if network.settled
-            else torch.optim.Adam([network.theta], lr=settings.rank_learning_rate, betas=BETAS, fused=True)
-        )
+        self.fused = network.device.type in FUSED
+        self._capturable = network.device.type == "cuda"
+        self.inner = self._make(network.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay)
+        self.theta = None if network.settled else self._make([network.theta], "adam", settings.rank_learning_rate, 0.0)
+        self._hold = torch.zeros((), device=network.device)
 
-    @torch.no_grad()
-    def step(self, rate: float, ranks_move: bool, loss: Tensor) -> bool:
+    def _make(self, parameters: list[torch.nn.Parameter], kind: str, rate: float, decay: float) -> torch.optim.Optimizer:
+        lr = torch.tensor(rate, device=self.network.device) if self._capturable else rate
+        if kind == "sgd":
+            sgd = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=decay, fused=self.fused)
+            for parameter in parameters:  # else a first step that is skipped leaves whatever the memory held
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return sgd
+        cls = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
+        return cls(parameters, lr=lr, betas=BETAS, weight_decay=decay, fused=self.fused, capturable=self._capturable)
+
+    def step(self, rate: float, ranks_move: bool, loss: Tensor) -> Tensor:
         """Take the accumulated gradients with `rate` times the learning rate and clear them.
 
-        False, and no step, if they or the loss are not finite (a loss may overflow where its gradients do not).
+        Returns () bool on the device: False, and no step, if they or the loss are not finite (a loss may overflow where its
+        gradients do not).
         """
+        self.prepare(rate, ranks_move)
+        return self.take(loss)
+
+    def prepare(self, rate: float, ranks_move: bool) -> None:
+        """Set what the next `take` goes by."""
+        for group in self.inner.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.settings.learning_rate * rate)
+            else:
+                group["lr"] = self.settings.learning_rate * rate
+        self._hold.fill_(0.0 if ranks_move else 1.0)
+
+    @torch.no_grad()
+    def take(self, loss: Tensor) -> Tensor:
+        """`step` without setting anything: the same launches every time."""
         if self.theta is not None:
             self.network.write_theta_gradient()
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm = global_norm(gradients)
-        finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
-        if finite:
-            if self.settings.clip_norm > 0:
-                torch._foreach_mul_(gradients, (self.settings.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-            for group in self.inner.param_groups:
-                group["lr"] = self.settings.learning_rate * rate
-            self.inner.step()
-            if self.theta is not None and ranks_move:
-                self.theta.step()
-        self.network.forget_gradients()
-        return finite
+        norm = global_norm(gradients, loss)
+        taken = torch.isfinite(norm) & torch.isfinite(loss)
+        skip = (~taken).to(torch.float32)
+        excess = (norm / self.settings.clip_norm).clamp(min=1.0) if self.settings.clip_norm > 0 else torch.ones_like(norm)
+        self._move(self.inner, gradients, excess, skip)
+        if self.theta is not None:
+            assert self.network.theta.grad is not None  # noqa: S101 (written just now)
+            self._move(self.theta, [self.network.theta.grad], torch.ones_like(norm), torch.maximum(skip, self._hold))
+        torch._foreach_zero_(gradients)
+        return taken
+
+    def _move(self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], excess: Tensor, skip: Tensor) -> None:
+        """A step with gradients divided by `excess`, or none where `skip` is 1."""
+        if self.fused:
+            optimizer.grad_scale, optimizer.found_inf = excess.float(), skip.float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not bool(skip):
+            torch._foreach_div_(gradients, excess)
+            optimizer.step()
 
 
-def global_norm(gradients: list[Tensor]) -> Tensor:
+def global_norm(gradients: list[Tensor], like: Tensor | None = None) -> Tensor:
     """√Σ‖g‖² over all tensors, a scalar on their device."""
     if not gradients:
-        return torch.zeros(())
+        return torch.zeros(()) if like is None else torch.zeros_like(like)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-
-
-def _factor_optimizer(factors: list[torch.nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    fused = all(p.is_cuda or p.device.type == "cpu" for p in factors)
-    rate, decay = settings.learning_rate, settings.weight_decay
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(factors, lr=rate, momentum=0.9, weight_decay=decay, fused=fused)
-    if settings.optimizer == "adam":
-        return torch.optim.Adam(factors, lr=rate, betas=BETAS, weight_decay=decay, fused=fused)
-    return torch.optim.AdamW(factors, lr=rate, betas=BETAS, weight_decay=decay, fused=fused)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from .data import Buckets
+from .engine import Part, engine_for
 from .errors import LoraError
 from .losses import EntropyProbe, denoising_loss
 from .network import AdaptiveNetwork
 from .optimizer import Optimizer
 from .schedule import learning_rate_factor, sample_times
 from .settings import SEEDS, Settings
+
+STEPS_AHEAD = 1
+"""Steps that a GPU may be given before the last one's loss is read: a cancel waits for them."""
 
 EMPTY_CAPTION = -1
 """Stands for the empty caption where a picture's index stands for its caption."""
@@ -45,8 +49,14 @@ class Denoiser(Protocol):
     def add_noise(self, sigma: Tensor, noise: Tensor, clean: Tensor) -> Tensor:
         """The noisy latent, (batch, channels, …)."""
 
-    def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
-        """The model's x0 prediction with every sample's own caption (an index, or EMPTY_CAPTION), with gradients."""
+    def conditions(self, captions: Sequence[int], shape: torch.Size) -> list[tuple[list[int], Any]]:
+        """Captions (indices, or EMPTY_CAPTION) as conditioning, in groups that can run together.
+
+        shape: of the latents, (batch, channels, …). Returns for each group its places in `captions`, and what `denoise` takes.
+        """
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
+        """The model's x0 prediction with every sample's own caption, with gradients."""
 
 
 @dataclass
@@ -70,6 +80,27 @@ class Progress:
         return "adapting" if self.settled_at is None else "settled"
 
 
+class _Result:
+    """A step's loss and whether it was taken, on their way from the device."""
+
+    def __init__(self, pair: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if pair.is_cuda:
+            self._values = torch.empty(2, pin_memory=True)
+            self._values.copy_(pair, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = pair
+
+    def read(self) -> tuple[float, bool]:
+        """Both, once the step is done."""
+        if self._event is not None:
+            self._event.synchronize()
+        loss, taken = self._values.tolist()
+        return loss, bool(taken)
+
+
 class Diverged(LoraError):
     """The loss is no longer a number. The network still holds the last good state."""
 
@@ -84,6 +115,7 @@ class Trainer:
         latents: Sequence[Tensor],
         settings: Settings,
         entropy: EntropyProbe | None = None,
+        graphs: bool = True,
     ) -> None:
         self.network = network
         self.denoiser = denoiser
@@ -92,49 +124,73 @@ class Trainer:
         self.data = Buckets(latents, settings.batch_size, (settings.seed + 1) % SEEDS)
         self.generator = Generator().manual_seed((settings.seed + 2) % SEEDS)
         self.optimizer = Optimizer(network, settings)
+        self.engine = engine_for(network, lambda part: self.loss(part.clean, part.noise, part.sigma, part.conditioning), graphs)
         self.progress = Progress(settings.steps, ranks=network.ranks())
         self._since_settling = 0
+        self._issued = 0
+        self._pending: list[_Result] = []
+        self._ahead = STEPS_AHEAD if network.device.type == "cuda" else 0
 
     def run(self, on_step: Callable[[Progress], None] | None = None) -> Progress:
-        """Train to the end. on_step is called after every step and may raise to stop; raises Diverged on a NaN loss."""
+        """Train to the end. on_step is called after every step and may raise to stop; raises Diverged on a NaN loss.
+
+        On a GPU the loop runs a little ahead: `progress` counts the steps that are known to be done.
+        """
         start = time.monotonic() - self.progress.seconds
         with ExitStack() as stack:
             stack.enter_context(self.network.attached())
             if self.entropy is not None:
                 stack.enter_context(self.entropy.attached())
+            stack.callback(self.engine.forget)
             stack.callback(self.network.forget_gradients)
-            while self.progress.step < self.settings.steps:
+            stack.callback(self._collect, 0, False)
+            while self._issued < self.settings.steps:
                 self._settle_if_due()
                 self._step()
+                self._collect(0 if self._issued == self.settings.steps else self._ahead)
                 self.progress.seconds = time.monotonic() - start
                 if on_step is not None:
                     on_step(self.progress)
         return self.progress
 
     def _step(self) -> None:
-        settings, step = self.settings, self.progress.step
-        self.network.refresh()
-        losses = []
-        for _ in range(settings.accumulation):
-            loss = self.loss(*self.draw())
-            (loss / settings.accumulation).backward()
-            losses.append(loss.detach())
-        mean = torch.stack(losses).mean()
+        settings, step = self.settings, self._issued
         ranks_move = step >= round(settings.steps * settings.rank_hold)
-        taken = self.optimizer.step(self._rate(step), ranks_move, mean)
-        value = float(mean)
-        if not taken:
-            what = "gradients are no longer numbers" if math.isfinite(value) else f"loss became {value}"
-            raise Diverged(
-                f"The {what} at step {step + 1}, and the step was not taken: lower the learning rate (now "
-                f"{settings.learning_rate:g}), check the latents, or train in bf16 or fp32."
-            )
-        self.progress.losses.append(value)
-        self.progress.step = step + 1
+        result = self.engine.step(self._parts(), self.optimizer, self._rate(step), ranks_move)
+        self._pending.append(_Result(result))
+        self._issued += 1
         self._since_settling += 1
-        if self.progress.step % settings.sync_every == 0 or self.progress.step == settings.steps:
-            self.network.sync(self.optimizer.inner)
+        if self._issued % settings.sync_every == 0 or self._issued == settings.steps:
+            if self.network.sync(self.optimizer.inner):
+                self.engine.forget()
             self._note_ranks()
+
+    def _collect(self, ahead: int, judge: bool = True) -> None:
+        """Read the losses of all but the last `ahead` steps; raises Diverged at the first step that was not taken."""
+        while len(self._pending) > ahead:
+            loss, taken = self._pending.pop(0).read()
+            if taken:
+                self.progress.losses.append(loss)
+                self.progress.step += 1
+            elif judge:
+                self._pending.clear()
+                what = "gradients are no longer numbers" if math.isfinite(loss) else f"loss became {loss}"
+                raise Diverged(
+                    f"The {what} at step {self.progress.step + 1}, and the step was not taken: lower the learning rate "
+                    f"(now {self.settings.learning_rate:g}), check the latents, or train in bf16 or fp32."
+                )
+
+    def _parts(self) -> Iterator[Part]:
+        """The next step's samples, in parts that can run together."""
+        for _ in range(self.settings.accumulation):
+            clean, noise, sigma, captions = self.draw()
+            for members, conditioning in self.denoiser.conditions(captions, clean.shape):
+                share = len(members) / (len(captions) * self.settings.accumulation)
+                weight = torch.full((), share, device=clean.device)
+                if len(members) == len(captions):
+                    yield Part(clean, noise, sigma, conditioning, weight)
+                else:
+                    yield Part(clean[members], noise[members], sigma[members], conditioning, weight)
 
     def _rate(self, step: int) -> float:
         """The learning rate's share now; after settling, the new optimizer's moments are warmed up as at the start."""
@@ -145,13 +201,15 @@ class Trainer:
         return factor
 
     def _settle_if_due(self) -> None:
-        if self.network.settled or self.progress.step < self.settings.settle_step:
+        if self.network.settled or self._issued < self.settings.settle_step:
             return
+        self._collect(0)
+        self.engine.forget()
         self.network.sync()
         self.network.settle()
         self.optimizer = Optimizer(self.network, self.settings)
         self._since_settling = 0
-        self.progress.settled_at = self.progress.step
+        self.progress.settled_at = self._issued
         self._note_ranks()
 
     def _note_ranks(self) -> None:
@@ -170,13 +228,13 @@ class Trainer:
         captions = [EMPTY_CAPTION if gone else i for i, gone in zip(indices, dropped.tolist(), strict=True)]
         return clean.to(device), noise.to(device), sigma.to(device), captions
 
-    def loss(self, clean: Tensor, noise: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
+    def loss(self, clean: Tensor, noise: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         """The denoising loss plus λ_e times the entropy of cross-attention."""
         denoiser, settings = self.denoiser, self.settings
         if self.entropy is not None:
             self.entropy.forget()
         noisy = denoiser.add_noise(sigma, noise, clean)
-        predicted = denoiser.denoise(noisy, sigma, captions)
+        predicted = denoiser.denoise(noisy, sigma, conditioning)
         loss = denoising_loss(predicted, clean, sigma, denoiser.prediction, settings.min_snr_gamma, denoiser.sigma_data)
         entropy = self.entropy.take() if self.entropy is not None else None
         return loss if entropy is None else loss + settings.entropy_weight * entropy

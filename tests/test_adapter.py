@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -50,6 +51,15 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "conv3d, replicate": (lambda: nn.Conv3d(2, 4, 3, padding=1, padding_mode="replicate"), (1, 2, 4, 4, 4)),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(
@@ -213,7 +223,7 @@ def test_growing_keeps_a_run_of_float32_numbers_too() -> None:
     adapter, x = make("linear", capacity=16, rank=16, dtype=torch.float32)
     before = adapter(x)
     adapter.resize(24, torch.Generator().manual_seed(0))
-    assert relative(adapter(x), before) < 2e-7
+    assert relative(adapter(x), before) < 1e-6
 
 
 def test_new_rows_are_normal_with_the_starts_deviation() -> None:
@@ -396,7 +406,7 @@ def test_resized_arrays_train_while_an_old_graph_is_alive(capacity: int) -> None
     before = adapter.down.detach().clone(), adapter.up.detach().clone()
     start = float((adapter(x).detach() - 1).square().mean())
     final = train(adapter, optimizer, x, 30)
-    assert float(final) < 0.9 * start
+    assert float(final.detach()) < 0.9 * start
     assert not torch.equal(adapter.up, before[1])
     assert not torch.equal(adapter.down, before[0])
     assert adapter.up.detach().any(1).all(), "new positions have learned too"

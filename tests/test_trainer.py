@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora2.losses import EPSILON, FLOW, PREDICTIONS, X0, EntropyProbe, V, denoising_loss
 from lora2.network import AdaptiveNetwork
@@ -41,6 +42,7 @@ class Toy(nn.Module):
         self.requires_grad_(False)
         self.words = torch.randn(pictures + 1, 2, 12, generator=generator)  # the last one is the empty caption
         self.calls: list[dict[str, Any]] = []
+        self.groups = 1
 
     def layers(self) -> dict[str, nn.Module]:
         return {"into": self.into, "q": self.to_q, "k": self.to_k, "v": self.to_v, "out": self.out}
@@ -57,6 +59,11 @@ class Toy(nn.Module):
         noisy = (1 - at) * clean + at * noise if self.prediction == FLOW else clean + at * noise
         self.calls[-1].update(clean=clean, noise=noise, noisy=noisy)
         return noisy
+
+    def conditions(self, captions: Sequence[int], shape: torch.Size) -> list[tuple[list[int], Any]]:
+        """Captions of the same number modulo `groups` can run together."""
+        kinds = [[at for at, c in enumerate(captions) if c % self.groups == kind] for kind in range(self.groups)]
+        return [(places, [captions[at] for at in places]) for places in kinds if places]
 
     def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
         self.calls[-1].update(given=noisy, sigma=sigma, captions=list(captions))
@@ -191,9 +198,10 @@ def test_a_bad_step_is_not_taken(spoil: Any, accumulation: int, settle_at: float
         kept[:] = [state(trainer), learned(trainer)]
 
     toy.denoise = denoise  # type: ignore[method-assign]
-    with pytest.raises(Diverged, match=r"step 7.*learning rate \(now 0.01\)") as raised:
+    with pytest.raises(Diverged, match=r"at step 7.*learning rate \(now 0.01\)") as raised:
         trainer.run(remember)
     assert "not taken" in str(raised.value)
+    assert ("gradients are no longer numbers" in str(raised.value)) == (spoil is spoil_gradient)
     assert trainer.progress.step == len(trainer.progress.losses) == good
     assert all(math.isfinite(loss) for loss in trainer.progress.losses)
     assert same(state(trainer), kept[0])
@@ -391,6 +399,76 @@ def test_micro_batches_equal_one_batch_of_the_same_samples(optimizer: str) -> No
         assert (a.delta() - b.delta()).norm() < 2e-3 * b.delta().norm()
 
 
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.1])
+def test_captions_that_cannot_run_together_still_make_one_batch(entropy_weight: float) -> None:
+    """A batch of eight in up to three groups of any size: every sample counts alike, and keeps its own noise."""
+    together, apart = (
+        trainer_of(Toy(), batch_size=8, caption_dropout=0.2, settle_at=0.5, entropy_weight=entropy_weight)
+        for _ in range(2)
+    )
+    toy_of(apart).groups = 3
+    one, other = together.run(), apart.run()
+    assert len(toy_of(apart).calls) > len(toy_of(together).calls) == 12
+    assert one.losses == pytest.approx(other.losses, rel=1e-4)
+    assert one.ranks == other.ranks
+    for a, b in zip(together.network.export().values(), apart.network.export().values(), strict=True):
+        assert (a.delta() - b.delta()).norm() < 2e-3 * b.delta().norm()
+
+
+def pretend_gradients(trainer: Trainer, value: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(3)
+    trainer.network.refresh()
+    for parameter in trainer.network.parameters():
+        parameter.grad = value * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_after_a_skipped_step_the_optimizer_goes_on_as_if_it_had_not_been(optimizer: str, at: int) -> None:
+    """The very first one too, when there are no moments yet; and for whatever makes a step impossible."""
+    plain, skipping = (trainer_of(optimizer=optimizer, settle_at=1.0) for _ in range(2))
+    for step in range(4):
+        if step == at:
+            for gradient, loss in ((math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)):
+                pretend_gradients(skipping, gradient)
+                assert not skipping.optimizer.step(1.0, True, torch.tensor(loss))
+        for trainer in (plain, skipping):
+            pretend_gradients(trainer)
+            assert trainer.optimizer.step(1.0, True, torch.ones(()))
+    assert same(state(plain), state(skipping))
+    assert not same(state(plain), state(trainer_of(optimizer=optimizer, settle_at=1.0)))
+
+
+class Listener(TorchDispatchMode):
+    """Writes down every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_the_optimizers_step_is_the_same_work_whatever_the_values_are(optimizer: str) -> None:
+    """Taken or not, clipped or not, ranks held or not: no value decides what is launched, and none is read."""
+    trainer, seen = trainer_of(optimizer=optimizer), []
+    for gradient, loss, move in ((1.0, 1.0, True), (1e-9, 2.0, False), (math.nan, 1.0, True), (1.0, math.inf, False)):
+        pretend_gradients(trainer, gradient)
+        trainer.optimizer.step(1.0, move, torch.ones(()))
+        pretend_gradients(trainer, gradient)
+        trainer.optimizer.prepare(0.5, move)
+        given = torch.tensor(loss)
+        with Listener() as listener:
+            trainer.optimizer.take(given)
+        seen.append(listener.operations)
+    assert len(seen[0]) > 20
+    assert all(operations == seen[0] for operations in seen)
+    assert not [o for o in seen[0] if "_local_scalar_dense" in o or "is_nonzero" in o]
+
+
 def test_the_learning_rate_follows_warm_up_schedule_and_settling() -> None:
     trainer = trainer_of(steps=40, warmup=0.1, settle_at=0.5, learning_rate=0.02)
     rates: list[float] = []
@@ -543,6 +621,9 @@ class Teachers(nn.Module):
     def add_noise(self, sigma: Tensor, noise: Tensor, clean: Tensor) -> Tensor:
         return noise
 
+    def conditions(self, captions: Sequence[int], shape: torch.Size) -> list[tuple[list[int], Any]]:
+        return [(list(range(len(captions))), list(captions))]
+
     def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
         """The clean latent is zero, so what is put out is the error."""
         errors = []
@@ -586,4 +667,5 @@ def test_settling_finds_the_true_ranks() -> None:
     progress = teach(settle_at=0.75, target_rank=10).progress
     assert list(progress.ranks.values()) == [1, 2, 4, 8, 16, 29]
     # The three directions of energy 1 that are missing, of 6 · 64 outputs, times 8² in the loss.
-    assert progress.losses[-1] == pytest.approx(3 / (6 * 64) * 64, rel=0.25)
+    recent = progress.losses[-50:]  # one batch's loss varies by a fifth
+    assert sum(recent) / len(recent) == pytest.approx(3 / (6 * 64) * 64, rel=0.25)

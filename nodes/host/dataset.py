@@ -17,7 +17,7 @@ Caption = list[Any]
 def pictures(latents: Sequence[dict[str, Any]], conditioning: Sequence[Any]) -> tuple[list[Tensor], list[Caption]]:
     """Every picture's latent (channels, …) and its caption, from lists, batches, buckets or one shared caption.
 
-    Raises LoraError when there are none, counts do not match, or a latent is not finite.
+    Raises LoraError when there are none, counts do not match, or a latent or a caption is not finite.
     """
     images, per_entry = _latents(latents)
     groups = [caption_entries(c) for c in conditioning]
@@ -41,6 +41,8 @@ def pictures(latents: Sequence[dict[str, Any]], conditioning: Sequence[Any]) -> 
             f"There are {len(images)} pictures but {len(captions)} captions. Connect latents and conditioning of the same "
             "dataset node, or a single caption for all pictures."
         )
+    for number, caption in enumerate(captions, 1):
+        check_caption(caption, f"Caption {number}")
     return images, captions
 
 
@@ -51,6 +53,8 @@ def _latents(latents: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[int]
         samples = entry.get("samples") if isinstance(entry, dict) else None
         if not isinstance(samples, Tensor) or getattr(samples, "is_nested", False) or samples.ndim < 3:
             raise LoraError(f"Latents entry {number} is not a picture latent. Encode the pictures with a VAE first.")
+        if not samples[:1].numel() and len(samples):
+            raise LoraError(f"Latents entry {number} has the shape {list(samples.shape)}: it holds no pixels.")
         if not torch.isfinite(samples).all():
             raise LoraError(
                 f"Latents entry {number} holds NaN or infinity. The VAE may have overflowed: encode again in fp32 or bf16."
@@ -74,3 +78,15 @@ def caption_entries(value: Any) -> list[Caption]:
                 "The conditioning is not a ComfyUI conditioning. Connect a dataset node or a CLIP Text Encode."
             )
     return [list(entry) for entry in value]
+
+
+def check_caption(caption: Caption, name: str) -> None:
+    """Raise LoraError when a caption is not one finite encoded text. name: what the message calls it."""
+    text, options = caption
+    if not isinstance(text, Tensor) or text.shape[0] != 1:
+        raise LoraError(f"{name} is not one encoded text. Encode every caption on its own, as the dataset nodes do.")
+    for tensor in (text, *options.values()):
+        if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+            raise LoraError(
+                f"{name} holds NaN or infinity. The text encoder may have overflowed: encode the captions again in fp32."
+            )

@@ -181,9 +181,9 @@ class HostModel:
         """The noisy latent as the model's sampling defines it."""
         return self.model.model_sampling.noise_scaling(sigma, noise, clean, False)
 
-    def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
-        """x0 predicted for every sample with its own caption; samples whose conditioning fits together run together."""
-        conds = [self._empty_for(noisy[:1].shape) if i == EMPTY_CAPTION else self._captions[i] for i in captions]
+    def conditions(self, captions: Sequence[int], shape: torch.Size) -> list[tuple[list[int], dict[str, Any]]]:
+        """The captions' conditioning, joined for samples whose conditioning fits together, on the model's device."""
+        conds = [self._empty_for((1, *shape[1:])) if i == EMPTY_CAPTION else self._captions[i] for i in captions]
         groups: list[list[int]] = []
         for index, cond in enumerate(conds):
             for group in groups:
@@ -192,20 +192,15 @@ class HostModel:
                     break
             else:
                 groups.append([index])
-        if len(groups) == 1:
-            return self._apply(noisy, sigma, conds)
-        out: list[Tensor | None] = [None] * len(conds)
-        for group in groups:
-            for index, value in zip(
-                group, self._apply(noisy[group], sigma[group], [conds[i] for i in group]), strict=True
-            ):
-                out[index] = value
-        return torch.stack(out)  # type: ignore[arg-type]
+        return [(group, self._joined([conds[i] for i in group])) for group in groups]
 
-    def _apply(self, noisy: Tensor, sigma: Tensor, conds: Sequence[dict[str, Any]]) -> Tensor:
-        joined = {k: _to(c.concat([other[k] for other in conds[1:]]), self.device) for k, c in conds[0].items()}
-        options = dict(self._options, cond_or_uncond=[0] * len(conds), uuids=[], sigmas=sigma)
-        return self.model.apply_model(noisy, sigma, transformer_options=options, **joined)
+    def _joined(self, conds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {k: _to(c.concat([other[k] for other in conds[1:]]), self.device) for k, c in conds[0].items()}
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
+        """x0 predicted for samples whose conditioning `conditions` joined."""
+        options = dict(self._options, cond_or_uncond=[0] * len(sigma), uuids=[], sigmas=sigma)
+        return self.model.apply_model(noisy, sigma, transformer_options=options, **conditioning)
 
 
 def training_dtype(patcher: Any, choice: str) -> torch.dtype | None:
