@@ -11,9 +11,13 @@ from torch import Generator, Tensor, nn
 
 from .errors import LoraError
 from .factors import Factors
+from .lowrank import AddLowRank
 
 GRANULE = 8
 """Capacities are multiples of this: tensor cores like it, and resizing stays rare."""
+
+HEADROOM = 1.3
+"""A growing layer's arrays get this much more than it asks for: resizing means recording the step again."""
 
 NO_WEIGHT = 1e-7
 """Singular values below this share of the largest are float32's rounding."""
@@ -47,9 +51,10 @@ def next_capacity(capacity: int, rank: int, limit: int) -> int:
 
     rank: the rank that θ asks for now; limit: the most it may ever ask for.
     """
-    if rank >= capacity:
-        return max(capacity, min(capacity_for(rank) + GRANULE, capacity_for(limit)))
-    return min(capacity, max(capacity_for(rank) + GRANULE, GRANULE)) if rank <= capacity - 2 * GRANULE else capacity
+    ahead = max(capacity_for(rank) + GRANULE, capacity_for(math.ceil(HEADROOM * rank)))
+    if rank > capacity:
+        return max(capacity, min(ahead, capacity_for(limit)))
+    return ahead if ahead <= capacity - GRANULE else capacity
 
 
 class Adapter:
@@ -59,6 +64,8 @@ class Adapter:
     up: (capacity, d_out): position-major like down, so that resizing cuts or adds rows of both.
     importance: (≥ capacity,), Λ of each position, zero beyond the logical rank; written by the network, never trained
     through autograd (see network.py). None once the layer is settled: all ones.
+    working: ΛA and B in the type that the model computes in, and the sums of their gradients, kept by the network
+    (packed.py); None where it keeps none.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Adapter:
         self.down = nn.Parameter(self._new_rows(capacity, generator))
         self.up = nn.Parameter(torch.zeros(capacity, self.shape[0], device=device))
         self.importance: Tensor | None = None
+        self.working: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._apply = _convolution_of(module) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else _linear
 
     @property
@@ -92,6 +100,20 @@ class Adapter:
             scale = self.importance[: self.capacity]
             down = down * scale.view(-1, *(1,) * (down.ndim - 1))
         return self._apply(x, down.to(x.dtype), self.up.to(x.dtype))
+
+    def add(self, output: Tensor, x: Tensor) -> Tensor:
+        """The layer's output plus B Λ A x, with as few launches as the layer's kind allows."""
+        if len(self.shape) > 2 or output.dtype != x.dtype:
+            return output + self(x)
+        importance = None if self.importance is None else self.importance[: self.capacity]
+        sums = None
+        if self.working is not None and self.working[0].dtype == x.dtype:
+            folded, cast, *sums = self.working
+        else:
+            with torch.no_grad():
+                folded = (self.down if importance is None else self.down * importance[:, None]).to(x.dtype)
+                cast = self.up.to(x.dtype)
+        return AddLowRank.apply(output, x, self.down, self.up, folded, cast, importance, sums)  # type: ignore[no-any-return]
 
     def _new_rows(self, count: int, generator: Generator) -> Tensor:
         """Rows of a down factor that is about to grow: N(0, σ²), drawn on the CPU so that every device draws the same."""

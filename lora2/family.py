@@ -17,11 +17,23 @@ def family_in(document: LoraDocument) -> str:
     return _by_layers(document.layers) or _by_metadata(document.metadata) or "unknown"
 
 
-def _by_layers(layers: Mapping[str, Factors]) -> str:
+def text_width(layers: Mapping[str, Factors]) -> int | None:
+    """The width of the text that a UNet's cross-attention reads; None where no layer tells."""
     for name, factors in layers.items():
         if name.endswith(("attn2_to_k", "attn2.to_k", "attn2.processor.to_k")):
-            width = factors.down.shape[1:].numel()
-            return _BY_CONTEXT.get(width, f"a UNet with text of width {width}")
+            return factors.down.shape[1:].numel()
+    return None
+
+
+def family_of_width(width: int) -> str:
+    """The family of UNets that read text of this width, in words."""
+    return _BY_CONTEXT.get(width, f"a UNet with text of width {width}")
+
+
+def _by_layers(layers: Mapping[str, Factors]) -> str:
+    width = text_width(layers)
+    if width is not None:
+        return family_of_width(width)
     if any("double_blocks" in name or "single_transformer_blocks" in name for name in layers):
         return "Flux"
     return ""

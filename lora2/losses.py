@@ -74,9 +74,17 @@ def attention_entropy(q: Tensor, k: Tensor, heads: int) -> Tensor:
 
     q: (batch, queries, heads · d), k: (batch, keys, heads · d). At most ENTROPY_POSITIONS evenly spaced queries count.
     """
-    q = q[:, :: max(1, math.ceil(q.shape[1] / ENTROPY_POSITIONS))]
-    q = q.unflatten(-1, (heads, -1)).transpose(1, 2).float()
-    k = k.unflatten(-1, (heads, -1)).transpose(1, 2).float()
+    return _entropy(_spaced(q), k, heads)
+
+
+def _spaced(q: Tensor) -> Tensor:
+    """At most ENTROPY_POSITIONS of the queries, evenly spaced."""
+    return q[:, :: max(1, math.ceil(q.shape[1] / ENTROPY_POSITIONS))]
+
+
+def _entropy(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    q = q.unflatten(-1, (heads, -1)).transpose(-3, -2).float()
+    k = k.unflatten(-1, (heads, -1)).transpose(-3, -2).float()
     scores = torch.log_softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
     return -(scores.exp() * scores).sum(-1).mean()
 
@@ -90,7 +98,7 @@ class EntropyProbe:
     def __init__(self, blocks: Sequence[tuple[nn.Module, nn.Module, int]]) -> None:
         self.blocks = list(blocks)
         self._queries: dict[int, Tensor] = {}
-        self._heard: list[tuple[Tensor, int]] = []
+        self._heard: list[tuple[Tensor, Tensor, int]] = []
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -112,16 +120,27 @@ class EntropyProbe:
         self._heard.clear()
 
     def take(self) -> Tensor | None:
-        """The mean entropy of all forwards heard, every sample counted alike, and forget them; None if there were none."""
-        heard = list(self._heard)
+        """The mean entropy of all forwards heard, every sample counted alike, and forget them; None if there were none.
+
+        Blocks of one shape are computed together: there are dozens, and each by itself would be a dozen launches.
+        """
+        shapes: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, int]]] = {}
+        for q, k, heads in self._heard:
+            shapes.setdefault((q.shape, k.shape, heads), []).append((q, k, heads))
         self.forget()
-        if not heard:
+        if not shapes:
             return None
-        return torch.stack([value * samples for value, samples in heard]).sum() / sum(samples for _, samples in heard)
+        sums, samples = [], 0
+        for blocks in shapes.values():
+            count = len(blocks) * blocks[0][0].shape[0]
+            q, k = (torch.cat([block[i] for block in blocks]) for i in (0, 1))  # type: ignore[misc]
+            sums.append(_entropy(q, k, blocks[0][2]) * count)
+            samples += count
+        return torch.stack(sums).sum() / samples
 
     def _hear_query(self, index: int) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            self._queries[index] = output
+            self._queries[index] = _spaced(output).contiguous()
 
         return hook
 
@@ -129,6 +148,6 @@ class EntropyProbe:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             query = self._queries.pop(index, None)
             if query is not None:
-                self._heard.append((attention_entropy(query, output, heads), query.shape[0]))
+                self._heard.append((query, output, heads))
 
         return hook

@@ -11,9 +11,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from . import importance as imp
-from .adapter import Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
+from .adapter import HEADROOM, Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
 from .errors import LoraError
 from .factors import Factors
+from .packed import Packed
 from .settings import Settings
 from .spectrum import allocate, singular_order
 
@@ -30,6 +31,7 @@ class AdaptiveNetwork:
     theta: (layers,) log of the continuous rank, trained by the gradient that `write_theta_gradient` computes.
     While ranks adapt, Λ lives in one (layers, positions) buffer that `refresh` recomputes on the device before a step;
     every adapter sees its row. Nothing in a step copies to the CPU; `sync` does, once in a while.
+    compute: the type that the model computes in; the factors themselves are float32.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class AdaptiveNetwork:
         layers: Mapping[str, nn.Module],
         settings: Settings,
         device: torch.device | str = "cpu",
+        compute: torch.dtype = torch.float32,
     ) -> None:
         if not layers:
             raise LoraError("No layer to adapt. Choose other layers, or loosen the include and exclude patterns.")
         self.settings = settings
         self.names = list(layers)
         self.device = torch.device(device)
+        self.compute = compute
         self.generator = Generator().manual_seed(settings.seed)
         shapes = [module_shape(module) for module in layers.values()]
         self._limits = [rank_limit(shape, settings) for shape in shapes]
@@ -71,23 +75,45 @@ class AdaptiveNetwork:
         return [p for a in self.adapters for p in (a.down, a.up)]
 
     def hold_gradients(self) -> None:
-        """Give every factor a gradient to add to, zero where it has none: its place stays the same from step to step."""
-        for parameter in self.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        """Give factors a gradient to add to, zero where they have none: its place stays the same from step to step.
+
+        Those whose gradients are summed elsewhere (packed.py) get theirs when the step is taken.
+        """
+        for index, adapter in enumerate(self.adapters):
+            if self._packed is None or index not in self._packed.indices:
+                for parameter in (adapter.down, adapter.up):
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+
+    def clear_gradients(self) -> None:
+        """Start new gradients: zero where they add up in place, none where they are finished from sums."""
+        kept = []
+        for index, adapter in enumerate(self.adapters):
+            for parameter in (adapter.down, adapter.up):
+                if self._packed is not None and index in self._packed.indices:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    kept.append(parameter.grad)
+        if kept:
+            torch._foreach_zero_(kept)
+        self.theta.grad = None
 
     def forget_gradients(self) -> None:
         """Drop all gradients, as after a step that was given up."""
         for parameter in (*self.parameters(), self.theta):
             parameter.grad = None
+        if self._packed is not None:
+            self._packed.forget()
 
     # -- the device side of a step -----------------------------------------------------------------------------------
 
     def _rebuild(self) -> None:
-        """Lay Λ's buffer out anew after capacities changed."""
+        """Lay Λ's buffer and the working copies out anew after capacities changed."""
+        for adapter in self.adapters:
+            adapter.importance, adapter.working = None, None
+        self._packed = None if self.compute == torch.float32 else Packed(self.adapters, self.compute, self.device)
         if self.settled:
-            for adapter in self.adapters:
-                adapter.importance = None
+            self.refresh()
             return
         self._limit_theta = torch.tensor(self._limits, dtype=torch.float32, device=self.device).log()
         self._floor_theta = torch.tensor(
@@ -97,6 +123,7 @@ class AdaptiveNetwork:
         self._positions = torch.arange(width, device=self.device, dtype=torch.float32)
         self._capacities = torch.tensor([a.capacity for a in self.adapters], device=self.device, dtype=torch.float32)
         self._importance = torch.zeros(len(self.adapters), width, device=self.device)
+        self._shares = torch.zeros_like(self._importance)
         self._peak = self._capacities.clone()
         for row, adapter in zip(self._importance, self.adapters, strict=True):
             adapter.importance = row
@@ -104,9 +131,13 @@ class AdaptiveNetwork:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Λ from θ, zero beyond the logical rank. On the device, in place."""
-        if self.settled:
-            return
+        """Λ from θ, zero beyond the logical rank, and the working copies. On the device, in place."""
+        if not self.settled:
+            self._refresh_importance()
+        if self._packed is not None:
+            self._packed.refresh(None if self.settled else self._importance)
+
+    def _refresh_importance(self) -> None:
         self.theta.data.clamp_(self._floor_theta, self._limit_theta)
         nu = imp.rate(self.theta, self.settings.q)[:, None]
         ranks = self.logical_ranks()
@@ -119,19 +150,31 @@ class AdaptiveNetwork:
         return torch.minimum(imp.quantile_rank(self.theta.detach()), self._capacities)
 
     @torch.no_grad()
+    def finish_gradients(self) -> None:
+        """After the backward passes: the factors' and θ's gradients are complete."""
+        if self.settled:
+            if self._packed is not None:
+                self._packed.finish_gradients(None, None)
+            return
+        self._shares.zero_()
+        if self._packed is not None:
+            self._packed.finish_gradients(self._importance, self._shares)
+        self.write_theta_gradient()
+
+    @torch.no_grad()
     def write_theta_gradient(self) -> None:
         """θ.grad from the up factors' gradients and the rank regulariser.
 
         ΔW = Σ_j Λ_j b_j a_jᵀ, so Λ_j ∂L/∂Λ_j = b_j · ∂L/∂b_j, and ∂L/∂θ = Σ_{j<D} (b_j · ∂L/∂b_j) ∂lnΛ_j/∂θ: no pass of its own.
         The regulariser is λ_r Σ|ν − ν_target|, with ∂ν/∂θ = −ν.
         """
-        share = torch.zeros_like(self._importance)
-        for row, adapter in zip(share, self.adapters, strict=True):
-            if adapter.up.grad is not None:
+        packed = set() if self._packed is None else self._packed.indices
+        for index, (row, adapter) in enumerate(zip(self._shares, self.adapters, strict=True)):
+            if index not in packed and adapter.up.grad is not None:
                 torch.sum(adapter.up * adapter.up.grad, dim=1, out=row[: adapter.capacity])
         nu = imp.rate(self.theta, self.settings.q)
         slope = imp.log_importance_slope(self._positions, nu[:, None])
-        data = (share * slope * (self._importance > 0)).sum(dim=1)
+        data = (self._shares * slope * (self._importance > 0)).sum(dim=1)
         pull = -nu * torch.sign(nu - self.target_rate) * (self.settings.rank_weight * self.pressure)
         self.theta.grad = data + pull
 
@@ -183,7 +226,7 @@ class AdaptiveNetwork:
         capacities = [
             next_capacity(a.capacity, rank, limit) for a, rank, limit in zip(self.adapters, wanted, self._limits, strict=True)
         ]
-        changed = self._worth(capacities)
+        changed = self._worth(capacities, wanted)
         if changed:
             for adapter, capacity in zip(self.adapters, capacities, strict=True):
                 if capacity != adapter.capacity:
@@ -194,11 +237,14 @@ class AdaptiveNetwork:
             self._rebuild()
         return changed
 
-    def _worth(self, capacities: Sequence[int]) -> bool:
+    def _worth(self, capacities: Sequence[int], wanted: Sequence[int]) -> bool:
         """Whether resizing pays: a recorded step has to be recorded again after it.
 
-        It does when layers that hold a share of the parameters press against their arrays, or when a share would be freed.
+        It does when layers that hold a share of the parameters press against their arrays, or a single one wants much more
+        than its own, or when a share would be freed.
         """
+        if any(rank > HEADROOM * a.capacity for a, rank in zip(self.adapters, wanted, strict=True)):
+            return True
         held = sum(a.capacity * a.cost for a in self.adapters)
         pairs = list(zip(self.adapters, capacities, strict=True))
         pressed = sum(a.capacity * a.cost for a, c in pairs if c > a.capacity)
@@ -216,10 +262,10 @@ class AdaptiveNetwork:
         if cut:
             factors = fit(factors, self.budget, self.settings.min_rank)
         self.settled = True
-        self._rebuild()
         for name, adapter in zip(self.names, self.adapters, strict=True):
             adapter.load(factors[name])
             adapter.revive(self.generator)
+        self._rebuild()
 
     @torch.no_grad()
     def export(self, ordered: bool | None = None) -> dict[str, Factors]:
@@ -291,7 +337,7 @@ def _float32(factors: Factors) -> Factors:
 
 def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + adapter(args[0])
+        return adapter.add(output, args[0])
 
     return add
 

@@ -61,8 +61,7 @@ class Optimizer:
     @torch.no_grad()
     def take(self, loss: Tensor) -> Tensor:
         """`step` without setting anything: the same launches every time."""
-        if self.theta is not None:
-            self.network.write_theta_gradient()
+        self.network.finish_gradients()
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = global_norm(gradients, loss)
         taken = torch.isfinite(norm) & torch.isfinite(loss)
@@ -72,7 +71,7 @@ class Optimizer:
         if self.theta is not None:
             assert self.network.theta.grad is not None  # noqa: S101 (written just now)
             self._move(self.theta, [self.network.theta.grad], torch.ones_like(norm), torch.maximum(skip, self._hold))
-        torch._foreach_zero_(gradients)
+        self.network.clear_gradients()
         return taken
 
     def _move(self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], excess: Tensor, skip: Tensor) -> None:

@@ -118,8 +118,8 @@ class LoadAdaptiveLora(io.ComfyNode):
         document = read(files.lora_path(lora_name))
         matched = loading.match(document, model, clip)
         result = cut(document, share, max_rank, megabytes)
-        tensors = dict(result.document.state_dict())
-        changed = loading.apply(model, clip, tensors, strength_model, strength_clip)
+        tensors = result.document.state_dict()
+        changed = loading.apply(model, clip, dict(tensors), strength_model, strength_clip, tensors.metadata)
         teller(cls.hidden.unique_id)(" ".join([matched.words(), *_cut_words(result), *document.notes]))
         return io.NodeOutput(*changed, build(result.document, files.lora_title(lora_name)))
 

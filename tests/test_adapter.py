@@ -128,6 +128,40 @@ def test_output_and_gradients_are_those_of_the_dense_form(name: str, settled: bo
 
 
 @every_layer
+@pytest.mark.parametrize("settled", [False, True])
+def test_adding_to_the_layers_output_is_the_same_in_one_operation(name: str, settled: bool) -> None:
+    """Value and all gradients; twice, so that the second adds to the gradients of the first."""
+    adapter, x = make(name)
+    if settled:
+        adapter.importance = None
+    down, up = (p.detach().clone().requires_grad_() for p in (adapter.down, adapter.up))
+    x.requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    for seed in (1, 2):
+        expected = dense(adapter, other, down, up, scale_of(adapter))
+        output = adapter.add(adapter.module(x), x)
+        probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        (output * probe).sum().backward()
+        (expected * probe).sum().backward()
+        assert relative(output, expected) < 1e-13
+        for one, reference in ((x, other), (adapter.down, down), (adapter.up, up)):
+            assert one.grad is not None
+            assert reference.grad is not None
+            assert relative(one.grad, reference.grad) < 1e-13
+
+
+def test_adding_works_on_an_input_without_a_gradient_and_leaves_the_output_alone() -> None:
+    adapter, x = make("linear", dtype=torch.float32)
+    plain = adapter.module(x)
+    before = plain.clone()
+    added = adapter.add(plain, x)
+    assert torch.equal(plain, before)
+    added.square().sum().backward()
+    assert adapter.down.grad is not None
+    assert x.grad is None
+
+
+@every_layer
 def test_the_factors_are_the_layer(name: str) -> None:
     """Base + layer with weight ΔW = factors(rank).delta(), √Λ on both sides, alpha equal to the rank."""
     adapter, x = make(name)
@@ -253,7 +287,7 @@ def test_shrinking_is_cutting(name: str) -> None:
 
 
 @every_layer
-@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize("alpha", [None, 1.2])
 def test_loading_plain_factors(name: str, alpha: float | None) -> None:
     """A settled layer holds exactly its rank, any number, alpha counted in, and gives the factors back."""
     source, x = make(name)
@@ -306,8 +340,9 @@ def test_capacities_hold_the_rank_in_multiples_of_eight() -> None:
                 new = next_capacity(capacity, rank, limit)
                 assert new % 8 == 0
                 assert rank <= new <= capacity_for(limit)
-                assert new > rank or new == capacity_for(limit), "room to grow, but for the limit"
-                assert new < rank + 24 or new <= 16 or rank > capacity - 16, "little to spare"
+                assert (new > capacity) == (rank > capacity), "grows when it must, and only then"
+                assert new <= capacity or new >= min(rank + 8, limit), "with room to grow on, but for the limit"
+                assert new <= max(rank + 23, 1.3 * rank + 16), "little to spare"
 
 
 def test_capacities_do_not_flutter() -> None:

@@ -341,6 +341,79 @@ def test_an_untouched_layer_feels_only_the_regulariser() -> None:
     assert torch.allclose(network.theta.grad, torch.full((3,), 0.5 * C / 12), rtol=1e-5)
 
 
+# -- working copies in another type --------------------------------------------------------------------------
+
+
+def reference_gradients(
+    network: AdaptiveNetwork, model: Model, batches: list[Tensor], rhos: list[float], weight: float
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss's gradients of θ and of every factor, by autograd of the dense form in float64."""
+    theta = torch.tensor(rhos, dtype=torch.float64).log().requires_grad_()
+    factors = [p.detach().double().requires_grad_() for p in network.parameters()]
+    change = {}
+    for index, (name, adapter) in enumerate(zip(network.names, network.adapters, strict=True)):
+        nu = C * torch.exp(-theta[index])
+        positions = torch.arange(adapter.capacity)
+        values = torch.exp(-nu * positions) * (1 - torch.exp(-nu)) * (positions < math.ceil(rhos[index]))
+        down, up = factors[2 * index], factors[2 * index + 1]
+        change[name] = torch.einsum("jo,j,ji->oi", up, values, down.flatten(1)).reshape(adapter.shape)
+    loss = torch.stack([(patched(model, change, x) - 1).square().mean() for x in batches]).mean()
+    loss = loss + weight * (C * torch.exp(-theta) - C / network.target_rank).abs().sum()
+    of_theta, *of_factors = torch.autograd.grad(loss, [theta, *factors])
+    return of_theta, of_factors
+
+
+# float64 shows that the arithmetic is right, to the float32 of Λ and of the finished gradients; bf16 keeps 8 bits of every
+# number on the way through three layers.
+@pytest.mark.parametrize(("compute", "near"), [(torch.float64, 2e-6), (torch.bfloat16, 0.03), (torch.float32, 2e-6)])
+def test_gradients_in_every_type_that_a_model_computes_in(compute: torch.dtype, near: float) -> None:
+    """Of factors and θ, over two batches; and a second step starts from nothing."""
+    model, rhos, weight = Model(), [5.4, 9.7, 2.5], 0.02
+    told = settings(initial_rank=16, rank_weight=weight, target_rank=4)
+    network = randomise(AdaptiveNetwork(model.layers(), told, compute=compute))
+    set_ranks(network, *rhos)
+    batches = [pictures(3, 5, 24, seed=s) for s in (1, 2)]
+    theta, factors = reference_gradients(network, model, batches, rhos, weight)
+    model.to(compute)
+    for _ in range(2):
+        network.refresh()
+        network.hold_gradients()
+        for x in batches:
+            with network.attached():
+                ((model(x.to(compute)).to(torch.promote_types(compute, torch.float32)) - 1).square().mean() / 2).backward()
+        network.finish_gradients()
+        assert network.theta.grad is not None
+        assert relative(network.theta.grad, theta) < 2 * near
+        for parameter, expected in zip(network.parameters(), factors, strict=True):
+            assert parameter.grad is not None
+            assert parameter.grad.dtype == torch.float32
+            assert relative(parameter.grad, expected) < near
+        network.clear_gradients()
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_outputs_in_another_type_follow_ranks_resizing_and_settling(settled: bool) -> None:
+    """The copies are made anew at every refresh, for any capacity; a settled rank need not be a multiple of 8."""
+    model, x = Model(), pictures(3, 5, 24)
+    network = randomise(AdaptiveNetwork(model.layers(), settings(initial_rank=16, target_rank=5), compute=torch.float64))
+    for rhos in ([16, 7.2, 3], [20, 20, 20], [2.5, 17, 1]):
+        set_ranks(network, *rhos)
+        network.sync()
+        randomise(network)
+        if settled:
+            change = {n: f.delta().double() for n, f in fit(network.export(), network.budget).items()}
+            network.settle()
+        else:
+            change = deltas(network, *rhos)
+        network.refresh()
+        expected = patched(model, change, x)
+        got = answer(network, model.double(), x.double())
+        model.float()
+        assert relative(got, expected) < 1e-6
+        if settled:
+            break
+
+
 # -- arrays that follow --------------------------------------------------------------------------------------
 
 
@@ -363,6 +436,38 @@ def test_sync_follows_in_multiples_of_eight_and_changes_no_output() -> None:
             assert not adapter.up[rank:].any(), "what is beyond the rank starts anew"
         # Cut rows had Λ = 0 and new ones have B = 0: only the kernels' order of summation may differ.
         assert relative(answer(network, model, x), before) < 1e-6
+
+
+def test_positions_that_were_in_use_for_a_while_are_forgotten_too() -> None:
+    """A rank that rises and falls again between two syncs; what lies inside the rank is kept, bit for bit."""
+    network = network_of(Model(), initial_rank=16)
+    network.sync()
+    for ranks in ([6, 6, 6], [14, 11, 6], [6, 6, 6]):
+        set_ranks(network, *map(float, ranks))
+        network.refresh()
+        if ranks[0] == 6:
+            network.sync()
+        else:
+            for adapter, rank in zip(network.adapters, ranks, strict=True):
+                adapter.up.data[:rank] = 1.0
+        held = [a.down.detach()[:6].clone() for a in network.adapters]
+    for adapter, down in zip(network.adapters, held, strict=True):
+        assert bool((adapter.up[:6] == 1).all())
+        assert not adapter.up[6:].any()
+        assert torch.equal(adapter.down[:6], down)
+
+
+def test_a_single_layer_among_hundreds_gets_the_rank_that_it_wants() -> None:
+    """Its parameters are a thousandth of all, and it may still be the one layer that matters."""
+    layers = {str(i): nn.Linear(48, 48) for i in range(300)}
+    network = AdaptiveNetwork(layers, settings(initial_rank=16, target_rank=8))
+    network.sync()
+    network.theta.data[7] = math.log(22)
+    network.sync()
+    network.theta.data[7] = math.log(40)
+    network.sync()
+    assert network.ranks()["7"] == 40
+    assert not network.sync()
 
 
 def test_capacities_have_hysteresis() -> None:
@@ -417,7 +522,7 @@ def test_memory_falls_when_ranks_fall() -> None:
     before = live_bytes()
     set_ranks(network, 3, 5)
     network.sync(optimizer.inner)
-    buffers = 4 * 3 * 240  # Λ of two layers and the positions
+    buffers = 4 * 5 * 240  # Λ and its gradient for two layers, and the positions
     # Beside them only θ's limits, a few bytes, are laid out anew.
     gradients = 4 * 2 * 256 * 600
     assert before - live_bytes() == pytest.approx(3 * 4 * 2 * (256 - 16) * 600 + gradients + buffers, abs=64)

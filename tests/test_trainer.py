@@ -42,7 +42,7 @@ class Toy(nn.Module):
         self.requires_grad_(False)
         self.words = torch.randn(pictures + 1, 2, 12, generator=generator)  # the last one is the empty caption
         self.calls: list[dict[str, Any]] = []
-        self.groups = 1
+        self.groups, self.forwards = 1, 0
 
     def layers(self) -> dict[str, nn.Module]:
         return {"into": self.into, "q": self.to_q, "k": self.to_k, "v": self.to_v, "out": self.out}
@@ -66,14 +66,16 @@ class Toy(nn.Module):
         return [(places, [captions[at] for at in places]) for places in kinds if places]
 
     def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
+        self.forwards += 1
         self.calls[-1].update(given=noisy, sigma=sigma, captions=list(captions))
         at = sigma.view(-1, 1, 1, 1)
-        context = self.words[torch.tensor(captions)]
-        hidden = torch.tanh(self.into(noisy / (1 + at)))
+        dtype = self.into.weight.dtype
+        context = self.words[torch.tensor(captions)].to(dtype)
+        hidden = torch.tanh(self.into((noisy / (1 + at)).to(dtype)))
         q = self.to_q(hidden.flatten(2).transpose(1, 2))
         attention = torch.softmax(q @ self.to_k(context).transpose(1, 2) / 4, -1) @ self.to_v(context)
         hidden = hidden + attention.transpose(1, 2).reshape(hidden.shape)
-        output = self.out(hidden)
+        output = self.out(hidden).float()
         if self.prediction == X0:
             return output
         if self.prediction == V:
@@ -96,10 +98,12 @@ def told(**changes: Any) -> Settings:
     )
 
 
-def trainer_of(toy: Toy | None = None, **changes: Any) -> Trainer:
-    toy = toy or Toy(changes.pop("prediction", EPSILON))
+def trainer_of(toy: Toy | None = None, compute: torch.dtype = torch.float32, **changes: Any) -> Trainer:
+    """compute: the type that the denoiser computes in; the adapter's factors are float32."""
+    toy = (toy or Toy(changes.pop("prediction", EPSILON))).to(compute)
     settings = told(**changes)
-    return Trainer(AdaptiveNetwork(toy.layers(), settings), toy, latents(), settings, toy.probe())
+    network = AdaptiveNetwork(toy.layers(), settings, compute=compute)
+    return Trainer(network, toy, latents(), settings, toy.probe())
 
 
 def toy_of(trainer: Trainer) -> Toy:
@@ -127,18 +131,24 @@ def hooks(model: nn.Module) -> int:
 
 # -- seeds ---------------------------------------------------------------------------------------------------
 
+types = pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 EVERYTHING: dict[str, Any] = {
     "accumulation": 2, "caption_dropout": 0.3, "min_snr_gamma": 5.0, "entropy_weight": 1e-2, "weight_decay": 0.01,
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
-@pytest.mark.parametrize("settle_at", [0.0, 0.5, 1.0])
-def test_a_seed_decides_every_bit(optimizer: str, settle_at: float) -> None:
+@pytest.mark.parametrize(
+    ("compute", "optimizer", "settle_at"),
+    [
+        *((torch.float32, optimizer, share) for optimizer in ("adamw", "adam", "sgd") for share in (0.0, 0.5, 1.0)),
+        (torch.bfloat16, "adamw", 0.5),
+    ],
+)
+def test_a_seed_decides_every_bit(compute: torch.dtype, optimizer: str, settle_at: float) -> None:
     runs = []
     for seed in (7, 7, 8):
         torch.rand(1)  # torch's own generator must not matter
-        trainer = trainer_of(seed=seed, optimizer=optimizer, settle_at=settle_at, **EVERYTHING)
+        trainer = trainer_of(seed=seed, optimizer=optimizer, settle_at=settle_at, compute=compute, **EVERYTHING)
         progress = trainer.run()
         runs.append((learned(trainer), progress.losses, progress.ranks))
     assert same(runs[0][0], runs[1][0])
@@ -176,16 +186,20 @@ def spoil_gradient(predicted: Tensor) -> Tensor:
     return predicted
 
 
-@pytest.mark.parametrize("settle_at", [0.25, 1.0])
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(
+    ("compute", "accumulation", "settle_at"),
+    [(torch.float32, 1, 0.25), (torch.float32, 3, 1.0), (torch.bfloat16, 1, 1.0), (torch.bfloat16, 3, 0.25)],
+)
 @pytest.mark.parametrize(
     "spoil",
     [spoil_output(math.nan), spoil_output(math.inf), spoil_output(1e19), spoil_gradient],
     ids=["NaN", "infinity", "a square beyond float32 with finite gradients", "gradients only"],
 )
-def test_a_bad_step_is_not_taken(spoil: Any, accumulation: int, settle_at: float) -> None:
+def test_a_bad_step_is_not_taken(
+    spoil: Any, compute: torch.dtype, accumulation: int, settle_at: float
+) -> None:
     """One bad micro-batch is enough; the adapter stays as it was, bit for bit, and can be saved."""
-    trainer = trainer_of(accumulation=accumulation, settle_at=settle_at)
+    trainer = trainer_of(accumulation=accumulation, settle_at=settle_at, compute=compute)
     toy, good = toy_of(trainer), 6
     ordinary, kept = toy.denoise, []
 
@@ -251,8 +265,9 @@ def test_a_callback_that_raises_stops_at_once_and_keeps_what_was_learned(at: int
     assert any(bool(f.delta().any()) for f in factors.values())
 
 
-def test_stopping_and_going_on_is_the_same_as_not_stopping() -> None:
-    whole, parts = trainer_of(**EVERYTHING), trainer_of(**EVERYTHING)
+@types
+def test_stopping_and_going_on_is_the_same_as_not_stopping(compute: torch.dtype) -> None:
+    whole, parts = (trainer_of(compute=compute, **EVERYTHING) for _ in range(2))
     whole.run()
 
     def cancel(progress: Progress) -> None:
@@ -267,14 +282,20 @@ def test_stopping_and_going_on_is_the_same_as_not_stopping() -> None:
     assert whole.progress.losses == parts.progress.losses
 
 
-def test_a_model_that_fails_in_the_middle_of_a_step_leaves_no_half_gradients() -> None:
-    """The second of three micro-batches fails, as it may when memory runs out."""
-    trainer = trainer_of(accumulation=3)
+@types
+def test_a_model_that_fails_in_the_middle_of_a_step_leaves_no_half_gradients(compute: torch.dtype) -> None:
+    """The second of three micro-batches fails, as it may when memory runs out; then the run may go on."""
+    trainer, plain = (trainer_of(accumulation=3, steps=1, settle_at=1.0, compute=compute) for _ in range(2))
+    batches = [plain.draw() for _ in range(3)]
+    plain.draw = iter(batches).__next__  # type: ignore[method-assign]
+    trainer.draw = iter([*batches[:2], *batches]).__next__  # type: ignore[method-assign]
     toy, before = toy_of(trainer), state(trainer)
+    toy.calls.append({})
     ordinary = toy.denoise
 
     def denoise(*given: Any) -> Tensor:
-        if len(toy.calls) == 2:
+        if toy.forwards == 1:
+            toy.forwards = 2
             raise torch.OutOfMemoryError("no memory")
         return ordinary(*given)
 
@@ -284,6 +305,10 @@ def test_a_model_that_fails_in_the_middle_of_a_step_leaves_no_half_gradients() -
     assert same(state(trainer), before)
     assert all(p.grad is None for p in trainer.network.parameters())
     assert hooks(toy) == 0
+    trainer.run()
+    plain.run()
+    assert same(state(trainer), state(plain)), "nothing of the failed step is in the next"
+    assert trainer.progress.losses == plain.progress.losses
 
 
 # -- what reaches the denoiser -------------------------------------------------------------------------------
@@ -359,14 +384,19 @@ def test_the_loss_is_the_models_own_plus_the_entropy(prediction: str) -> None:
         assert got == pytest.approx(expected + weight * float(entropy), rel=1e-6)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_every_prediction_type_learns(prediction: str) -> None:
+@pytest.mark.parametrize(
+    ("compute", "prediction"), [*((torch.float32, kind) for kind in PREDICTIONS), (torch.bfloat16, EPSILON)]
+)
+def test_every_prediction_type_learns(compute: torch.dtype, prediction: str) -> None:
     """On the same batches before and after."""
-    trainer = trainer_of(prediction=prediction, steps=60, batch_size=3, rank_weight=1e-4, settle_at=0.5)
+    trainer = trainer_of(
+        prediction=prediction, steps=60, batch_size=3, rank_weight=1e-4, settle_at=0.5, compute=compute
+    )
     toy_of(trainer).calls.append({})
     probe = [trainer_of(prediction=prediction, seed=99, batch_size=9).draw() for _ in range(6)]
 
     def mean_loss() -> float:
+        trainer.network.refresh()
         with trainer.network.attached(), torch.no_grad():
             return sum(float(trainer.loss(*batch)) for batch in probe) / len(probe)
 
@@ -380,10 +410,13 @@ def test_every_prediction_type_learns(prediction: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_micro_batches_equal_one_batch_of_the_same_samples(optimizer: str) -> None:
-    """Four batches of two are one batch of eight, to float32 rounding."""
-    one = trainer_of(accumulation=1, optimizer=optimizer, settle_at=0.5, entropy_weight=0.1)
-    four = trainer_of(accumulation=4, optimizer=optimizer, settle_at=0.5, entropy_weight=0.1)
+@pytest.mark.parametrize(("compute", "near"), [(torch.float32, 2e-3), (torch.bfloat16, 0.2)])
+def test_micro_batches_equal_one_batch_of_the_same_samples(
+    compute: torch.dtype, near: float, optimizer: str
+) -> None:
+    """Four batches of two are one batch of eight, to rounding."""
+    changes: dict[str, Any] = {"optimizer": optimizer, "settle_at": 0.5, "entropy_weight": 0.1, "compute": compute}
+    one, four = (trainer_of(accumulation=count, **changes) for count in (1, 4))
     source = trainer_of(Toy(), batch_size=8, seed=3)
     batches = [source.draw() for _ in range(12)]
     whole = iter(batches)
@@ -392,23 +425,24 @@ def test_micro_batches_equal_one_batch_of_the_same_samples(optimizer: str) -> No
         toy_of(trainer).calls.append({})
         trainer.draw = feed.__next__  # type: ignore[method-assign]
         trainer.run()
-    assert one.progress.losses == pytest.approx(four.progress.losses, rel=1e-4)
-    assert one.progress.ranks == four.progress.ranks
+    assert one.progress.losses == pytest.approx(four.progress.losses, rel=near / 20)
+    if compute == torch.float32:
+        assert one.progress.ranks == four.progress.ranks
     for a, b in zip(one.network.export().values(), four.network.export().values(), strict=True):
-        # Adam divides 1e-7 of rounding by the gradient's own size, and twelve steps add up.
-        assert (a.delta() - b.delta()).norm() < 2e-3 * b.delta().norm()
+        # Adam divides 1e-7 (or 4e-3) of rounding by the gradient's own size, and twelve steps add up.
+        assert (a.delta() - b.delta()).norm() < near * b.delta().norm()
 
 
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.1])
 def test_captions_that_cannot_run_together_still_make_one_batch(entropy_weight: float) -> None:
-    """A batch of eight in up to three groups of any size: every sample counts alike, and keeps its own noise."""
+    """A batch of eight in two groups of any size: every sample counts alike, and keeps its own noise."""
     together, apart = (
         trainer_of(Toy(), batch_size=8, caption_dropout=0.2, settle_at=0.5, entropy_weight=entropy_weight)
         for _ in range(2)
     )
-    toy_of(apart).groups = 3
+    toy_of(apart).groups = 2
     one, other = together.run(), apart.run()
-    assert len(toy_of(apart).calls) > len(toy_of(together).calls) == 12
+    assert toy_of(apart).forwards > toy_of(together).forwards == 12
     assert one.losses == pytest.approx(other.losses, rel=1e-4)
     assert one.ranks == other.ranks
     for a, b in zip(together.network.export().values(), apart.network.export().values(), strict=True):

@@ -36,13 +36,17 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
     """While inside, these blocks keep only their inputs in the forward pass."""
+    own = [(block, vars(block).get("forward")) for block in blocks]  # another pack may have set one
     for block in blocks:
         block.forward = _recomputed(block.forward)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in own:
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = forward
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

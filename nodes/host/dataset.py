@@ -23,6 +23,8 @@ def pictures(latents: Sequence[dict[str, Any]], conditioning: Sequence[Any]) -> 
     groups = [caption_entries(c) for c in conditioning]
     if not groups or not all(groups):
         raise LoraError("There is no conditioning to train with. Connect the conditioning of the same dataset node.")
+    for number, caption in enumerate((c for group in groups for c in group), 1):
+        check_caption(caption, f"Caption {number}")
     if len(groups) == len(per_entry):
         captions: list[Caption] = []
         for number, (count, group) in enumerate(zip(per_entry, groups, strict=True), 1):
@@ -41,8 +43,6 @@ def pictures(latents: Sequence[dict[str, Any]], conditioning: Sequence[Any]) -> 
             f"There are {len(images)} pictures but {len(captions)} captions. Connect latents and conditioning of the same "
             "dataset node, or a single caption for all pictures."
         )
-    for number, caption in enumerate(captions, 1):
-        check_caption(caption, f"Caption {number}")
     return images, captions
 
 

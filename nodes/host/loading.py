@@ -11,9 +11,10 @@ import comfy.sd
 from torch import Tensor, nn
 
 from ...lora2.errors import LoraError
-from ...lora2.family import family_in
-from ...lora2.format import LoraDocument
-from ...lora2.keys import shown
+from ...lora2.factors import Factors
+from ...lora2.family import family_in, family_of_width, text_width
+from ...lora2.format import LoraDocument, parse
+from ...lora2.keys import shown, stems
 
 NAMED = 5
 """How many layers a message names."""
@@ -21,62 +22,80 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class Match:
-    """Layers of a file that fit the model or the text encoder, those that do not, and those of another size."""
+    """Layers of a file that fit the model or the text encoder, and those that do not: by reason, their names."""
 
     fitting: list[str]
-    unknown: list[str]
-    misshapen: list[str]
+    others: dict[str, list[str]]
 
     def words(self) -> str:
-        """One sentence for each kind that is not empty."""
-        total = len(self.fitting) + len(self.unknown) + len(self.misshapen)
+        """One sentence: how many fit, and for each reason how many do not, with the first names."""
+        total = len(self.fitting) + sum(map(len, self.others.values()))
         said = [f"{len(self.fitting)} of {total} layers loaded"]
-        for names, what in (
-            (self.unknown, "belong to no layer here"),
-            (self.misshapen, "have another size than the layer here"),
-        ):
-            if names:
-                more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-                said.append(f"{len(names)} {what}: {', '.join(shown(n) for n in names[:NAMED])}{more}")
+        for reason, names in self.others.items():
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            said.append(f"{len(names)} {reason}: {', '.join(shown(n) for n in names[:NAMED])}{more}")
         return "; ".join(said) + "."
 
 
 def match(document: LoraDocument, model: Any, clip: Any) -> Match:
-    """Which layers of a document the host will apply; raises LoraError when none fits."""
+    """Which layers of a document the host will apply; raises LoraError when none fits, or for another family of UNets."""
     keys: dict[str, Any] = comfy.lora.model_lora_keys_unet(model.model, {})
     modules: list[nn.Module] = [model.model]
     if clip is not None:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
         modules.append(clip.cond_stage_model)
     shapes = {name: tuple(p.shape) for module in modules for name, p in module.named_parameters()}
-    converted = comfy.lora_convert.convert_lora(dict(document.state_dict()))
-    loaded = comfy.lora.load_lora(converted, keys, log_missing=False)
-    targets = {name: target for name, target in keys.items() if _key(target) in {_key(k) for k in loaded}}
-    fitting, unknown, misshapen = [], [], []
-    for name, factors in document.layers.items():
-        target = targets.get(name)
-        if target is None:
-            unknown.append(name)
-        elif isinstance(target, str) and _size(shapes.get(target)) not in (
-            None,
-            (factors.up.shape[0], factors.down.shape[1:].numel()),
-        ):
-            misshapen.append(name)
-        else:
-            fitting.append(name)
-    result = Match(fitting, unknown, misshapen)
-    rest = any(True for _ in document.other) and len(loaded) > len(fitting) + len(misshapen)
-    if not fitting and not rest:
+    document = _renamed(document)
+    fitting: list[str] = []
+    others: dict[str, list[str]] = {}
+    for name in (*document.layers, *_other_layers(document)):
+        reason = _misfit(name, keys, shapes, document.layers.get(name), clip)
+        (others.setdefault(reason, []) if reason else fitting).append(name)
+    result = Match(fitting, others)
+    width = text_width(document.layers)
+    own_width = model.model.model_config.unet_config.get("context_dim")
+    foreign = width is not None and isinstance(own_width, int) and width != own_width
+    if foreign or not fitting:
         raise LoraError(
-            f"This LoRA was made for {family_in(document)} and does not fit this model, which is {type(model.model).__name__} "
-            f"({type(model.model.model_config).__name__}): {result.words()} Connect the model that the LoRA belongs to."
+            f"This LoRA was made for {family_in(document)} and does not fit this model, which is {_family_of(model)}: "
+            f"{result.words()} Connect the model that the LoRA belongs to."
         )
     return result
 
 
-def _key(target: Any) -> str:
-    """The weight's name; slices of fused projections carry it first."""
-    return target if isinstance(target, str) else target[0]
+def _renamed(document: LoraDocument) -> LoraDocument:
+    """The document under the names that the host gives to layers of some trainers."""
+    tensors = dict(document.state_dict())
+    converted = comfy.lora_convert.convert_lora(tensors)
+    return document if converted is tensors else parse(converted)
+
+
+def _other_layers(document: LoraDocument) -> list[str]:
+    """Layers of other kinds, such as LoKr, by prefix; tensors that belong to nothing, by key."""
+    return [name for name in document.uncut() if not any(stem in document.layers for stem in stems(name))]
+
+
+def _misfit(
+    name: str, keys: dict[str, Any], shapes: dict[str, tuple[int, ...]], factors: Factors | None, clip: Any
+) -> str:
+    """Why the host will not apply a layer; empty when it will."""
+    names = [name] if factors is not None else [name, *stems(name)]
+    target = next((keys[n] for n in names if n in keys), None)
+    if target is None:
+        for_text = name.startswith(("lora_te", "text_encoder"))
+        return "need a text encoder (connect clip)" if clip is None and for_text else "belong to no layer here"
+    own = _size(shapes.get(target)) if isinstance(target, str) else None  # slices of fused projections are tuples
+    if factors is None or own in (None, (factors.up.shape[0], factors.down.shape[1:].numel())):
+        return ""
+    return "have another size than the layer here"
+
+
+def _family_of(model: Any) -> str:
+    """The model's family in words: as for files where its text width tells, else the host's name for it."""
+    config = model.model.model_config
+    width = config.unet_config.get("context_dim")
+    kind = type(config).__name__
+    return f"{family_of_width(width)} ({kind})" if isinstance(width, int) else kind
 
 
 def _size(shape: tuple[int, ...] | None) -> tuple[int, int] | None:
@@ -90,7 +109,12 @@ def _size(shape: tuple[int, ...] | None) -> tuple[int, int] | None:
 
 
 def apply(
-    model: Any, clip: Any, tensors: dict[str, Tensor], strength_model: float, strength_clip: float
+    model: Any,
+    clip: Any,
+    tensors: dict[str, Tensor],
+    strength_model: float,
+    strength_clip: float,
+    metadata: dict[str, str] | None = None,
 ) -> tuple[Any, Any]:
     """The model and text encoder with these tensors applied by the host's own loader."""
-    return comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
+    return comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip, lora_metadata=metadata)

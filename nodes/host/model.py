@@ -22,7 +22,7 @@ from ...lora2.errors import LoraError
 from ...lora2.losses import EPSILON, FLOW, X0, V
 from ...lora2.trainer import EMPTY_CAPTION
 from .checkpointing import checkpointed, inputs_of_norms_kept, repeated_blocks
-from .dataset import Caption, caption_entries
+from .dataset import Caption, caption_entries, check_caption
 from .weights import trainable_weights
 
 log = logging.getLogger("lora2")
@@ -32,6 +32,8 @@ TRAINING_OVER_INFERENCE = 20
 
 _UNTRAINABLE = ("control", "gligen", "hooks", "area", "mask")
 """Conditioning options that act at sampling time; a training step would have to ignore them."""
+
+_ENCODE = "Encode the captions with the text encoder that belongs to the model."
 
 
 class HostModel:
@@ -57,7 +59,14 @@ class HostModel:
     def check_latents(self, latents: Sequence[Tensor]) -> None:
         """Raise LoraError when a latent cannot belong to this model."""
         channels = self.model.latent_format.latent_channels
+        dimensions = self.model.latent_format.latent_dimensions
         for number, latent in enumerate(latents, 1):
+            if latent.ndim != dimensions + 1:
+                raise LoraError(
+                    f"Picture {number} has a latent of shape {list(latent.shape)}, but this model works on {dimensions} "
+                    "dimensions beside the channels: 2 are a picture, 3 a video. Encode pictures with the VAE that belongs to "
+                    "the model."
+                )
             if latent.shape[0] != channels:
                 raise LoraError(
                     f"Picture {number} has a latent of {latent.shape[0]} channels, but this model works on {channels}. "
@@ -84,7 +93,8 @@ class HostModel:
         """
         shape = max((tuple(t.shape) for t in latents), key=math.prod)
         memory = self.model.memory_required([batch, *shape])
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory * 2)
+        with torch.inference_mode():  # as every other node: weights that are moved or patched stay inference tensors
+            comfy.model_management.load_models_gpu([self.patcher], memory_required=memory * 2)
         blocks = repeated_blocks(self.model.diffusion_model) if self._checkpoint(checkpointing, memory) else []
         was_training = comfy.model_management.in_training
         with ExitStack() as stack:
@@ -135,11 +145,22 @@ class HostModel:
             )
         sample = latent[None].to(self.device)
         conds = comfy.sampler_helpers.convert_cond([caption])
-        encoded = comfy.samplers.encode_model_conds(
-            self.model.extra_conds, conds, torch.zeros_like(sample), self.device, "positive", latent_image=sample
-        )
+        try:
+            encoded = comfy.samplers.encode_model_conds(
+                self.model.extra_conds, conds, torch.zeros_like(sample), self.device, "positive", latent_image=sample
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise LoraError(f"A caption does not suit this model ({type(error).__name__}: {error}). {_ENCODE}") from error
         model_conds = encoded[0]["model_conds"]
+        self._check_text(model_conds)
         return {k: _ordinary_cond(v.process_cond(batch_size=1, area=None)) for k, v in model_conds.items()}
+
+    def _check_text(self, model_conds: dict[str, Any]) -> None:
+        config = self.model.model_config.unet_config
+        wanted = config.get("context_dim") or config.get("context_in_dim")
+        text = getattr(model_conds.get("c_crossattn"), "cond", None)
+        if isinstance(wanted, int) and isinstance(text, Tensor) and text.shape[-1] != wanted:
+            raise LoraError(f"A caption has width {text.shape[-1]}, but this model reads text of width {wanted}. {_ENCODE}")
 
     def _empty_for(self, shape: tuple[int, ...]) -> dict[str, Any]:
         if shape not in self._empty:
@@ -163,6 +184,11 @@ class HostModel:
         if isinstance(sampling, known.CONST):
             return FLOW
         raise LoraError(f"Models of the kind {type(self.model).__name__} cannot be trained yet.")
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The type that the model computes in."""
+        return self.model.get_dtype_inference()
 
     @property
     def sigma_data(self) -> float:
@@ -242,7 +268,11 @@ def _fit(first: dict[str, Any], other: dict[str, Any]) -> bool:
 def empty_caption(captions: Sequence[Caption], given: Sequence[Any] | None) -> Caption:
     """What a dropped caption becomes: the one given, or a caption of zeros shaped like the first."""
     if given:
-        return caption_entries(given[0])[0]
+        entries = caption_entries(given[0])
+        if not entries:
+            raise LoraError("The empty caption holds no conditioning. Connect a CLIP Text Encode of an empty text.")
+        check_caption(entries[0], "The empty caption")
+        return entries[0]
     tensor, options = captions[0]
     zeros = {
         k: torch.zeros_like(v) if isinstance(v, Tensor) and k == "pooled_output" else v for k, v in options.items()

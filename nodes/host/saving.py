@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import shutil
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import folder_paths
 import torch
@@ -16,12 +19,18 @@ from ...lora2.adapter import full_rank
 from ...lora2.errors import LoraError
 from ...lora2.factors import Factors
 from ...lora2.format import LoraStateDict, to_state_dict, write_new
+from ...lora2.keys import shown
 from ...lora2.metadata import LayerInfo, build, layer_info, with_info
 from ...lora2.writer import header
 
 log = logging.getLogger("lora2")
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+MOST_NAME_BYTES = 200
+"""Disks allow 255 for one name; a number and an ending come after ours."""
+
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)\s*(\.|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,22 +50,34 @@ def place_for(name: str) -> Place:
     """The place that a save name such as "subjects/mug" means; raises LoraError when it leaves the LoRA folder."""
     root = Path(folder_paths.get_folder_paths("loras")[0])
     parts = Path(name.replace("\\", "/").removesuffix(".safetensors"))
-    bad = (
-        not name.strip() or parts.is_absolute() or ".." in parts.parts or ":" in name or any(ord(c) < 32 for c in name)
-    )
     stem = parts.name.strip()
     folder = root / parts.parent
-    if bad or not stem or stem.startswith(".") or not folder.resolve().is_relative_to(root.resolve()):
-        raise LoraError(
-            f"save_name {name[:80]!r} points outside ComfyUI's LoRA folder or names no file. Use a plain name, with a "
-            "subfolder if you like: subjects/mug"
-        )
+    hidden = any(unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" for c in name)
+    if not stem or stem.startswith(".") or parts.is_absolute() or ".." in parts.parts or ":" in name or hidden:
+        _refuse(name, "points outside ComfyUI's LoRA folder or names no file")
+    if any(_DEVICE.match(part) for part in parts.parts):
+        _refuse(name, "is the name of a device on Windows")
+    if any(len(part.encode()) > MOST_NAME_BYTES for part in parts.parts) or len(name.encode()) > 5 * MOST_NAME_BYTES:
+        _refuse(name, f"is too long: at most {MOST_NAME_BYTES} bytes fit between slashes")
+    if not folder.resolve().is_relative_to(root.resolve()):
+        _refuse(name, "leads through a link to a folder outside ComfyUI's LoRA folder")
     return Place(folder, stem, root)
 
 
-def check_space(place: Place, most_bytes: int) -> None:
-    """Raise LoraError before training when the file would not fit on the disk."""
+def _refuse(name: str, why: str) -> NoReturn:
+    raise LoraError(f"save_name '{shown(name)}' {why}. Use a plain name, with a subfolder if you like: subjects/mug.")
+
+
+def check_place(place: Place, most_bytes: int) -> None:
+    """Raise LoraError before training when the file could not be written in its place, or would not fit on the disk."""
     existing = next(p for p in (place.folder, *place.folder.parents) if p.exists())
+    if not existing.is_dir():
+        raise LoraError(f"{shown(existing.name)} in ComfyUI's LoRA folder is a file, not a folder. Choose another save_name.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise LoraError(
+            f"ComfyUI may not write into its LoRA folder ({shown(existing.name)}). Allow it, or choose a save_name with "
+            "another subfolder."
+        )
     free = shutil.disk_usage(existing).free
     if free < most_bytes + (1 << 20):
         raise LoraError(

@@ -26,7 +26,7 @@ from ...lora2.trainer import Progress, Trainer
 from .dataset import pictures
 from .layers import cross_attention, family_of, file_prefixes, select_layers
 from .model import HostModel, empty_caption, training_dtype
-from .saving import DTYPES, FileInfo, Place, check_space, place_for, save
+from .saving import DTYPES, FileInfo, Place, check_place, place_for, save
 
 log = logging.getLogger("lora2")
 
@@ -88,11 +88,11 @@ def _train(
     files = _file_info(host, layers, images, request)
     shapes = {name: module_shape(m) for name, m in layers.items()}
     settings = settings.with_file(files.overhead(shapes, place.stem, settings.to_dict()), files.dtype.itemsize)
-    check_space(place, _most_bytes(shapes, settings))
+    check_place(place, _most_bytes(shapes, settings))
     images = host.scale_latents(images)
     nothing = empty_caption(captions, empty)
     with host.training(images, captions, nothing, settings.batch_size, request.checkpointing):
-        network = AdaptiveNetwork(layers, settings, host.device)
+        network = AdaptiveNetwork(layers, settings, host.device, host.compute)
         trainer = Trainer(network, host, images, settings, EntropyProbe(cross_attention(host.model)))
         say(f"Training {len(layers)} layers on {len(images)} pictures, {settings.steps} steps.")
         finish = _Finish(network, trainer.progress, files, place, settings, request, len(images))
@@ -101,8 +101,12 @@ def _train(
         except BaseException as stopped:
             if trainer.progress.step == 0:
                 raise _explained(stopped, "") from stopped.__cause__
-            trained = finish()
             done = f"Stopped after {trainer.progress.step} of {settings.steps} steps"
+            try:
+                trained = finish()
+            except LoraError as error:
+                reason = f"{stopped} " if isinstance(stopped, Exception) else ""
+                raise LoraError(f"{reason}{done}. {error}") from stopped
             words = f"{done}; what was learned is saved as {trained.name}."
             say(words)
             raise _explained(stopped, " " + words) from stopped.__cause__

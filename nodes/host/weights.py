@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ def trainable_weights(model: nn.Module) -> Iterator[None]:
     Nodes run in inference mode, where a loaded model's weights are inference tensors that autograd refuses to save. A new
     tensor over the same storage is not one, and costs nothing; the original objects come back at the end, so that the
     host finds what it left. All of them, since a weight that was moved between devices outside inference mode no longer
-    says that it is an inference tensor, and is refused all the same. Call with inference mode off.
+    says that it is an inference tensor, and is refused all the same. LoRAs that the host applies in bypass mode, as it does
+    to quantised models, keep their weights outside the model: the same is done for those. Call with inference mode off.
     """
     swapped: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
     for module in model.modules():
@@ -26,14 +28,28 @@ def trainable_weights(model: nn.Module) -> Iterator[None]:
                     continue
                 alias = ordinary(original)
                 swapped.append((slots, name, original, alias))  # type: ignore[arg-type]
+    bypasses = [(adapter, adapter.weights) for module in model.modules() for adapter in _bypass_adapters(module)]
     try:
         for slots, name, _, alias in swapped:
             slots[name] = alias
+        for adapter, weights in bypasses:
+            adapter.weights = tuple(ordinary(w) if isinstance(w, Tensor) else w for w in weights)
         yield
     finally:
+        for adapter, weights in bypasses:
+            adapter.weights = weights
         for slots, name, original, alias in swapped:
             if slots.get(name) is alias:
                 slots[name] = original
+
+
+def _bypass_adapters(module: nn.Module) -> Iterator[Any]:
+    """The host's adapters around a module's forward (comfy/weight_adapter/bypass.py), from the outermost one in."""
+    forward = vars(module).get("forward")
+    while (hook := getattr(forward, "__self__", None)) is not None and hasattr(hook, "original_forward"):
+        if isinstance(getattr(getattr(hook, "adapter", None), "weights", None), (tuple, list)):
+            yield hook.adapter
+        forward = hook.original_forward
 
 
 def ordinary(tensor: Tensor) -> Tensor:

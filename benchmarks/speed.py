@@ -1,0 +1,221 @@
+"""Time and memory of a training step beside the frozen model's: `make bench`, on whatever device there is.
+
+On a GPU: SDXL's UNet (2.57 B parameters, random weights, bf16), 1024², batch 1, attention q/k/v/o, mean rank 64. On a CPU:
+the small models of the tests. Prints a table and writes docs/benchmarks/speed.json and speed.md (--out for elsewhere).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import models
+
+ROOT = Path(__file__).resolve().parent.parent
+REPEATS = 20
+
+
+class Row(dict[str, Any]):
+    """One line of the table."""
+
+
+def frozen_step(patcher: Any, sample: models.Sample, graph: bool) -> tuple[float, float]:
+    """Milliseconds and peak GiB of the frozen model's forward and backward, the limit of what training can reach."""
+    import comfy.model_management as management
+    import torch
+
+    weights, blocks = models.pack("nodes.host.weights"), models.pack("nodes.host.checkpointing")
+    model = patcher.model
+    management.load_models_gpu([patcher])
+    model.to(patcher.load_device)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        weights.trainable_weights(model),
+        blocks.inputs_of_norms_kept(model.diffusion_model),
+    ):
+        management.in_training = True
+        x = sample.latent.to(patcher.load_device).requires_grad_()
+        conditioning = {k: v.to(patcher.load_device) for k, v in sample.conditioning.items()}
+        sigma = torch.ones(len(x), device=x.device)
+
+        def work() -> None:
+            x.grad = None
+            model.apply_model(x, sigma, **conditioning).square().mean().backward()
+
+        try:
+            return timed(recorded(work) if graph else work)
+        finally:
+            management.in_training = False
+
+
+def recorded(work: Callable[[], None]) -> Callable[[], None]:
+    """The same work as a CUDA graph's replay."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def timed(work: Callable[[], None]) -> tuple[float, float]:
+    """Median milliseconds of a call, and peak GiB since the start (nan on a CPU)."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    for _ in range(3):
+        work()
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(REPEATS if cuda else 5):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times), torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+
+
+def our_step(patcher: Any, sample: models.Sample, graphs: bool, **changes: Any) -> tuple[float, float, float]:
+    """Median and mean milliseconds of our own loop's steps through the host bridge, and peak GiB.
+
+    The mean counts recording steps anew when arrays were resized; the first third (warm-up, first recording) is left out.
+    """
+    import torch
+
+    session, trainer = models.pack("nodes.host.session"), models.pack("lora2.trainer")
+    engine = models.pack("lora2.engine")
+    cuda = torch.cuda.is_available()
+    steps = 60 if cuda and graphs else 15
+    settings = {"learning_rate": 1e-4, "target_rank": sample.rank, "initial_rank": sample.rank, "settle_at": 1.0}
+    settings |= {"steps": steps, "batch_size": len(sample.latent), **changes}
+    stamps: list[float] = []
+
+    def stamp(progress: Any) -> None:
+        stamps.append(time.perf_counter())
+        if len(stamps) == steps // 3 and cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    class Watched(trainer.Trainer):  # type: ignore[misc, name-defined]
+        def run(self, on_step: Any = None) -> Any:
+            if not graphs:
+                self.engine = engine.Engine(self.network, self.engine.loss)
+            return super().run(stamp)
+
+    original, session.Trainer = session.Trainer, Watched
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+    try:
+        with torch.inference_mode():
+            session.train(
+                patcher,
+                *sample.dataset(),
+                models.pack("lora2.settings").Settings(**settings),
+                session.Request("speed", "attention", checkpointing="off"),
+            )
+    finally:
+        session.Trainer = original
+    steady = [1e3 * (b - a) for a, b in zip(stamps, stamps[1:], strict=False)][steps // 3 :]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+    return statistics.median(steady), statistics.mean(steady), peak
+
+
+def measure() -> list[Row]:
+    """All rows, side by side in this run."""
+    import comfyui_version
+    import torch
+
+    cuda = torch.cuda.is_available()
+    about = {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "comfyui": comfyui_version.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    rows: list[Row] = []
+    for work, patcher, sample in models.works():
+        limits: dict[str, float] = {}
+
+        def add(name: str, ms: float, peak: float, against: str, mean: float | None = None) -> None:
+            limits.setdefault(name, ms)
+            row = Row(work=work, name=name, ms=round(ms, 1), peak_gib=None if peak != peak else round(peak, 2))  # noqa: B023, PLR0124
+            row |= {"limit_ratio": round(ms / limits[against], 3), "mean_ms": mean and round(mean, 1), **about}  # noqa: B023
+            rows.append(row)
+            print(f"{work:44} {name:12} {ms:8.1f} ms  mean {mean or ms:8.1f}  {peak:6.2f} GiB  ×{row['limit_ratio']:.2f}", flush=True)  # noqa: B023
+
+        if cuda:
+            add("limit", *frozen_step(patcher, sample, True), "limit")
+        add("limit-eager", *frozen_step(patcher, sample, False), "limit-eager")
+        base = "limit" if cuda else "limit-eager"
+        frozen = {"rank_learning_rate": 1e-9}
+        for name, graphs, changes in (("ours", True, {}), ("ours-frozen", True, frozen), ("ours-eager", False, {})):
+            if name == "ours-eager" and not cuda:
+                continue
+            ms, mean, peak = our_step(patcher, sample, graphs, **changes)
+            add(name, ms, peak, "limit-eager" if name == "ours-eager" else base, mean)
+    return rows
+
+
+def markdown(rows: list[Row]) -> str:
+    """The page."""
+    first = rows[0]
+    lines = [
+        "# Speed",
+        "",
+        f"{first['device']}, torch {first['torch']}, ComfyUI {first['comfyui']}, {first['date']}; written by benchmarks/speed.py, "
+        "one run. `ms` is the median step, `mean` counts recording a step anew after arrays were resized. `ratio` is against "
+        "the frozen model's own forward and backward (ours-eager against the eager one).",
+        "",
+        "| work | what | ms | mean ms | peak GiB | ratio |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        lines.append(f"| {r['work']} | {r['name']} | {r['ms']} | {r['mean_ms'] or ''} | {r['peak_gib'] or ''} | {r['limit_ratio']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md; default: not on a CPU, else docs/benchmarks")
+    out = parser.parse_args().out
+    models.import_comfy()
+    import folder_paths
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder_paths.folder_names_and_paths["loras"] = ([folder], {".safetensors"})
+        rows = measure()
+    if out is None and torch.cuda.is_available():
+        out = ROOT / "docs" / "benchmarks"
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "speed.json").write_text(json.dumps(rows, indent=1) + os.linesep)
+        (out / "speed.md").write_text(markdown(rows))
+        print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
