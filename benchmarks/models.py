@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import types
 from collections.abc import Iterator
@@ -16,13 +17,11 @@ PACK = "lora2_pack"
 
 def import_comfy() -> None:
     """ComfyUI on the import path: the one of the set-up, or one that is importable already."""
-    try:
-        import comfy.sd  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("comfy") is None:
         from dev import host
 
         host.import_comfy()
-        import comfy.sd  # noqa: F401
+    importlib.import_module("comfy.sd")
 
 
 def pack(module: str) -> Any:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import itertools
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -37,6 +39,7 @@ def frozen_step(patcher: Any, sample: models.Sample, graph: bool) -> tuple[float
     model = patcher.model
     management.load_models_gpu([patcher])
     model.to(patcher.load_device)
+    fresh()
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -75,16 +78,12 @@ def recorded(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def timed(work: Callable[[], None]) -> tuple[float, float]:
-    """Median milliseconds of a call, and peak GiB since the start (nan on a CPU)."""
+    """Median milliseconds of a call, and peak GiB since `fresh` (nan on a CPU)."""
     import torch
 
     cuda = torch.cuda.is_available()
     for _ in range(3):
         work()
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(REPEATS if cuda else 5):
         if cuda:
@@ -95,6 +94,16 @@ def timed(work: Callable[[], None]) -> tuple[float, float]:
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times), torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+
+
+def fresh() -> None:
+    """Give back what was cached and start a new peak; a graph's memory is taken while it is recorded, not when replayed."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def our_step(patcher: Any, sample: models.Sample, graphs: bool, **changes: Any) -> tuple[float, float, float]:
@@ -114,8 +123,6 @@ def our_step(patcher: Any, sample: models.Sample, graphs: bool, **changes: Any) 
 
     def stamp(progress: Any) -> None:
         stamps.append(time.perf_counter())
-        if len(stamps) == steps // 3 and cuda:
-            torch.cuda.reset_peak_memory_stats()
 
     class Watched(trainer.Trainer):  # type: ignore[misc, name-defined]
         def run(self, on_step: Any = None) -> Any:
@@ -124,9 +131,7 @@ def our_step(patcher: Any, sample: models.Sample, graphs: bool, **changes: Any) 
             return super().run(stamp)
 
     original, session.Trainer = session.Trainer, Watched
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
+    fresh()
     try:
         with torch.inference_mode():
             session.train(
@@ -137,7 +142,7 @@ def our_step(patcher: Any, sample: models.Sample, graphs: bool, **changes: Any) 
             )
     finally:
         session.Trainer = original
-    steady = [1e3 * (b - a) for a, b in zip(stamps, stamps[1:], strict=False)][steps // 3 :]
+    steady = [1e3 * (b - a) for a, b in itertools.pairwise(stamps)][steps // 3 :]
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
     return statistics.median(steady), statistics.mean(steady), peak
 
@@ -156,26 +161,37 @@ def measure() -> list[Row]:
     }
     rows: list[Row] = []
     for work, patcher, sample in models.works():
-        limits: dict[str, float] = {}
-
-        def add(name: str, ms: float, peak: float, against: str, mean: float | None = None) -> None:
-            limits.setdefault(name, ms)
-            row = Row(work=work, name=name, ms=round(ms, 1), peak_gib=None if peak != peak else round(peak, 2))  # noqa: B023, PLR0124
-            row |= {"limit_ratio": round(ms / limits[against], 3), "mean_ms": mean and round(mean, 1), **about}  # noqa: B023
-            rows.append(row)
-            print(f"{work:44} {name:12} {ms:8.1f} ms  mean {mean or ms:8.1f}  {peak:6.2f} GiB  ×{row['limit_ratio']:.2f}", flush=True)  # noqa: B023
-
+        table = _Table(work, about)
         if cuda:
-            add("limit", *frozen_step(patcher, sample, True), "limit")
-        add("limit-eager", *frozen_step(patcher, sample, False), "limit-eager")
-        base = "limit" if cuda else "limit-eager"
-        frozen = {"rank_learning_rate": 1e-9}
-        for name, graphs, changes in (("ours", True, {}), ("ours-frozen", True, frozen), ("ours-eager", False, {})):
-            if name == "ours-eager" and not cuda:
-                continue
-            ms, mean, peak = our_step(patcher, sample, graphs, **changes)
-            add(name, ms, peak, "limit-eager" if name == "ours-eager" else base, mean)
+            table.add("limit", frozen_step(patcher, sample, True))
+        table.add("limit-eager", frozen_step(patcher, sample, False))
+        best = "limit" if cuda else "limit-eager"
+        table.add("ours", our_step(patcher, sample, cuda), best)
+        table.add("ours-frozen", our_step(patcher, sample, cuda, rank_learning_rate=1e-9), best)
+        if cuda:
+            table.add("ours-eager", our_step(patcher, sample, False), "limit-eager")
+        rows += table.rows
     return rows
+
+
+class _Table:
+    """The rows of one work."""
+
+    def __init__(self, work: str, about: dict[str, str]) -> None:
+        self.work, self.about = work, about
+        self.rows: list[Row] = []
+        self._limits: dict[str, float] = {}
+
+    def add(self, name: str, figures: tuple[float, ...], against: str | None = None) -> None:
+        """figures: (median ms, peak GiB), or (median ms, mean ms, peak GiB)."""
+        ms, peak = figures[0], figures[-1]
+        mean = figures[1] if len(figures) > 2 else ms
+        self._limits[name] = ms
+        ratio = ms / self._limits[against or name]
+        row = Row(work=self.work, name=name, ms=round(ms, 1), mean_ms=round(mean, 1), limit_ratio=round(ratio, 3))
+        row["peak_gib"] = None if math.isnan(peak) else round(peak, 2)
+        self.rows.append(Row(row | self.about))
+        print(f"{self.work:44} {name:12} {ms:8.1f} ms, mean {mean:8.1f}, {peak:6.2f} GiB, x{ratio:.2f}", flush=True)
 
 
 def markdown(rows: list[Row]) -> str:
@@ -184,22 +200,22 @@ def markdown(rows: list[Row]) -> str:
     lines = [
         "# Speed",
         "",
-        f"{first['device']}, torch {first['torch']}, ComfyUI {first['comfyui']}, {first['date']}; written by benchmarks/speed.py, "
-        "one run. `ms` is the median step, `mean` counts recording a step anew after arrays were resized. `ratio` is against "
+        f"{first['device']}, torch {first['torch']}, ComfyUI {first['comfyui']}, {first['date']}; written by "
+        "benchmarks/speed.py, one run. `ms` is the median step, `mean` counts recording a step anew after arrays were resized. `ratio` is against "
         "the frozen model's own forward and backward (ours-eager against the eager one).",
         "",
         "| work | what | ms | mean ms | peak GiB | ratio |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
-        lines.append(f"| {r['work']} | {r['name']} | {r['ms']} | {r['mean_ms'] or ''} | {r['peak_gib'] or ''} | {r['limit_ratio']} |")
+        lines.append(f"| {r['work']} | {r['name']} | {r['ms']} | {r['mean_ms']} | {r['peak_gib'] or ''} | {r['limit_ratio']} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md; default: not on a CPU, else docs/benchmarks")
+    parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md; on a GPU docs/benchmarks")
     out = parser.parse_args().out
     models.import_comfy()
     import folder_paths

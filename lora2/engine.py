@@ -123,7 +123,7 @@ class GraphEngine(Engine):
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = work()
         except RuntimeError as error:
             # Recording stops at the first operation that a graph cannot hold; nothing of it has run.

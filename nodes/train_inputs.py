@@ -72,7 +72,7 @@ def inputs() -> list[io.Input]:
             default=0,
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
+            control_after_generate=io.ControlAfterGenerate.fixed,
             tooltip="Decides everything random: the start, the order of pictures, the noise.",
         ),
         io.String.Input(

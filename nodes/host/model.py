@@ -53,13 +53,24 @@ class HostModel:
         self._empty: dict[tuple[int, ...], dict[str, Any]] = {}
         self._empty_source: Caption = []
         self._options: dict[str, Any] = {}
+        self._sigmas: Tensor | None = None
+
+    @property
+    def latent_format(self) -> Any:
+        """How the model's latents are made and scaled."""
+        return self.patcher.get_model_object("latent_format")
+
+    @property
+    def _sampling(self) -> Any:
+        # Asked of the patcher: until it is loaded, the model may carry what another branch of the graph has set.
+        return self.patcher.get_model_object("model_sampling")
 
     # -- before training ---------------------------------------------------------------------------------------------
 
     def check_latents(self, latents: Sequence[Tensor]) -> None:
         """Raise LoraError when a latent cannot belong to this model."""
-        channels = self.model.latent_format.latent_channels
-        dimensions = self.model.latent_format.latent_dimensions
+        channels = self.latent_format.latent_channels
+        dimensions = self.latent_format.latent_dimensions
         for number, latent in enumerate(latents, 1):
             if latent.ndim != dimensions + 1:
                 raise LoraError(
@@ -75,7 +86,7 @@ class HostModel:
 
     def scale_latents(self, latents: Sequence[Tensor]) -> list[Tensor]:
         """VAE latents in the scale that the diffusion model works on."""
-        return [self.model.process_latent_in(latent[None])[0].float().clone() for latent in latents]
+        return [self.latent_format.process_in(latent[None])[0].float().clone() for latent in latents]
 
     @contextmanager
     def training(
@@ -112,7 +123,7 @@ class HostModel:
 
     def _release(self, was_training: bool) -> None:
         comfy.model_management.in_training = was_training
-        self._captions, self._empty, self._options = [], {}, {}
+        self._captions, self._empty, self._options, self._sigmas = [], {}, {}, None
         self.patcher.cleanup()
 
     def _checkpoint(self, choice: str, memory: float) -> bool:
@@ -172,7 +183,7 @@ class HostModel:
     @property
     def prediction(self) -> str:
         """What the network puts out; raises LoraError for kinds that have no denoising loss here."""
-        sampling, known = self.model.model_sampling, comfy.model_sampling
+        sampling, known = self._sampling, comfy.model_sampling
         if isinstance(sampling, (known.IMG_TO_IMG_FLOW, known.IMG_TO_IMG, known.COSMOS_RFLOW)):
             raise LoraError(f"Models of the kind {type(self.model).__name__} cannot be trained yet.")
         if isinstance(sampling, (known.V_PREDICTION, known.V_PREDICTION_DDPM)):
@@ -193,19 +204,21 @@ class HostModel:
     @property
     def sigma_data(self) -> float:
         """The data's standard deviation in the model's parametrisation."""
-        return float(getattr(self.model.model_sampling, "sigma_data", 1.0))
+        return float(getattr(self._sampling, "sigma_data", 1.0))
 
     def sigma(self, time: Tensor, shifted: bool) -> Tensor:
         """σ of times in (0, 1): the model's table for discrete models, time itself or its shift for flow models."""
-        sampling = self.model.model_sampling
+        sampling = self._sampling
         if self.prediction == FLOW:
             return sampling.sigma(time * getattr(sampling, "multiplier", 1)).float() if shifted else time
-        table = sampling.sigmas.float().cpu()
+        if self._sigmas is None:
+            self._sigmas = sampling.sigmas.float().cpu()  # once: reading it would wait for the GPU at every step
+        table = self._sigmas
         return table[(time * len(table)).long().clamp(max=len(table) - 1)]
 
     def add_noise(self, sigma: Tensor, noise: Tensor, clean: Tensor) -> Tensor:
         """The noisy latent as the model's sampling defines it."""
-        return self.model.model_sampling.noise_scaling(sigma, noise, clean, False)
+        return self._sampling.noise_scaling(sigma, noise, clean, False)
 
     def conditions(self, captions: Sequence[int], shape: torch.Size) -> list[tuple[list[int], dict[str, Any]]]:
         """The captions' conditioning, joined for samples whose conditioning fits together, on the model's device."""
@@ -234,7 +247,8 @@ def training_dtype(patcher: Any, choice: str) -> torch.dtype | None:
 
     auto keeps bf16 and fp32, and leaves fp16, whose gradients underflow, for bf16 or else fp32.
     """
-    own = patcher.model.get_dtype_inference()
+    # Not get_dtype_inference: a run before this one may have left its own choice on the model that is loaded.
+    own = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(choice)
     if choice == "auto" and own == torch.float16:
         chosen = torch.bfloat16 if comfy.model_management.should_use_bf16(patcher.load_device) else torch.float32

@@ -187,7 +187,7 @@ def _file_info(
 ) -> FileInfo:
     prefixes, style = file_prefixes(host.model, list(layers))
     largest = max(images, key=lambda t: t.shape[-1] * t.shape[-2])
-    ratio = getattr(host.model.latent_format, "spacial_downscale_ratio", 8)
+    ratio = getattr(host.latent_format, "spacial_downscale_ratio", 8)
     size = (largest.shape[-1] * ratio, largest.shape[-2] * ratio)
     family = family_of(host.model, host.prediction)
     return FileInfo(prefixes, style, family, host.prediction, size, DTYPES[request.save_dtype])
