@@ -60,8 +60,9 @@ class AdaptiveNetwork:
         ]
         self.settled = False
         self.theta = nn.Parameter(torch.tensor(initial, dtype=torch.float64).log().float().to(self.device))
-        self.pressure = 1.0
-        """Multiplies the rank regulariser; a budget raises and lowers it."""
+        self.pressure = torch.ones((), device=self.device)
+        """A budget's multiplier, raised and lowered while the paper's form trains."""
+        self._last_ratio = 1.0
         self._rebuild()
 
     # -- start -------------------------------------------------------------------------------------------------------
@@ -174,9 +175,23 @@ class AdaptiveNetwork:
                 torch.sum(adapter.up * adapter.up.grad, dim=1, out=row[: adapter.capacity])
         nu = imp.rate(self.theta, self.settings.q)
         slope = imp.log_importance_slope(self._positions, nu[:, None])
-        data = (self._shares * slope * (self._importance > 0)).sum(dim=1)
-        pull = -nu * torch.sign(nu - self.target_rate) * (self.settings.rank_weight * self.pressure)
-        self.theta.grad = data + pull
+        data = (self._shares * slope).sum(dim=1)
+        self.theta.grad = data + self.settings.rank_weight * self._pull(nu)
+
+    def _pull(self, nu: Tensor) -> Tensor:
+        """The gradient in θ of what ranks cost, before its weight: of Σ|ν − ν_target|, or of a multiplier times the size.
+
+        A budget is a limit on Σ ρ, not a rank that every layer should have: its Lagrange term μ Σ ρ / ρ_target pulls all
+        ranks down in proportion, and only as hard as the budget needs.
+        """
+        if self._steered:
+            return self.pressure * torch.exp(self.theta) / self.target_rank
+        return -nu * torch.sign(nu - self.target_rate)
+
+    @property
+    def _steered(self) -> bool:
+        """Whether a budget steers the ranks: in the paper's own form. Where they settle, the cut meets it."""
+        return bool(self.settings.budget_mb) and self.settings.settle_at >= 1
 
     @property
     def target_rate(self) -> float:
@@ -187,13 +202,6 @@ class AdaptiveNetwork:
     def target_rank(self) -> float:
         """The mean rank that the budget allows."""
         return self.budget / sum(a.cost for a in self.adapters)
-
-    def regulariser(self) -> Tensor:
-        """λ_r Σ|ν − ν_target|, as a scalar on the device; 0 once settled."""
-        if self.settled:
-            return torch.zeros((), device=self.device)
-        nu = imp.rate(self.theta.detach(), self.settings.q)
-        return self.settings.rank_weight * self.pressure * (nu - self.target_rate).abs().sum()
 
     # -- the CPU side, once in a while ---------------------------------------------------------------------------------
 
@@ -231,8 +239,10 @@ class AdaptiveNetwork:
             for adapter, capacity in zip(self.adapters, capacities, strict=True):
                 if capacity != adapter.capacity:
                     adapter.resize(capacity, self.generator, optimizer)
-        if self.settings.budget_mb and self.settings.settle_at >= 1:
-            self.pressure = next_pressure(self.pressure, self.size() / self.budget)
+        if self._steered:
+            ratio = self.size() / self.budget
+            self.pressure.copy_(next_pressure(float(self.pressure), ratio, self._last_ratio))
+            self._last_ratio = ratio
         if changed:
             self._rebuild()
         return changed
@@ -313,9 +323,13 @@ class AdaptiveNetwork:
                 handle.remove()
 
 
-def next_pressure(pressure: float, ratio: float) -> float:
-    """The budget's multiplier for a size of `ratio` times the budget: up when above, down when below, within 1e-4 … 1e4."""
-    return min(1e4, max(1e-4, pressure * min(2.0, max(0.5, ratio)) ** 2))
+def next_pressure(pressure: float, ratio: float, last: float) -> float:
+    """The budget's multiplier for a size of `ratio` times the budget, `last` times it before; within 1e-6 … 1e6.
+
+    Proportional and differential in r = ln ratio, so that it eases off while the size is already coming down.
+    """
+    r, before = math.log(max(ratio, 1e-3)), math.log(max(last, 1e-3))
+    return min(1e6, max(1e-6, pressure * math.exp(0.5 * r + 2 * (r - before))))
 
 
 def fit(factors: Mapping[str, Factors], budget: int, min_rank: int = 1) -> dict[str, Factors]:

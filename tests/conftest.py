@@ -20,7 +20,7 @@ from dev import assets, host  # noqa: E402
 from dev.server import ComfyServer  # noqa: E402
 
 host.import_comfy()
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +44,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     with ComfyServer(base) as running:
         assets.fill_base(base)
         yield running
+
+
+@pytest.fixture
+def folders(comfy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's LoRA, output and temporary folders below tmp_path: loras/ (empty), output/, temp/."""
+    import folder_paths
+
+    (tmp_path / "loras").mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
+    folder_paths.filename_list_cache.pop("loras", None)
+    return tmp_path

@@ -195,7 +195,6 @@ def device_step(network: AdaptiveNetwork, model: Model, x: Tensor) -> None:
         loss = (model(x) - 1).square().mean()
     loss.backward()
     network.write_theta_gradient()
-    network.regulariser()
 
 
 READING = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal.default", "unique")
@@ -324,8 +323,6 @@ def test_theta_gradient_by_autograd_of_the_dense_form() -> None:
     assert network.theta.grad is not None
     # float32 sums of signed terms: 1e-5 leaves two digits for cancellation.
     assert torch.allclose(network.theta.grad.double(), expected, rtol=1e-5, atol=1e-6)
-    regulariser = weight * sum(abs(C / rho - C / 4) for rho in rhos)
-    assert float(network.regulariser()) == pytest.approx(regulariser, rel=1e-5)
 
 
 def test_an_untouched_layer_feels_only_the_regulariser() -> None:
@@ -457,17 +454,16 @@ def test_positions_that_were_in_use_for_a_while_are_forgotten_too() -> None:
         assert torch.equal(adapter.down[:6], down)
 
 
-def test_a_single_layer_among_hundreds_gets_the_rank_that_it_wants() -> None:
+def test_a_single_layer_among_hundreds_gets_about_the_rank_that_it_wants() -> None:
     """Its parameters are a thousandth of all, and it may still be the one layer that matters."""
     layers = {str(i): nn.Linear(48, 48) for i in range(300)}
     network = AdaptiveNetwork(layers, settings(initial_rank=16, target_rank=8))
-    network.sync()
-    network.theta.data[7] = math.log(22)
-    network.sync()
-    network.theta.data[7] = math.log(40)
-    network.sync()
-    assert network.ranks()["7"] == 40
-    assert not network.sync()
+    resized = 0
+    for wanted in range(16, 49):
+        network.theta.data[7] = math.log(wanted)
+        resized += network.sync()
+        assert wanted / 1.3 <= network.ranks()["7"] <= wanted
+    assert 1 <= resized <= 4, "without recording a step anew for each position"
 
 
 def test_capacities_have_hysteresis() -> None:
@@ -637,7 +633,6 @@ def test_a_settled_network_trains_as_a_plain_lora() -> None:
     ranks, optimizer = network.ranks(), Optimizer(network, settings(learning_rate=1e-2))
     assert optimizer.theta is None
     assert network.rates() == dict.fromkeys("abc")
-    assert float(network.regulariser()) == 0
     x, losses = pictures(8, 5, 24), []
     for _ in range(20):
         with network.attached():
@@ -690,20 +685,24 @@ def test_a_budget_steers_the_papers_form(budget_rank: int, initial: int) -> None
             network.sync(optimizer.inner)
     assert abs(start / budget - 1) > 0.4
     assert network.size() / budget == pytest.approx(1, abs=0.25)
+    a, b, c, d, _ = network.ranks().values()
+    assert a <= b <= c <= d, "the harder the task, the more of the budget (what rank 16 would need does not fit it)"
+    assert a < d
     factors, _ = network.final_factors()
     assert sum(f.parameters for f in factors.values()) <= budget
 
 
 def test_the_multiplier_rises_above_the_budget_and_falls_below_it() -> None:
-    assert next_pressure(1.0, 1.3) > 1 > next_pressure(1.0, 0.7)
-    assert next_pressure(2.0, 1.0) == 2.0
+    assert next_pressure(1.0, 1.3, 1.3) > 1 > next_pressure(1.0, 0.7, 0.7)
+    assert next_pressure(2.0, 1.0, 1.0) == 2.0
+    assert next_pressure(1.0, 1.3, 1.6) < next_pressure(1.0, 1.3, 1.3), "the size is coming down already"
     pressure = 1.0
     for _ in range(100):
-        pressure = next_pressure(pressure, 50)
-    assert pressure == 1e4
+        pressure = next_pressure(pressure, 50, 50)
+    assert pressure == 1e6
     for _ in range(100):
-        pressure = next_pressure(pressure, 0.01)
-    assert pressure == 1e-4
+        pressure = next_pressure(pressure, 0.01, 0.01)
+    assert pressure == 1e-6
 
 
 def test_fit_keeps_alpha_and_meets_any_budget() -> None:
