@@ -11,7 +11,8 @@ import json
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def documents() -> list[Path]:
     return [ROOT / "README.md", *(HELP / f"{node}.md" for node in NODES)]
 
 
+@cache
 def schemas() -> dict[str, Info]:
     """What ComfyUI's /object_info says of the nodes, without a server."""
     import_comfy()
@@ -99,7 +101,7 @@ def _words(name: str, type_: str, options: Info) -> str:
     return f"{options['tooltip']} One of {', '.join(f'`{o}`' for o in options['options'])}."
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *(tuple(c.replace("|", r"\|").replace("*", r"\*") for c in r) for r in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..lora2.format import read
+from ..lora2.format import LoraDocument, read
 from ..lora2.report import build
 from ..lora2.text import size
 from ..lora2.truncate import CutResult, cut
@@ -121,7 +121,14 @@ class LoadAdaptiveLora(io.ComfyNode):
         tensors = result.document.state_dict()
         changed = loading.apply(model, clip, dict(tensors), strength_model, strength_clip, tensors.metadata)
         teller(cls.hidden.unique_id)(" ".join([matched.words(), *_cut_words(result), *document.notes]))
-        return io.NodeOutput(*changed, build(result.document, files.lora_title(lora_name)))
+        return io.NodeOutput(*changed, _ranks(result.document, files.lora_title(lora_name)))
+
+
+def _ranks(document: LoraDocument, title: str) -> Any:
+    """The report; for a file of other kinds of layers, whose LoRA loads all the same, none."""
+    if not document.layers:
+        return loading.absent(f"{title} holds no plain LoRA layer, so it has no ranks to show.")
+    return build(document, title)
 
 
 def _cut_words(result: CutResult) -> list[str]:
@@ -131,7 +138,9 @@ def _cut_words(result: CutResult) -> list[str]:
         words.append(f"Cut from {size(result.bytes_before)} to {size(result.bytes_after)}.")
     if result.uncut:
         kinds = ", ".join(sorted(set(result.uncut.values())))
-        words.append(f"{len(result.uncut)} parts cannot be cut and stay whole: {kinds}.")
+        count = len(result.uncut)
+        parts = "1 part cannot be cut and stays" if count == 1 else f"{count} parts cannot be cut and stay"
+        words.append(f"{parts} whole: {kinds}.")
     return words
 
 

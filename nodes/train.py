@@ -6,11 +6,12 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..lora2.chart import rank_picture
 from ..lora2.format import parse
 from ..lora2.report import build
 from ..lora2.settings import Settings
 from .host.loading import apply
-from .host.progress import teller
+from .host.progress import show, teller
 from .host.session import Request, train
 from .pictures import rank_image
 from .train_inputs import inputs
@@ -68,6 +69,7 @@ class TrainAdaptiveLora(io.ComfyNode):
             model, latents, conditioning, Settings(**values), request, empty_caption, teller(cls.hidden.unique_id)
         )
         report = build(parse(trained.lora, trained.lora.metadata), trained.path.stem)
+        show(rank_picture(report))
         return io.NodeOutput(
             trained.lora,
             apply(model, None, dict(trained.lora), 1.0, 0.0)[0],

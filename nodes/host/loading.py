@@ -8,6 +8,7 @@ from typing import Any
 import comfy.lora
 import comfy.lora_convert
 import comfy.sd
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor, nn
 
 from ...lora2.errors import LoraError
@@ -65,9 +66,8 @@ def match(document: LoraDocument, model: Any, clip: Any) -> Match:
 
 def _renamed(document: LoraDocument) -> LoraDocument:
     """The document under the names that the host gives to layers of some trainers."""
-    tensors = dict(document.state_dict())
-    converted = comfy.lora_convert.convert_lora(tensors)
-    return document if converted is tensors else parse(converted)
+    converted = comfy.lora_convert.convert_lora(dict(document.state_dict()))
+    return document if converted.keys() == document.state_dict().keys() else parse(converted)
 
 
 def _other_layers(document: LoraDocument) -> list[str]:
@@ -118,3 +118,8 @@ def apply(
 ) -> tuple[Any, Any]:
     """The model and text encoder with these tensors applied by the host's own loader."""
     return comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip, lora_metadata=metadata)
+
+
+def absent(why: str) -> ExecutionBlocker:
+    """An output that is not there: a node that is connected to it stops and says why, the others run."""
+    return ExecutionBlocker(why)

@@ -1,10 +1,12 @@
-"""Words from a running node to the person at the graph."""
+"""Words and pictures from a running node to the person at the graph."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 
+import comfy.utils
+from PIL import Image
 from server import PromptServer
 
 log = logging.getLogger("lora2")
@@ -20,3 +22,8 @@ def teller(node_id: str | None) -> Callable[[str], None]:
             server.send_progress_text(words, node_id)
 
     return say
+
+
+def show(picture: Image.Image) -> None:
+    """Leave a picture in the node that runs: the frontend goes on showing the last live one, over the node's output."""
+    comfy.utils.ProgressBar(1).update_absolute(1, 1, ("JPEG", picture, max(picture.size)))

@@ -1,0 +1,185 @@
+"""What reaches users: the files, what they import, and what the registry and ComfyUI-Manager read of them."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import fnmatch
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pathspec
+import pytest
+import tomllib
+
+from dev.host import ROOT, comfy_path
+
+SHIPPED = (
+    "__init__.py", "pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE",
+    "lora2/*.py", "nodes/*.py", "nodes/host/*.py", "web/docs/*.md", "locales/*/nodeDefs.json",
+    "workflows/*.json", "workflows/*.jpg",
+)
+TEMPLATES = ("Train Adaptive LoRA", "Load Adaptive LoRA", "Inspect Ranks")
+STANDARD = set(sys.stdlib_module_names)
+LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
+"""What the method may import beside Python's own."""
+
+HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "nodes"}
+"""ComfyUI's modules; its `server` and `nodes` as absolute imports."""
+
+REFUSED_MODULES = {
+    "subprocess", "socket", "socketserver", "http", "urllib", "ftplib", "smtplib", "ssl", "pickle", "marshal", "shelve",
+    "ctypes", "pip", "ensurepip", "venv", "runpy", "importlib", "pkgutil", "multiprocessing", "code", "codeop",
+}
+REFUSED_CALLS = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
+REFUSED_MEMBERS = {
+    "os": {"environ", "environb", "getenv", "putenv", "system", "popen", "fork"},
+    "torch": {"load", "save", "hub", "package"},
+    "np": {"load"},
+    "numpy": {"load"},
+}
+
+
+@cache
+def shipped() -> list[str]:
+    """The files that `comfy node publish` packs: those of git, less what .comfyignore names (comfy_cli/file_utils.py)."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    ignored = pathspec.PathSpec.from_lines("gitwildmatch", (ROOT / ".comfyignore").read_text().splitlines())
+    return sorted(f for f in files if not ignored.match_file(f) and (ROOT / f).is_file())
+
+
+def trees(under: str = "") -> Iterator[tuple[str, ast.Module]]:
+    for name in shipped():
+        if name.endswith(".py") and name.startswith(under):
+            yield name, ast.parse((ROOT / name).read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """The first part of every absolute import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module).split(".")[0]
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_users_get_what_they_need_and_nothing_else() -> None:
+    for name in shipped():
+        depth = name.count("/")
+        assert any(fnmatch.fnmatchcase(name, p) and p.count("/") == depth for p in SHIPPED), f"{name} would be shipped"
+    for pattern in SHIPPED:
+        assert fnmatch.filter(shipped(), pattern), f"nothing is shipped as {pattern}"
+
+
+def test_every_template_has_its_picture() -> None:
+    assert {f for f in shipped() if f.startswith("workflows/")} == {
+        f"workflows/{name}.{ending}" for name in TEMPLATES for ending in ("json", "jpg")
+    }
+
+
+def test_nothing_that_is_shipped_is_large() -> None:
+    sizes = {name: (ROOT / name).stat().st_size for name in shipped()}
+    assert max(sizes.values()) < 500_000
+    assert sum(sizes.values()) < 3_000_000
+
+
+def test_shipped_code_runs_nothing_and_calls_nobody() -> None:
+    """What the registry's scanner looks for, and a little more."""
+    for name, tree in trees():
+        assert not REFUSED_MODULES & set(imports(tree)), name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in REFUSED_CALLS, f"{name}:{node.lineno}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                refused = REFUSED_MEMBERS.get(node.value.id, set())
+                assert node.attr not in refused, f"{name}:{node.lineno}"
+                assert node.value.id != "os" or not node.attr.startswith(("exec", "spawn", "posix_spawn")), name
+            if isinstance(node, ast.ImportFrom):
+                refused = REFUSED_MEMBERS.get(str(node.module), set())
+                assert not refused & {alias.name for alias in node.names}, name
+
+
+def test_imports_are_relative_or_of_known_packages() -> None:
+    """The pack lies in custom_nodes under any name, and its method must not know ComfyUI."""
+    assert list(trees("lora2/"))
+    for name, tree in trees():
+        allowed = STANDARD | LIBRARIES | (set() if name.startswith("lora2/") else HOST)
+        assert set(imports(tree)) <= allowed, name
+        if name.startswith("lora2/"):
+            assert all(n.level == 1 for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level), name
+
+
+def test_only_the_bridge_knows_comfyuis_insides() -> None:
+    """Nodes may use its public interface, no more."""
+    for name, tree in trees():
+        if not name.startswith("nodes/host/"):
+            assert not set(imports(tree)) & (HOST - {"comfy_api"}), name
+
+
+def test_requirements_are_those_of_pyproject_and_come_with_comfyui() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert lines == project()["project"]["dependencies"]
+    host = {re.split(r"[^\w-]", line.lower())[0] for line in (comfy_path() / "requirements.txt").read_text().splitlines()}
+    ours = {re.split(r"[^\w-]", line.lower())[0] for line in lines} | {"pillow" if p == "PIL" else p for p in LIBRARIES}
+    assert ours <= host
+
+
+def test_pyproject_is_what_the_registry_takes() -> None:
+    data, comfy = project()["project"], project()["tool"]["comfy"]
+    assert re.fullmatch(r"[a-z][a-z0-9-]{1,98}[a-z0-9]", data["name"])
+    assert "comfy" not in data["name"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", data["version"])
+    assert (ROOT / data["license"]["file"]).is_file()
+    assert {"Homepage", "Documentation", "Repository", "Issues"} <= data["urls"].keys()
+    assert comfy["DisplayName"] == "LoRA²"
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+    assert all(comfy[name] == "" or comfy[name].startswith("https://") for name in ("Icon", "Banner"))
+
+
+def test_patterns_of_comfyignore_still_hit_something() -> None:
+    """All are rooted, so that none hits a folder of that name inside the pack; .github/ and benchmarks/ may be absent."""
+    patterns = [line for line in (ROOT / ".comfyignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(pattern.startswith("/") for pattern in patterns)
+    assert all((ROOT / p.strip("/")).exists() for p in patterns if p not in ("/.github/", "/benchmarks/"))
+
+
+def test_the_shipped_files_alone_are_a_pack(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that the nodes import is left behind, under whatever name the folder has."""
+    folder = tmp_path / "any name"
+    for name in shipped():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, target)
+    spec = importlib.util.spec_from_file_location(
+        "shipped_pack", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "shipped_pack", module)
+    spec.loader.exec_module(module)
+
+    async def node_ids() -> list[str]:
+        extension = await module.comfy_entrypoint()
+        return [node.GET_SCHEMA().node_id for node in await extension.get_node_list()]
+
+    ids = asyncio.run(node_ids())
+    assert ids == ["LoRA2_TrainAdaptiveLora", "LoRA2_LoadAdaptiveLora", "LoRA2_InspectRanks"]
+    web = folder / module.WEB_DIRECTORY / "docs"
+    assert {page.stem for page in web.iterdir()} == set(ids)
+    inside = [m for name, m in sys.modules.items() if name.startswith("shipped_pack.")]
+    assert all(Path(str(m.__file__)).is_relative_to(folder) for m in inside)
+    for name in [n for n in sys.modules if n.startswith("shipped_pack.")]:
+        del sys.modules[name]
