@@ -53,6 +53,7 @@ class ComfyServer:
         self.client = uuid.uuid4().hex
         self.events: list[dict[str, Any]] = []
         self.previews: list[bytes] = []
+        self.texts: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._log = self.base / "server.log"
 
@@ -146,11 +147,11 @@ class ComfyServer:
             raise PromptError(_refusal(error.read().decode())) from None
 
     def run(self, prompt: dict[str, Any], timeout: float = 300) -> dict[str, Any]:
-        """Runs an API-form prompt to its end; returns its history entry, leaves .events and .previews.
+        """Runs an API-form prompt to its end; returns its history entry, leaves .events, .previews and .texts.
 
         Raises PromptError when it is refused, fails or is cancelled; TimeoutError (and a cancel) when slow.
         """
-        self.events, self.previews = [], []
+        self.events, self.previews, self.texts = [], [], []
         # A thread of its own: the caller may be inside another event loop (Playwright).
         with ThreadPoolExecutor(1) as thread:
             prompt_id = thread.submit(asyncio.run, self._follow(prompt, timeout)).result()
@@ -166,7 +167,7 @@ class ComfyServer:
                 async with asyncio.timeout(timeout):
                     async for message in socket_:
                         if message.type == aiohttp.WSMsgType.BINARY:
-                            self.previews.append(message.data[8:])  # after two numbers: event and format
+                            self._note_binary(message.data)
                         elif message.type != aiohttp.WSMsgType.TEXT:
                             break
                         elif self._ended(message.json(), prompt_id):
@@ -175,6 +176,14 @@ class ComfyServer:
                 await asyncio.to_thread(self.interrupt, prompt_id)
                 raise
         raise PromptError(f"the server went away:\n{self.logs()[-4000:]}")
+
+    def _note_binary(self, data: bytes) -> None:
+        """Notes a picture in the making, or words that a node says of its work (protocol.py of ComfyUI)."""
+        kind, number = int.from_bytes(data[:4], "big"), int.from_bytes(data[4:8], "big")
+        if kind == 1:
+            self.previews.append(data[8:])  # the number is its format
+        elif kind == 3:
+            self.texts.append(data[8 + number :].decode())  # the number is the length of the node's id
 
     def _ended(self, event: dict[str, Any], prompt_id: str) -> bool:
         """Notes one event; True when the prompt is done."""

@@ -160,7 +160,9 @@ class Trainer:
         self._pending.append(_Result(result))
         self._issued += 1
         self._since_settling += 1
-        if self._issued % settings.sync_every == 0 or self._issued == settings.steps:
+        if self._issued == settings.steps:
+            self._note_ranks()  # without a sync: arrays that grew now would never be trained
+        elif self._issued % settings.sync_every == 0:
             if self.network.sync(self.optimizer.inner):
                 self.engine.forget()
             self._note_ranks()

@@ -57,3 +57,14 @@ def folders(comfy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
     folder_paths.filename_list_cache.pop("loras", None)
     return tmp_path
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """The last sentence that a node said; the same words go onto the node (progress text) and into the log."""
+    caplog.set_level("INFO", "lora2")
+
+    def last() -> str:
+        return [r.getMessage() for r in caplog.records if r.name == "lora2"][-1].removeprefix("LoRA²: ")
+
+    return last
