@@ -29,7 +29,7 @@ lint: setup-dev
 	@$(VENV) -m ruff check .
 	@mkdir -p .host/typing && ln -sfn ../.. .host/typing/pack  # the pack's relative imports need a package around it
 	@MYPYPATH=.host/typing $(VENV) -m mypy -p pack.lora2 -p pack.nodes
-	@$(VENV) -m mypy dev
+	@$(VENV) -m mypy dev benchmarks
 
 format: setup-dev
 	@$(VENV) -m ruff check --fix .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import importlib
 import itertools
 import json
 import math
@@ -124,11 +125,11 @@ def our_step(patcher: Any, sample: models.Sample, graphs: bool, **changes: Any) 
     def stamp(progress: Any) -> None:
         stamps.append(time.perf_counter())
 
-    class Watched(trainer.Trainer):  # type: ignore[misc, name-defined]
-        def run(self, on_step: Any = None) -> Any:
+    class Watched(trainer.Trainer):  # type: ignore[name-defined]
+        def run(self: Any, on_step: Any = None) -> Any:
             if not graphs:
                 self.engine = engine.Engine(self.network, self.engine.loss)
-            return super().run(stamp)
+            return trainer.Trainer.run(self, stamp)
 
     original, session.Trainer = session.Trainer, Watched
     fresh()
@@ -149,14 +150,13 @@ def our_step(patcher: Any, sample: models.Sample, graphs: bool, **changes: Any) 
 
 def measure() -> list[Row]:
     """All rows, side by side in this run."""
-    import comfyui_version
     import torch
 
     cuda = torch.cuda.is_available()
     about = {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "comfyui": comfyui_version.__version__,
+        "comfyui": importlib.import_module("comfyui_version").__version__,
         "date": datetime.date.today().isoformat(),
     }
     rows: list[Row] = []
@@ -201,8 +201,8 @@ def markdown(rows: list[Row]) -> str:
         "# Speed",
         "",
         f"{first['device']}, torch {first['torch']}, ComfyUI {first['comfyui']}, {first['date']}; written by "
-        "benchmarks/speed.py, one run. `ms` is the median step, `mean` counts recording a step anew after arrays were resized. `ratio` is against "
-        "the frozen model's own forward and backward (ours-eager against the eager one).",
+        "benchmarks/speed.py, one run. `ms` is the median step, `mean` counts recording a step anew after arrays were "
+        "resized. `ratio` is against the frozen model's own forward and backward (ours-eager against the eager one).",
         "",
         "| work | what | ms | mean ms | peak GiB | ratio |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dev.host import HOST, ROOT
 
-MAKERS = ("checkpoint.py", "tiny_vae.py", "world.py")
+MAKERS = ("checkpoint.py", "denoiser.py", "tiny_vae.py", "world.py")
 CHECKPOINT = "lora2_demo_sd15.safetensors"
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dev.denoiser import wire
 from dev.host import import_comfy
 from dev.tiny_vae import vae_state_dict
 
@@ -57,8 +58,10 @@ def write_family(name: str, path: Path, seed: int = 0) -> Path:
 
 
 def write_checkpoint(path: Path, seed: int = 0) -> Path:
-    """Writes an SD1.x checkpoint, 430 MB: UNet in float32, CLIP-L in float16, VAE."""
-    tensors = {f"model.diffusion_model.{k}": v for k, v in _diffusion_model("sd15", seed).items()}
+    """Writes an SD1.x checkpoint, 430 MB: UNet in float32 (a denoiser, see dev.denoiser), CLIP-L in float16, VAE."""
+    unet = _diffusion_model("sd15", seed)
+    wire(unet)
+    tensors = {f"model.diffusion_model.{k}": v for k, v in unet.items()}
     tensors |= {f"cond_stage_model.transformer.{k}": v.half() for k, v in _clip_l(seed + 1).items()}
     tensors |= {f"first_stage_model.{k}": v for k, v in vae_state_dict().items()}
     return _save(tensors, path)

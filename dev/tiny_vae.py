@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dev.host import import_comfy
 
-# latent = MIX @ (colour - 1/2): brightness, two colour differences, brightness again with less weight.
-MIX = torch.tensor([[1.2, 1.2, 1.2], [2.0, -2.0, 0.0], [1.0, 1.0, -2.0], [0.6, 0.6, 0.6]])
+# latent = MIX @ (colour - 1/2): brightness, two colour differences, brightness again. Every channel of a drawn
+# picture then has a variance a little below 1, what dev.denoiser is made for.
+MIX = torch.tensor([[1.3, 1.3, 1.3], [3.6, -3.6, 0.0], [1.8, 1.8, -3.6], [1.3, 1.3, 1.3]])
 SCALE = 0.18215  # SD1.x latents are stored divided by this
 
 

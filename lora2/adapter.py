@@ -113,7 +113,7 @@ class Adapter:
             with torch.no_grad():
                 folded = (self.down if importance is None else self.down * importance[:, None]).to(x.dtype)
                 cast = self.up.to(x.dtype)
-        return AddLowRank.apply(output, x, self.down, self.up, folded, cast, importance, sums)  # type: ignore[no-any-return]
+        return AddLowRank.apply(output, x, self.down, self.up, folded, cast, importance, sums)
 
     def _new_rows(self, count: int, generator: Generator) -> Tensor:
         """Rows of a down factor that is about to grow: N(0, σ²), drawn on the CPU so that every device draws the same."""

@@ -23,7 +23,7 @@ class AddLowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         output: Tensor,
         x: Tensor,
@@ -45,7 +45,7 @@ class AddLowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of output, x, down and up."""
         rows, hidden, folded, cast = ctx.saved_tensors
         down, up = ctx.factors

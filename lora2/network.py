@@ -241,7 +241,7 @@ class AdaptiveNetwork:
                     adapter.resize(capacity, self.generator, optimizer)
         if self._steered:
             ratio = self.size() / self.budget
-            self.pressure.copy_(next_pressure(float(self.pressure), ratio, self._last_ratio))
+            self.pressure.fill_(next_pressure(float(self.pressure), ratio, self._last_ratio))
             self._last_ratio = ratio
         if changed:
             self._rebuild()
