@@ -105,37 +105,37 @@ def rank_table(report: RankReport) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def main() -> int:
-    """Runs the three templates; 0 when everything worked."""
-    start = time.monotonic()
-    base = host.HOST / "demo"
-    print("Drawing pictures and a small model, starting ComfyUI.", flush=True)
-    with ComfyServer(base) as server:
-        assets.fill_base(base)
-        demo = Demo(server)
-        demo.run(TRAIN)
-        name = demo.trained_name()
-        adapter = base / "models" / "loras" / name
-        pictures = demo.run(LOAD, lora_name=name)
-        compared = demo.keep(
-            side_by_side(pictures["Without the LoRA"] + pictures["With the LoRA"]), "without_and_with.png"
-        )
-        ranks = demo.keep(Image.open(demo.run(INSPECT, lora_name=name)["Inspect Ranks"][0]), "ranks.png")
+def play(server: ComfyServer) -> None:
+    """Runs the three templates on a started server and says what came of it."""
+    demo = Demo(server)
+    demo.run(TRAIN)
+    name = demo.trained_name()
+    adapter = server.base / "models" / "loras" / name
+    compared = demo.run(LOAD, lora_name=name)
+    both = side_by_side(compared["Without the LoRA"] + compared["With the LoRA"])
+    drawn = Image.open(demo.run(INSPECT, lora_name=name)["Inspect Ranks"][0])
     report = build(read(adapter), adapter.stem)
     print(f"\nLearned ranks, by block and projection:\n{rank_table(report)}\n")
-    print(f"adapter:                       {adapter}")
-    print(f"picture without and with it:   {compared}")
-    print(f"picture of its ranks:          {ranks}")
-    print(f"took {time.monotonic() - start:.0f} s\n")
+    print(f"adapter:                        {adapter}")
+    print(f"picture, without and with it:   {demo.keep(both, 'without_and_with.png')}")
+    print(f"picture of its ranks:           {demo.keep(drawn, 'ranks.png')}\n")
     print(
         f"lora2 demo: ok adapter={adapter} layers={len(report.layers)} ranks={report.min_rank}..{report.max_rank} "
         f"mean={report.mean_rank:.2f} size_mb={adapter.stat().st_size / 1e6:.3f}"
     )
-    return 0
+
+
+def main() -> None:
+    """Starts ComfyUI in .host/demo and plays."""
+    base = host.HOST / "demo"
+    print("Drawing pictures and a small model, starting ComfyUI.", flush=True)
+    with ComfyServer(base) as server:
+        assets.fill_base(base)
+        play(server)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        main()
     except PromptError as error:
         sys.exit(f"lora2 demo: failed: {error}")

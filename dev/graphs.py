@@ -93,7 +93,7 @@ The LoRA is saved in `models/loras/lora2`, under a new name each time. Any LoRA 
             {"images": "scale.IMAGE", "vae": "checkpoint.VAE", "clip": "checkpoint.CLIP", "texts": "folder.texts"},
         ),
         "train": Node(
-            "LoRA2_TrainAdaptiveLora", 460, 40, 440, 1620, {},
+            "LoRA2_TrainAdaptiveLora", 460, 40, 440, 1280, {},
             {"model": "checkpoint.MODEL", "latents": "dataset.latents", "conditioning": "dataset.conditioning"},
         ),
         "positive": _text(980, 40, 130, PROMPT, "Prompt: use the words of your captions"),
@@ -107,7 +107,7 @@ The LoRA is saved in `models/loras/lora2`, under a new name each time. Any LoRA 
     },
     [
         ("1  Model and pictures", -20, 330, 420, 676, BLUE),
-        ("2  Train", 440, -40, 480, 1720, ORANGE),
+        ("2  Train", 440, -40, 480, 1380, ORANGE),
         ("3  See the result", 960, -40, 920, 946, GREEN),
     ],
 )

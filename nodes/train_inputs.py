@@ -290,18 +290,16 @@ def inputs() -> list[io.Input]:
         io.String.Input(
             "include",
             default="",
-            multiline=True,
             optional=True,
             advanced=True,
-            tooltip="Layers to add, one pattern per line, such as *ff.net*. Paths are those of the diffusion model.",
+            tooltip="Layers to add: patterns such as *ff.net*, with spaces between them. Paths are those of the diffusion model.",
         ),
         io.String.Input(
             "exclude",
             default="",
-            multiline=True,
             optional=True,
             advanced=True,
-            tooltip="Layers to leave out, one pattern per line, such as *attn1*. Wins over everything else.",
+            tooltip="Layers to leave out: patterns such as *attn1*, with spaces between them. Wins over everything else.",
         ),
         io.Conditioning.Input(
             "empty_caption",
