@@ -60,7 +60,7 @@ class Demo:
         print(f"\n{name}\n" + "\n".join(f"  {line}" for line in changed), flush=True)
         start = time.monotonic()
         prompt = to_prompt(workflow, self.info)
-        entry = self.server.run(prompt)
+        entry = self.server.run(prompt, timeout=1200)
         for text in dict.fromkeys(self.server.texts):
             print(f"  {text}")
         print(f"  done in {time.monotonic() - start:.0f} s", flush=True)

@@ -83,17 +83,17 @@ The LoRA is saved in `models/loras/lora2`, under a new name each time. Any LoRA 
 """,
         ),
         "checkpoint": _checkpoint(0, 410),
-        "folder": Node("LoadImageTextDataSetFromFolder", 0, 570, 380, 78, {"folder": "my_subject"}),
+        "folder": Node("LoadImageTextDataSetFromFolder", 0, 600, 380, 78, {"folder": "my_subject"}),
         "scale": Node(
-            "ImageScale", 0, 710, 380, 130,
+            "ImageScale", 0, 760, 380, 130,
             {"upscale_method": "lanczos", "width": 512, "height": 512, "crop": "center"}, {"image": "folder.images"},
         ),
         "dataset": Node(
-            "MakeTrainingDataset", 0, 900, 380, 86, {},
+            "MakeTrainingDataset", 0, 960, 380, 86, {},
             {"images": "scale.IMAGE", "vae": "checkpoint.VAE", "clip": "checkpoint.CLIP", "texts": "folder.texts"},
         ),
         "train": Node(
-            "LoRA2_TrainAdaptiveLora", 460, 40, 440, 1280, {},
+            "LoRA2_TrainAdaptiveLora", 460, 40, 440, 1200, {},
             {"model": "checkpoint.MODEL", "latents": "dataset.latents", "conditioning": "dataset.conditioning"},
         ),
         "positive": _text(980, 40, 130, PROMPT, "Prompt: use the words of your captions"),
@@ -102,13 +102,14 @@ The LoRA is saved in `models/loras/lora2`, under a new name each time. Any LoRA 
         "sampler": _sampler(980, 520, "train.model"),
         "decode": _decode(980, 840, "sampler.LATENT"),
         "picture": Node(
-            "PreviewImage", 1420, 40, 440, 516, {}, {"images": "decode.IMAGE"}, "The trained model's picture"
+            "PreviewImage", 1420, 40, 440, 480, {}, {"images": "decode.IMAGE"}, "The trained model's picture"
         ),
+        "ranks": Node("LoRA2_InspectRanks", 1420, 600, 440, 640, {}, {"lora": "train.lora"}),
     },
     [
-        ("1  Model and pictures", -20, 330, 420, 676, BLUE),
-        ("2  Train", 440, -40, 480, 1380, ORANGE),
-        ("3  See the result", 960, -40, 920, 946, GREEN),
+        ("1  Model and pictures", -20, 330, 420, 770, BLUE),
+        ("2  Train", 440, -40, 480, 1300, ORANGE),
+        ("3  See the result", 960, -40, 920, 1300, GREEN),
     ],
 )
 
@@ -130,7 +131,7 @@ Lower one of them to load less of it: a smaller LoRA, cut at once, without train
         ),
         "checkpoint": _checkpoint(0, 340),
         "load": Node(
-            "LoRA2_LoadAdaptiveLora", 0, 500, 380, 250, {"lora_name": SAVED},
+            "LoRA2_LoadAdaptiveLora", 0, 520, 380, 310, {"lora_name": SAVED},
             {"model": "checkpoint.MODEL", "clip": "checkpoint.CLIP"},
         ),
         "positive": _text(460, 40, 130, PROMPT, "Prompt"),
@@ -144,7 +145,7 @@ Lower one of them to load less of it: a smaller LoRA, cut at once, without train
         "with": Node("PreviewImage", 1380, 560, 400, 440, {}, {"images": "decode_with.IMAGE"}, "With the LoRA"),
     },
     [
-        ("1  Model and LoRA", -20, 260, 420, 510, ORANGE),
+        ("1  Model and LoRA", -20, 260, 420, 600, ORANGE),
         ("2  What to paint", 440, -40, 440, 526, BLUE),
         ("3  Without and with", 920, -40, 880, 1060, GREEN),
     ],

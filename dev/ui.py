@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 
 from dev import assets, host
-from dev.demo import WORKFLOWS, adapt, template
+from dev.demo import TRAIN, WORKFLOWS, adapt, template
 from dev.graphs import SAVED
 from dev.server import PACK, ComfyServer
 
@@ -43,7 +43,8 @@ def save_small_workflows(server: ComfyServer) -> list[Path]:
     trained = sorted(loras.glob("lora2/*.safetensors"), key=lambda path: path.stat().st_mtime)
     newest = trained[-1].relative_to(loras).as_posix() if trained else SAVED
     for shipped in sorted(WORKFLOWS.glob("*.json"), reverse=True):
-        workflow, _ = adapt(template(shipped.stem), info, lora_name=newest)
+        names = {} if shipped.stem == TRAIN else {"lora_name": newest}
+        workflow, _ = adapt(template(shipped.stem), info, **names)
         path = folder / f"Small - {shipped.name}"
         path.write_text(json.dumps(workflow))
         paths.append(path)

@@ -19,6 +19,12 @@ def energies(factors: Factors) -> Tensor:
     """
     up = _float64(factors.up).reshape(factors.up.shape[0], factors.rank)
     down = _float64(factors.down).reshape(factors.rank, factors.down.shape[1:].numel())
+    if factors.rank > min(up.shape[0], down.shape[1]):
+        # More positions than directions: the product is the smaller matrix, whatever rank a file claims.
+        product = up @ down
+        if not bool(torch.isfinite(product).all()):
+            raise LoraError("A LoRA layer holds NaN, infinity or numbers too large to square.")
+        return torch.linalg.svdvals(product) ** 2
     left, right = up.T @ up, down @ down.T
     if not (bool(torch.isfinite(left).all()) and bool(torch.isfinite(right).all())):
         raise LoraError("A LoRA layer holds NaN, infinity or numbers too large to square.")

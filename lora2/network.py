@@ -296,10 +296,11 @@ class AdaptiveNetwork:
     def final_factors(self) -> tuple[dict[str, Factors], bool]:
         """The layers as a file should hold them, and whether they are in singular order.
 
-        The paper's form keeps the order of Λ, unless a size budget still has to be met.
+        The paper's form keeps the order of Λ, unless a size budget still has to be met. A run that was stopped before its
+        ranks settled is cut as settling would have: its file has the size that was asked for.
         """
         factors = self.export()
-        if self.settled or not self.settings.budget_mb:
+        if self.settled or (self.settings.settle_at >= 1 and not self.settings.budget_mb):
             return factors, self.settled
         return fit(factors, self.budget, self.settings.min_rank), True
 

@@ -16,6 +16,7 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 SAMPLINGS = ("auto", "uniform", "logit-normal", "shifted")
 INITS = ("fan-in", "paper")
 TRISTATE = ("auto", "on", "off")
+PRECISIONS = ("auto", "bf16", "fp32")
 SEEDS = 2**64
 """torch's generators take seeds below this, as ComfyUI's widget does."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..lora2.errors import LoraError
 from ..lora2.format import LoraDocument, read
 from ..lora2.report import build
 from ..lora2.text import size
@@ -115,6 +117,8 @@ class LoadAdaptiveLora(io.ComfyNode):
         clip: Any = None,
     ) -> io.NodeOutput:
         """Read, check, cut, apply, and say what was done."""
+        if not (math.isfinite(strength_model) and math.isfinite(strength_clip)):
+            raise LoraError("strength_model and strength_clip must be finite numbers; 1 is as trained.")
         document = read(files.lora_path(lora_name))
         matched = loading.match(document, model, clip)
         result = cut(document, share, max_rank, megabytes)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..lora2.settings import INITS, OPTIMIZERS, SAMPLINGS, SCHEDULES, TARGETS, TRISTATE, Settings
+from ..lora2.settings import INITS, OPTIMIZERS, PRECISIONS, SAMPLINGS, SCHEDULES, TARGETS, TRISTATE, Settings
 
 DEFAULTS = Settings()
-PRECISIONS = ["auto", "bf16", "fp32"]
 SAVE_DTYPES = ["fp16", "bf16", "fp32"]
 
 
@@ -273,7 +272,7 @@ def inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "precision",
-            options=PRECISIONS,
+            options=list(PRECISIONS),
             default="auto",
             optional=True,
             advanced=True,

@@ -171,6 +171,7 @@ BAD_NAMES = {
     "nul byte": "mug\0", "new line": "mug\nmug", "escape": "\x1b[31mmug", "C1": "mug\x9b", "bell": "a\x07/mug",
     "right to left": "mug\u202egpj", "zero width": "mug\u200b", "line separator": "a\u2028b", "surrogate": "mug\ud800",
     "device": "CON/mug", "device with ending": "nul.txt/mug", "device as name": "aux", "port": "a/LPT1.mug",
+    "question": "mug?", "star": "m*g", "quote": 'a/"mug"', "pipe": "mug|more", "markup": "<b>mug",
     "long": "m" * 201, "long in bytes": "猫" * 67, "long folder": "f" * 201 + "/mug", "deep": "f/" * 501 + "mug",
 }  # fmt: skip
 
@@ -243,3 +244,26 @@ def test_odd_inputs_train(case: str, model: Any, folders: Path) -> None:
     assert all(math.isfinite(loss) for loss in out[3]["loss"])
     assert files_in(folders / "loras") == {"t/mug_00001.safetensors"}
     assert load(model, out[4])[2].layers
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"layers": "nonsense"}, "layers = 'nonsense' must be one of attention"),
+        ({"checkpointing": "x"}, "checkpointing = 'x' must be one of auto"),
+        ({"precision": "x"}, "precision = 'x' must be one of auto"),
+        ({"save_dtype": "fp8"}, "save_dtype = 'fp8' must be one of fp16"),
+        ({"save_name": 5}, "save_name must be a text"),
+    ],
+)
+def test_choices_that_no_widget_offers_are_refused(given: dict[str, Any], says: str, model: Any, folders: Path) -> None:
+    """A link from another node passes the widgets by."""
+    refused(model, says, folders, **given)
+
+
+def test_a_caption_for_a_part_of_the_timesteps_is_refused(model: Any, folders: Path) -> None:
+    given = captions("flux", 3)
+    given[1][0][1]["start_percent"] = 0.5
+    refused(model, "carries start_percent, which cannot be trained with", folders, conditioning=given)
+    given[1][0][1]["start_percent"] = 0.0
+    assert train(model, conditioning=given, steps=1)

@@ -50,3 +50,4 @@ def test_ui_leaves_small_workflows(server: ComfyServer) -> None:
     assert set(listed) >= {path.name for path in paths}
     values = [node.get("widgets_values") for node in json.loads(paths[0].read_text())["nodes"]]
     assert ["mug"] in values
+    assert ["(the connected LoRA)", "rank"] in values  # the training workflow inspects what it trains

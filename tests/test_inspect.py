@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from training import pack
 
 from dev.server import ComfyServer, PromptError
+from lora2.effective import energy_rank
+from lora2.factors import Factors
 
 NODE = "LoRA2_InspectRanks"
 CONNECTED = "(the connected LoRA)"
@@ -141,3 +143,9 @@ def test_the_server_lists_new_files_and_shows_the_picture(server: ComfyServer) -
         assert image.width == 1024
     with pytest.raises(PromptError, match="Choose a file in lora_name"):
         server.run({"1": {"class_type": NODE, "inputs": {"lora_name": CONNECTED, "show": "rank"}}})
+
+
+def test_a_rank_beyond_the_layer_costs_no_more_than_the_layer() -> None:
+    """A file of 80 KB may claim rank 20,000 for a layer of one number; a matrix of that size would fill gigabytes."""
+    huge = Factors(torch.ones(1, 20_000), torch.ones(20_000, 1))
+    assert energy_rank(huge, 0.99) == 1

@@ -729,7 +729,7 @@ def test_fit_keeps_alpha_and_meets_any_budget() -> None:
 
 def test_export_folds_importance_evenly_and_keeps_its_order() -> None:
     """√Λ into both factors, positions as they were, alpha the rank; by θ as it is now, not at the last refresh."""
-    network, rhos = randomise(network_of(Model(), initial_rank=16)), [3.5, 16, 9]
+    network, rhos = randomise(network_of(Model(), initial_rank=16, settle_at=1.0)), [3.5, 16, 9]
     network.refresh()
     set_ranks(network, *rhos)
     factors = network.export()
@@ -856,3 +856,10 @@ def test_impossible_networks_are_refused_in_words() -> None:
         AdaptiveNetwork(layers, settings(budget_mb=1e-4))
     with pytest.raises(LoraError, match=r"budget_mb = 1 is more than the 2 layers can hold"):
         AdaptiveNetwork(layers, settings(budget_mb=1))
+
+
+def test_a_run_that_stops_before_its_ranks_settle_has_the_size_that_was_asked_for() -> None:
+    network = randomise(network_of(Model(), target_rank=3, initial_rank=16, settle_at=0.5))
+    factors, ordered = network.final_factors()
+    assert ordered
+    assert sum(f.parameters for f in factors.values()) <= network.budget

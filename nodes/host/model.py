@@ -33,6 +33,8 @@ TRAINING_OVER_INFERENCE = 20
 _UNTRAINABLE = ("control", "gligen", "hooks", "area", "mask")
 """Conditioning options that act at sampling time; a training step would have to ignore them."""
 
+_WHOLE_RANGE = {"start_percent": 0.0, "end_percent": 1.0}
+
 _ENCODE = "Encode the captions with the text encoder that belongs to the model."
 
 
@@ -150,6 +152,7 @@ class HostModel:
     def _encode(self, caption: Caption, latent: Tensor) -> dict[str, Any]:
         """The model's own conditioning for one caption at one latent's shape, as ordinary tensors."""
         present = [k for k in _UNTRAINABLE if caption[1].get(k) is not None]
+        present += [k for k, whole in _WHOLE_RANGE.items() if caption[1].get(k, whole) != whole]
         if present:
             raise LoraError(
                 f"A caption's conditioning carries {', '.join(present)}, which cannot be trained with. Remove it."

@@ -19,9 +19,16 @@ def teller(node_id: str | None) -> Callable[[str], None]:
         log.info("LoRA²: %s", words)
         server = getattr(PromptServer, "instance", None)
         if server is not None and node_id is not None:
-            server.send_progress_text(words, node_id)
+            server.send_progress_text(inert(words), node_id)
 
     return say
+
+
+def inert(words: str) -> str:
+    """Words that the frontend shows as they are: it renders what nodes say as HTML and links, and names come from files."""
+    for sign, other in (("<", "‹"), (">", "›"), ("&", "＆"), ("[[", "[ ["), ("://", ":/ /"), ("www.", "www ")):
+        words = words.replace(sign, other)
+    return words
 
 
 def show(picture: Image.Image) -> None:

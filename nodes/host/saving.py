@@ -46,6 +46,9 @@ class Place:
         return path.relative_to(self.root).as_posix()
 
 
+_RESERVED = '<>"|?*'
+
+
 def place_for(name: str) -> Place:
     """The place that a save name such as "subjects/mug" means; raises LoraError when it leaves the LoRA folder."""
     root = Path(folder_paths.get_folder_paths("loras")[0])
@@ -55,6 +58,8 @@ def place_for(name: str) -> Place:
     hidden = any(unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" for c in name)
     if not stem or stem.startswith(".") or parts.is_absolute() or ".." in parts.parts or ":" in name or hidden:
         _refuse(name, "points outside ComfyUI's LoRA folder or names no file")
+    if any(c in _RESERVED for c in name):
+        _refuse(name, f"holds one of {' '.join(_RESERVED)}, which Windows does not allow in names")
     if any(_DEVICE.match(part) for part in parts.parts):
         _refuse(name, "is the name of a device on Windows")
     if any(len(part.encode()) > MOST_NAME_BYTES for part in parts.parts) or len(name.encode()) > 5 * MOST_NAME_BYTES:

@@ -21,7 +21,7 @@ from ...lora2.format import LoraStateDict
 from ...lora2.live import live_picture
 from ...lora2.losses import EntropyProbe
 from ...lora2.network import AdaptiveNetwork, rank_limit
-from ...lora2.settings import Settings
+from ...lora2.settings import PRECISIONS, TARGETS, TRISTATE, Settings
 from ...lora2.trainer import Progress, Trainer
 from .dataset import pictures
 from .layers import cross_attention, family_of, file_prefixes, select_layers
@@ -45,6 +45,19 @@ class Request:
     checkpointing: str = "auto"
     precision: str = "auto"
     save_dtype: str = "fp16"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.save_name, str):
+            raise LoraError("save_name must be a text: the file's name, such as subjects/mug.")
+        for name, choices in (
+            ("target", TARGETS),
+            ("checkpointing", TRISTATE),
+            ("precision", PRECISIONS),
+            ("save_dtype", tuple(DTYPES)),
+        ):
+            if getattr(self, name) not in choices:
+                label = "layers" if name == "target" else name
+                raise LoraError(f"{label} = {getattr(self, name)!r} must be one of {', '.join(choices)}.")
 
 
 @dataclass(frozen=True)
