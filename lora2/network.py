@@ -12,11 +12,12 @@ from torch import Generator, Tensor, nn
 
 from . import importance as imp
 from .adapter import HEADROOM, Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
+from .budget import fit, float32, next_pressure
 from .errors import LoraError
 from .factors import Factors
 from .packed import Packed
 from .settings import Settings
-from .spectrum import allocate, singular_order
+from .spectrum import singular_order
 
 INITIAL_OVER_TARGET = 4
 SMALLEST_INITIAL = 16
@@ -288,7 +289,7 @@ class AdaptiveNetwork:
         for name, adapter in zip(self.names, self.adapters, strict=True):
             factors = adapter.factors(ranks[name])
             if ordered or (ordered is None and self.settled):
-                factors = _float32(singular_order(factors)[0])
+                factors = float32(singular_order(factors)[0])
             out[name] = Factors(factors.up.cpu(), factors.down.cpu(), factors.alpha)
         return out
 
@@ -322,32 +323,6 @@ class AdaptiveNetwork:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def next_pressure(pressure: float, ratio: float, last: float) -> float:
-    """The budget's multiplier for a size of `ratio` times the budget, `last` times it before; within 1e-6 … 1e6.
-
-    Proportional and differential in r = ln ratio, so that it eases off while the size is already coming down.
-    """
-    r, before = math.log(max(ratio, 1e-3)), math.log(max(last, 1e-3))
-    return min(1e6, max(1e-6, pressure * math.exp(0.5 * r + 2 * (r - before))))
-
-
-def fit(factors: Mapping[str, Factors], budget: int, min_rank: int = 1) -> dict[str, Factors]:
-    """Cut layers together to a budget of parameters, by energy per parameter, each kept in singular order.
-
-    Keeps min_rank positions everywhere as far as the budget allows: a layer of rank 0 could not go on learning.
-    """
-    ordered = {name: singular_order(f) for name, f in factors.items()}
-    floor = {name: min(min_rank, f.rank) for name, (f, _) in ordered.items()}
-    spare = budget - sum(floor[name] * f.cost for name, (f, _) in ordered.items())
-    costs = {name: f.cost for name, (f, _) in ordered.items()}
-    more = allocate({name: s[floor[name] :] for name, (_, s) in ordered.items()}, costs, max(0, spare))
-    return {name: _float32(f.head(floor[name] + more[name])) for name, (f, _) in ordered.items()}
-
-
-def _float32(factors: Factors) -> Factors:
-    return Factors(factors.up.float(), factors.down.float(), factors.alpha)
 
 
 def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:

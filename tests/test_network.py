@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora2.budget import fit, next_pressure
 from lora2.errors import LoraError
 from lora2.factors import Factors
-from lora2.network import AdaptiveNetwork, fit, next_pressure
+from lora2.network import AdaptiveNetwork
 from lora2.optimizer import Optimizer
 from lora2.settings import Settings
 

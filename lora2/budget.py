@@ -1,0 +1,36 @@
+"""How a limit on the size is met: steering ranks while they adapt, and cutting layers together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from .factors import Factors
+from .spectrum import allocate, singular_order
+
+
+def next_pressure(pressure: float, ratio: float, last: float) -> float:
+    """The budget's multiplier for a size of `ratio` times the budget, `last` times it before; within 1e-6 … 1e6.
+
+    Proportional and differential in r = ln ratio, so that it eases off while the size is already coming down.
+    """
+    r, before = math.log(max(ratio, 1e-3)), math.log(max(last, 1e-3))
+    return min(1e6, max(1e-6, pressure * math.exp(0.5 * r + 2 * (r - before))))
+
+
+def fit(factors: Mapping[str, Factors], budget: int, min_rank: int = 1) -> dict[str, Factors]:
+    """Cut layers together to a budget of parameters, by energy per parameter, each kept in singular order.
+
+    Keeps min_rank positions everywhere as far as the budget allows: a layer of rank 0 could not go on learning.
+    """
+    ordered = {name: singular_order(f) for name, f in factors.items()}
+    floor = {name: min(min_rank, f.rank) for name, (f, _) in ordered.items()}
+    spare = budget - sum(floor[name] * f.cost for name, (f, _) in ordered.items())
+    costs = {name: f.cost for name, (f, _) in ordered.items()}
+    more = allocate({name: s[floor[name] :] for name, (_, s) in ordered.items()}, costs, max(0, spare))
+    return {name: float32(f.head(floor[name] + more[name])) for name, (f, _) in ordered.items()}
+
+
+def float32(factors: Factors) -> Factors:
+    """The same factors in float32."""
+    return Factors(factors.up.float(), factors.down.float(), factors.alpha)
