@@ -92,7 +92,19 @@ def test_every_family_trains_and_its_file_is_exact_in_comfyui(
         # float32: one rounding in the product's sum, one in the scale, one in the addition.
         error = (now[key].double() - expected).abs().max() / expected.abs().max()
         assert error <= 1e-6
-    patched.detach()
+    assert not torch.equal(sampled(patched, family), sampled(model, family)), "the LoRA must be seen in what is sampled"
+
+
+def sampled(patcher: Any, family: str) -> torch.Tensor:
+    """Two steps of ComfyUI's own sampler, finite."""
+    import comfy.sample
+
+    noise = torch.randn(1, WIDTHS[family][0], 8, 8, generator=torch.Generator().manual_seed(5))
+    text = captions(family, 1, seed=5)[0]
+    empty = torch.zeros_like(noise)
+    out = comfy.sample.sample(patcher, noise, 2, 1.0, "euler", "normal", text, text, empty, seed=5, disable_pbar=True)
+    assert out.isfinite().all()
+    return out
 
 
 @pytest.mark.parametrize("family", ["sd15", "flux"])
