@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import safetensors
-import safetensors.torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import LoraError
@@ -29,7 +29,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         metadata = _checked_header(path)
-        return dict(safetensors.torch.load_file(path)), metadata
+        return dict(load_file(path)), metadata
     except FileNotFoundError as error:
         raise LoraError(f"{shown(path.name)} does not exist.") from error
     except (OSError, safetensors.SafetensorError) as error:
