@@ -22,6 +22,7 @@ from graph import (
 from torch import Tensor
 
 from dev import assets
+from lora2.keys import STYLES
 
 SmallModel = Callable[[str], Any]
 
@@ -243,3 +244,19 @@ def test_keys_that_comfyui_renames_are_found(small_model: SmallModel, folders: P
     tensors["lora_unet__blocks_0_cross_attn_k.lora_up.weight"] = torch.zeros(2, 1)
     write_lora(folders, "renamed.safetensors", tensors)
     assert_same_weights(load(model, "renamed.safetensors")[0], stock(model, "renamed.safetensors")[0])
+
+
+def test_what_nothing_can_apply_is_not_counted_as_loaded(model: Any, folders: Path, said: Callable[[], str]) -> None:
+    """Half of a pair, and a layer of rank 0, are named; a pair of whole numbers, which ComfyUI applies, counts once."""
+    tensors = random_lora(model)
+    up, down = (suffix for suffix in STYLES["peft"])
+    first, second, third, *rest = [key.removesuffix(up) for key in tensors if key.endswith(up)]
+    del tensors[first + up], tensors[first + ".alpha"]
+    tensors[second + up], tensors[second + down] = tensors[second + up][:, :0], tensors[second + down][:0]
+    for suffix in (up, down):
+        tensors[third + suffix] = (10 * tensors[third + suffix]).to(torch.int8)
+    write_lora(folders, "mixed.safetensors", tensors)
+    load(model, "mixed.safetensors")
+    assert f"{len(rest) + 1} of {len(rest) + 3} layers loaded" in said()
+    assert "1 are half of a pair" in said()
+    assert "1 have rank 0" in said()

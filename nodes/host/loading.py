@@ -15,10 +15,13 @@ from ...lora2.errors import LoraError
 from ...lora2.factors import Factors
 from ...lora2.family import family_in, family_of_width, text_width
 from ...lora2.format import LoraDocument, parse
-from ...lora2.keys import shown, stems
+from ...lora2.keys import STYLES, shown, stems
 
 NAMED = 5
 """How many layers a message names."""
+
+
+_HALVES = tuple(suffix for pair in STYLES.values() for suffix in pair)
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,26 @@ def _renamed(document: LoraDocument) -> LoraDocument:
 
 
 def _other_layers(document: LoraDocument) -> list[str]:
-    """Layers of other kinds, such as LoKr, by prefix; tensors that belong to nothing, by key."""
-    return [name for name in document.uncut() if not any(stem in document.layers for stem in stems(name))]
+    """Layers of other kinds, such as LoKr or pairs of whole numbers, by prefix; tensors that belong to nothing, by key."""
+    pairs = {
+        prefix + suffix: prefix
+        for up, down in STYLES.values()
+        for prefix in (key.removesuffix(up) for key in document.other if key.endswith(up))
+        if prefix + down in document.other
+        for suffix in (up, down, ".alpha")
+    }
+    names = [pairs.get(name, name) for name in document.uncut()]
+    return [name for name in dict.fromkeys(names) if not any(stem in document.layers for stem in stems(name))]
 
 
 def _misfit(
     name: str, keys: dict[str, Any], shapes: dict[str, tuple[int, ...]], factors: Factors | None, clip: Any
 ) -> str:
     """Why the host will not apply a layer; empty when it will."""
+    if factors is None and name.endswith(_HALVES):
+        return "are half of a pair, which nothing can apply"
+    if factors is not None and factors.rank == 0:
+        return "have rank 0 and change nothing"
     names = [name] if factors is not None else [name, *stems(name)]
     target = next((keys[n] for n in names if n in keys), None)
     if target is None:
