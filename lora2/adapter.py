@@ -103,11 +103,15 @@ class Adapter:
 
     def add(self, output: Tensor, x: Tensor) -> Tensor:
         """The layer's output plus B Λ A x, with as few launches as the layer's kind allows."""
+        if self.working is not None and not output.dtype == x.dtype == self.working[0].dtype:
+            # A layer that the model runs in another type: its gradients must still reach the sums.
+            dtype = self.working[0].dtype
+            return output + self.add(torch.zeros_like(output, dtype=dtype), x.to(dtype)).to(output.dtype)
         if len(self.shape) > 2 or output.dtype != x.dtype:
             return output + self(x)
         importance = None if self.importance is None else self.importance[: self.capacity]
         sums = None
-        if self.working is not None and self.working[0].dtype == x.dtype:
+        if self.working is not None:
             folded, cast, *sums = self.working
         else:
             with torch.no_grad():

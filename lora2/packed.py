@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import GRANULE, Adapter
+from .adapter import Adapter, capacity_for
 
 
 class _Group:
@@ -21,10 +21,10 @@ class _Group:
     def __init__(self, factors: Sequence[tuple[int, nn.Parameter]], dtype: torch.dtype, device: torch.device) -> None:
         self.members = list(factors)
         width = factors[0][1].shape[1]
-        padded = [math.ceil(len(p) / GRANULE) * GRANULE for _, p in factors]
+        padded = [capacity_for(len(p)) for _, p in factors]
         self.copy = torch.zeros(sum(padded), width, dtype=dtype, device=device)
         self.sums = torch.zeros_like(self.copy)
-        self.starts = [sum(padded[:i]) for i in range(len(padded))]
+        self.starts = [0, *itertools.accumulate(padded[:-1])]
         self.padded = padded
         self.layer = torch.cat([torch.full((n,), index) for n, (index, _) in zip(padded, factors, strict=True)]).to(device)
         self.position = torch.cat([torch.arange(n) for n in padded]).to(device)
@@ -60,7 +60,7 @@ class Packed:
         groups = [*self._downs, *self._ups]
         self._targets = [t for g in groups for t in g.factors(g.copy)]
         self._sources = [p.detach() for g in groups for _, p in g.members]
-        parts = {i: [] for i in self.indices}  # type: dict[int, list[Tensor]]
+        parts: dict[int, list[Tensor]] = {i: [] for i in self.indices}
         for select in ("copy", "sums"):
             for group in groups:
                 for i, view in group.views(getattr(group, select)):

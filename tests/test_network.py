@@ -864,3 +864,25 @@ def test_a_run_that_stops_before_its_ranks_settle_has_the_size_that_was_asked_fo
     factors, ordered = network.final_factors()
     assert ordered
     assert sum(f.parameters for f in factors.values()) <= network.budget
+
+
+def test_a_layer_that_runs_in_another_type_learns_too() -> None:
+    """A model in bfloat16 may keep a layer in float32: its gradients must not be lost beside the summed ones."""
+    layer = frozen(nn.Linear(24, 16, bias=False))
+    network = AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=torch.bfloat16)
+    network.adapters[0].up.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    network.refresh()
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+    with network.attached():
+        answer = layer(x)
+    assert answer.dtype == torch.float32
+    answer.square().mean().backward()
+    network.finish_gradients()
+    adapter = network.adapters[0]
+    expected = adapter(x) + x @ layer.weight.T
+    # The low-rank path rounds to bfloat16's 2⁻⁸.
+    assert relative(answer, expected) < 1e-2
+    down, up = torch.autograd.grad(expected.square().mean(), [adapter.down, adapter.up])
+    for got, wanted in ((adapter.down.grad, down), (adapter.up.grad, up)):
+        assert got is not None
+        assert (got - wanted).norm() < 3e-2 * wanted.norm()

@@ -50,8 +50,3 @@ def lora_fingerprint(name: str) -> str:
     except (LoraError, OSError):
         return "missing"
     return f"{status.st_mtime_ns}:{status.st_size}"
-
-
-def output_folder() -> Path:
-    """ComfyUI's output folder."""
-    return Path(folder_paths.get_output_directory())
