@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-PACK = "lora2_pack"
+from dev.packs import pack
+
+__all__ = ["Sample", "import_comfy", "pack", "works"]
 
 
 def import_comfy() -> None:
@@ -22,15 +20,6 @@ def import_comfy() -> None:
 
         host.import_comfy()
     importlib.import_module("comfy.sd")
-
-
-def pack(module: str) -> Any:
-    """A module of the pack, imported under a package as ComfyUI does."""
-    if PACK not in sys.modules:
-        package = types.ModuleType(PACK)
-        package.__path__ = [str(ROOT)]
-        sys.modules[PACK] = package
-    return importlib.import_module(f"{PACK}.{module}")
 
 
 @dataclass(frozen=True)
@@ -47,7 +36,9 @@ class Sample:
         return [{"samples": self.latent}] * 4, [[self.caption] * len(self.latent)] * 4
 
 
-def sample(channels: int, side: int, context: int, pooled: int, tokens: int, rank: int, batch: int = 1, adm: int = 0) -> Sample:
+def sample(
+    channels: int, side: int, context: int, pooled: int, tokens: int, rank: int, batch: int = 1, adm: int = 0
+) -> Sample:
     """Random values of these shapes. pooled: width of the pooled text; adm: width of `y` as the model takes it."""
     import torch
 
@@ -75,7 +66,11 @@ def works() -> Iterator[tuple[str, Any, Sample]]:
     from dev import assets
 
     for family, shapes in {"sd15": (4, 8, 768, 0, 77), "flux": (16, 16, 4096, 768, 64)}.items():
-        yield f"small {family}, CPU, rank 16", comfy.sd.load_diffusion_model(str(assets.family(family))), sample(*shapes, 16)
+        yield (
+            f"small {family}, CPU, rank 16",
+            comfy.sd.load_diffusion_model(str(assets.family(family))),
+            sample(*shapes, 16),
+        )
 
 
 def sdxl() -> Any:

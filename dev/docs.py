@@ -6,17 +6,15 @@ there as a difference: translate it in every language, then run this.
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
-import types
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dev.host import ROOT, import_comfy
+from dev.packs import pack
 
 Info = dict[str, Any]
 
@@ -42,13 +40,7 @@ def documents() -> list[Path]:
 def schemas() -> dict[str, Info]:
     """What ComfyUI's /object_info says of the nodes, without a server."""
     import_comfy()
-    package = types.ModuleType("lora2_documented")
-    package.__path__ = [str(ROOT)]
-    sys.modules["lora2_documented"] = package
-    return {
-        node: importlib.import_module(f"lora2_documented.{module}").NODES[0].GET_NODE_INFO_V1()
-        for node, module in NODES.items()
-    }
+    return {node: pack(module).NODES[0].GET_NODE_INFO_V1() for node, module in NODES.items()}
 
 
 def inputs(info: Info) -> Iterator[tuple[str, str, Info, bool]]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
-from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-PACK = "lora2_pack"
+from dev.packs import pack
+
+__all__ = ["WIDTHS", "captions", "latents", "pack"]
+
 
 # family: (latent channels, context width, pooled width)
 WIDTHS = {
@@ -21,15 +19,6 @@ WIDTHS = {
     "koala": (4, 2048, 1280),
     "flux": (16, 4096, 768),
 }
-
-
-def pack(module: str) -> Any:
-    """A module of the pack, imported under a package of any name, as ComfyUI does."""
-    if PACK not in sys.modules:
-        package = types.ModuleType(PACK)
-        package.__path__ = [str(ROOT)]
-        sys.modules[PACK] = package
-    return importlib.import_module(f"{PACK}.{module}")
 
 
 def captions(family: str, count: int, tokens: int = 7, seed: int = 1) -> list[Any]:
