@@ -8,8 +8,11 @@ from pathlib import Path
 
 from dev.host import HOST, ROOT
 
-MAKERS = ("checkpoint.py", "denoiser.py", "tiny_vae.py", "world.py")
+MAKERS = ("checkpoint.py", "denoiser.py", "tiny_vae.py", "painter/model.py", "painter/weights.xz")
 CHECKPOINT = "lora2_demo_sd15.safetensors"
+PAINTER = "lora2_painter.safetensors"
+MUG = 2
+"""Of the subjects: a mug whose surface no caption describes."""
 
 
 def folder() -> Path:
@@ -32,6 +35,16 @@ def checkpoint() -> Path:
     return path
 
 
+def painter() -> Path:
+    """The small SD3 that draws."""
+    path = folder() / PAINTER
+    if not path.exists():
+        from dev.painter.model import write_checkpoint
+
+        write_checkpoint(path)
+    return path
+
+
 def family(name: str) -> Path:
     """The small diffusion model of a family: sd15, sd21, sdxl, koala or flux."""
     path = folder() / f"{name}.safetensors"
@@ -43,14 +56,19 @@ def family(name: str) -> Path:
 
 
 def fill_base(base: Path) -> Path:
-    """Links the checkpoint into a base directory and draws the pictures into input/mug."""
-    link = base / "models" / "checkpoints" / CHECKPOINT
-    target = checkpoint()
-    if link.is_symlink() and link.resolve() != target.resolve():
-        link.unlink()
-    if not link.exists():
-        link.symlink_to(target)
-    from dev.world import draw_world
+    """Links the checkpoints into a base directory and draws the subject into input/mug, with captions beside it."""
+    for target in (checkpoint(), painter()):
+        link = base / "models" / "checkpoints" / target.name
+        if link.is_symlink() and link.resolve() != target.resolve():
+            link.unlink()
+        if not link.exists():
+            link.symlink_to(target)
+    from dev.painter.subjects import SUBJECTS
 
-    draw_world(base / "input" / "mug")
+    pictures = base / "input" / "mug"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for index, (image, caption) in enumerate(SUBJECTS[MUG].pictures(12)):
+        path = pictures / f"mug_{index:02d}.png"
+        image.save(path)
+        path.with_suffix(".txt").write_text(caption + "\n")
     return base

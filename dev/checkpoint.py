@@ -54,7 +54,7 @@ V_PREDICTION_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 def write_family(name: str, path: Path, seed: int = 0) -> Path:
     """Writes the diffusion model of a family (a key of FAMILIES) in float32, for UNETLoader."""
-    return _save(_diffusion_model(name, seed), path)
+    return save(_diffusion_model(name, seed), path)
 
 
 def write_checkpoint(path: Path, seed: int = 0) -> Path:
@@ -64,7 +64,7 @@ def write_checkpoint(path: Path, seed: int = 0) -> Path:
     tensors = {f"model.diffusion_model.{k}": v for k, v in unet.items()}
     tensors |= {f"cond_stage_model.transformer.{k}": v.half() for k, v in _clip_l(seed + 1).items()}
     tensors |= {f"first_stage_model.{k}": v for k, v in vae_state_dict().items()}
-    return _save(tensors, path)
+    return save(tensors, path)
 
 
 def fill(module: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -110,7 +110,8 @@ def _clip_l(seed: int) -> dict[str, Tensor]:
     return {k: v for k, v in fill(model, seed).items() if k.startswith("text_model.")}
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> Path:
+def save(tensors: dict[str, Tensor], path: Path) -> Path:
+    """Writes tensors as safetensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     save_file({k: v.contiguous() for k, v in tensors.items()}, part)

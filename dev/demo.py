@@ -1,6 +1,6 @@
 """`make demo`: the shipped templates on a real ComfyUI: train, load, sample, inspect. Minutes, without a GPU.
 
-Nothing is downloaded: the model is a small random denoiser (dev.denoiser) and the subject a drawn mug (dev.world).
+Nothing is downloaded: the model is a small one that draws a world of its own (dev.painter), the subject a mug of it.
 So the templates run with other values than a person would use; every changed value is printed.
 """
 
@@ -24,14 +24,14 @@ from lora2.report import RankReport, build
 
 WORKFLOWS = host.ROOT / "workflows"
 TRAIN, LOAD, INSPECT = "Train Adaptive LoRA", "Load Adaptive LoRA", "Inspect Ranks"
-SIDE = 64  # of the drawn pictures
+SIDE = 128  # of the drawn pictures
 SMALL: dict[str, dict[str, Any]] = {
-    "CheckpointLoaderSimple": {"ckpt_name": assets.CHECKPOINT},
+    "CheckpointLoaderSimple": {"ckpt_name": assets.PAINTER},
     "LoadImageTextDataSetFromFolder": {"folder": "mug"},
     "ImageScale": {"width": SIDE, "height": SIDE},
     "EmptyLatentImage": {"width": SIDE, "height": SIDE},
-    "LoRA2_TrainAdaptiveLora": {"steps": 120, "learning_rate": 0.01, "batch_size": 2, "target_rank": 4},
-    "KSampler": {"steps": 15, "cfg": 1.0},
+    "LoRA2_TrainAdaptiveLora": {"steps": 120, "learning_rate": 0.003, "batch_size": 4, "target_rank": 4},
+    "KSampler": {"steps": 15, "cfg": 4.0},
 }
 
 

@@ -1,0 +1,47 @@
+"""The full run of all experiments on subjects: `python -m benchmarks.evidence.gpu RECORDS --processes 12 --seconds 400`.
+
+Goes on with what RECORDS holds. Tuning comes first, then a first seed of everything, the ablations, the other seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from benchmarks.evidence import ablations, pareto
+from benchmarks.evidence.pool import Pool
+
+
+def main() -> None:
+    """Run as far as time allows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--tuning", type=int, default=len(pareto.tuning_names()), help="subjects to tune on")
+    options = parser.parse_args()
+    start = time.monotonic()
+    pool = Pool(options.records, options.processes, options.seconds)
+
+    def say(words: str) -> None:
+        print(f"{time.monotonic() - start:6.0f} s  {len(pool.records)} records  {words}", flush=True)
+
+    try:
+        names = pareto.tuning_names()[-options.tuning :]
+        tuned = pareto.tune(pool, pareto.configs(), names)
+        say("tuned" if tuned else "not all tuned")
+        for config, choice in tuned.items():
+            print("   ", config, f"rate {choice[0]:.1e}, step {choice[1]}", flush=True)
+        pool.run(pareto.reported(tuned, pareto.SEEDS[:1]))
+        say("first seed")
+        pool.run(ablations.jobs(tuned))
+        say("ablations")
+        pool.run(pareto.reported(tuned, pareto.SEEDS))
+        say("all seeds")
+    finally:
+        pool.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Subjects to personalise on, which the model has never seen: objects whose surface is a grid of colours of its own.
+
+Complexity is the number of differently coloured parts: k x k cells, from a plain one to a fine pattern. Those named
+"tune" choose learning rates and settings; results are told of the others.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from . import world
+
+NAME = "sks"
+"""The word that stands for a subject in its captions."""
+
+_OUTLINES = ("ball", "box", "hexagon", "mug", "drop")
+_TRAINED_PLACES, _HELD_OUT_PLACES = list(world.PLACES)[:6], list(world.PLACES)[6:]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """name: of the subject. cells: along each side of its pattern. shape: its outline. seed: of its colours."""
+
+    name: str
+    cells: int
+    shape: str
+    seed: int
+
+    @property
+    def parts(self) -> int:
+        """Its complexity."""
+        return self.cells**2
+
+    def surface(self, side: int) -> Image.Image:
+        """Its pattern: side x side pixels."""
+        rng = random.Random(self.seed)  # noqa: S311 (pictures, not secrets)
+        colours = [_colour(rng) for _ in range(self.parts)]
+        image = Image.new("RGB", (side, side))
+        brush, cell = ImageDraw.Draw(image), side / self.cells
+        for index, colour in enumerate(colours):
+            row, column = divmod(index, self.cells)
+            brush.rectangle((column * cell, row * cell, (column + 1) * cell, (row + 1) * cell), fill=colour)
+        return image
+
+    def pictures(self, count: int, held_out: bool = False) -> list[tuple[Image.Image, str]]:
+        """Pictures and captions. Held-out ones show it at places where it was never trained."""
+        places = _HELD_OUT_PLACES if held_out else _TRAINED_PLACES
+        rng = random.Random(self.seed * 2 + held_out)  # noqa: S311
+        positions = list(world.POSITIONS)
+        result = []
+        for index in range(count):
+            place, position = places[index % len(places)], positions[(index + index // len(places)) % len(positions)]
+            image = world.draw(self.shape, self.surface, place, position, "big", "photo", rng)
+            result.append((image, f"a photo of a big {NAME} {self.shape} {place}, {position}"))
+        return result
+
+
+def _colour(rng: random.Random) -> world.Colour:
+    red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.35, 1.0), rng.uniform(0.35, 1.0))
+    return int(red * 255), int(green * 255), int(blue * 255)
+
+
+SUBJECTS = [Subject(f"grid {k}x{k}", k, _OUTLINES[k % 5], 100 + k) for k in range(1, 11)]
+TUNING = [Subject(f"tune {k}x{k}", k, _OUTLINES[(k + 2) % 5], 500 + k) for k in (1, 3, 5, 8)]
