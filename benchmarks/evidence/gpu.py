@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("records", type=Path)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--tuning", type=int, default=len(pareto.tuning_names()), help="subjects to tune on")
+    parser.add_argument("--tuning", nargs="+", default=pareto.tuning_names(), metavar="SUBJECT", help="to tune on")
     options = parser.parse_args()
     start = time.monotonic()
     pool = Pool(options.records, options.processes, options.seconds)
@@ -28,8 +28,7 @@ def main() -> None:
         print(f"{time.monotonic() - start:6.0f} s  {len(pool.records)} records  {words}", flush=True)
 
     try:
-        names = pareto.tuning_names()[-options.tuning :]
-        tuned = pareto.tune(pool, pareto.configs(), names)
+        tuned = pareto.tune(pool, pareto.configs(), options.tuning)
         say("tuned" if tuned else "not all tuned")
         for config, choice in tuned.items():
             print("   ", config, f"rate {choice[0]:.1e}, step {choice[1]}", flush=True)
