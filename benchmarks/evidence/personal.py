@@ -94,7 +94,7 @@ class Workbench:
 
     def _adapt(self, job: Job) -> dict[str, Any]:
         bridge, network_module, trainer_module = pack("nodes.host.model"), pack("lora2.network"), pack("lora2.trainer")
-        host = bridge.HostModel(self.painter.patcher)
+        host = bridge.HostModel(self.painter.patcher, torch.float32)
         layers = pack("nodes.host.layers").select_layers(host.model, "attention", (), ())
         settings = settings_for(job)
         sets = (self.dataset(job.subject, job.pictures, False), self.dataset(job.subject, HELD_OUT, True), self.others)

@@ -57,13 +57,20 @@ class Pool:
                 key, record, error = self._done.get(timeout=1)
                 busy -= 1
                 if error:
+                    self._stop()
                     raise RuntimeError(error)
                 self.records[key] = dict(record, key=key)
                 with self.path.open("a") as file:
                     file.write(json.dumps(self.records[key]) + "\n")
             if not all(worker.is_alive() for worker in self._workers):
+                self._stop()
                 raise RuntimeError("a worker has died")
         return [self.records[job.key] for job in jobs if job.key in self.records]
+
+    def _stop(self) -> None:
+        """End the processes at once: one that waits to put its record would never be joined."""
+        for worker in self._workers:
+            worker.terminate()
 
     def close(self) -> None:
         """End the processes."""
