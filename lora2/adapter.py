@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from .errors import LoraError
 from .factors import Factors
-from .lowrank import AddLowRank
+from .lowrank import AddLowRank, LowRankLinear
 
 GRANULE = 8
 """Capacities are multiples of this: tensor cores like it, and resizing stays rare."""
@@ -118,6 +118,18 @@ class Adapter:
                 folded = (self.down if importance is None else self.down * importance[:, None]).to(x.dtype)
                 cast = self.up.to(x.dtype)
         return AddLowRank.apply(output, x, self.down, self.up, folded, cast, importance, sums)
+
+    def replaces(self, weight: object, x: Tensor) -> bool:
+        """Whether `linear` can stand for the layer and its path, for a layer that is x Wᵀ + bias and no more."""
+        if self.working is None or not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
+            return False
+        return self.working[0].dtype == x.dtype == weight.dtype and weight.device == x.device
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer and its path, x Wᵀ + bias + B Λ A x, in one operation, where `replaces` agrees."""
+        assert self.working is not None  # noqa: S101 (asked before)
+        folded, cast, *sums = self.working
+        return LowRankLinear.apply(x, weight, bias, self.up, folded, cast, sums)
 
     def _new_rows(self, count: int, generator: Generator) -> Tensor:
         """Rows of a down factor that is about to grow: N(0, σ²), drawn on the CPU so that every device draws the same."""

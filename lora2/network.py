@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .adapter import HEADROOM, Adapter, capacity_for, cost, full_rank, module_sh
 from .budget import fit, float32, next_pressure
 from .errors import LoraError
 from .factors import Factors
-from .packed import Packed
+from .packed import Block, Packed
 from .settings import Settings
 from .spectrum import singular_order
 
@@ -32,7 +32,8 @@ class AdaptiveNetwork:
     theta: (layers,) log of the continuous rank, trained by the gradient that `write_theta_gradient` computes.
     While ranks adapt, Λ lives in one (layers, positions) buffer that `refresh` recomputes on the device before a step;
     every adapter sees its row. Nothing in a step copies to the CPU; `sync` does, once in a while.
-    compute: the type that the model computes in; the factors themselves are float32.
+    compute: the type that the model computes in; the factors themselves are float32. plain: which layers are x Wᵀ + bias and
+    no more while the model is trained; by default those of torch itself (`plain_linear`).
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class AdaptiveNetwork:
         settings: Settings,
         device: torch.device | str = "cpu",
         compute: torch.dtype = torch.float32,
+        plain: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         if not layers:
             raise LoraError("No layer to adapt. Choose other layers, or loosen the include and exclude patterns.")
@@ -48,6 +50,8 @@ class AdaptiveNetwork:
         self.names = list(layers)
         self.device = torch.device(device)
         self.compute = compute
+        self._plain = plain or plain_linear
+        self._packed: Packed | None = None
         self.generator = Generator().manual_seed(settings.seed)
         shapes = [module_shape(module) for module in layers.values()]
         self._limits = [rank_limit(shape, settings) for shape in shapes]
@@ -76,6 +80,16 @@ class AdaptiveNetwork:
         """The factors of every layer, down before up; without θ."""
         return [p for a in self.adapters for p in (a.down, a.up)]
 
+    def blocks(self) -> list[Block]:
+        """Where factors lie together (packed.py): whoever changes them all may do so by block."""
+        return [] if self._packed is None else self._packed.blocks
+
+    def trained(self) -> list[nn.Parameter]:
+        """The same numbers as `parameters`, in as few tensors as they lie in."""
+        packed = set() if self._packed is None else self._packed.indices
+        loose = [p for i, a in enumerate(self.adapters) if i not in packed for p in (a.down, a.up)]
+        return [*(b.master for b in self.blocks()), *loose]
+
     def hold_gradients(self) -> None:
         """Give factors a gradient to add to, zero where they have none: its place stays the same from step to step.
 
@@ -90,6 +104,8 @@ class AdaptiveNetwork:
     def clear_gradients(self) -> None:
         """Start new gradients: zero where they add up in place, none where they are finished from sums."""
         kept = []
+        for block in self.blocks():
+            block.master.grad = None
         for index, adapter in enumerate(self.adapters):
             for parameter in (adapter.down, adapter.up):
                 if self._packed is not None and index in self._packed.indices:
@@ -113,7 +129,9 @@ class AdaptiveNetwork:
         """Lay Λ's buffer and the working copies out anew after capacities changed."""
         for adapter in self.adapters:
             adapter.importance, adapter.working = None, None
-        self._packed = None if self.compute == torch.float32 else Packed(self.adapters, self.compute, self.device)
+        self._packed = None  # frees the old copies before there are new ones
+        if self.compute != torch.float32:
+            self._packed = Packed(self.adapters, self.compute, self.device)
         if self.settled:
             self.refresh()
             return
@@ -317,12 +335,36 @@ class AdaptiveNetwork:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """While inside, the adapted layers answer with their adapters' paths added; nothing is left behind after."""
-        handles = [a.module.register_forward_hook(_hook(a)) for a in self.adapters]
-        try:
+        with ExitStack() as stack:
+            for adapter in self.adapters:
+                if adapter.working is not None and self._plain(adapter.module):
+                    stack.enter_context(_in_place_of(adapter))
+                else:
+                    stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+
+def plain_linear(module: nn.Module) -> bool:
+    """Whether a layer computes x Wᵀ + bias from its own weight and bias, and nothing else."""
+    return type(module) is nn.Linear and "forward" not in vars(module)
+
+
+@contextmanager
+def _in_place_of(adapter: Adapter) -> Iterator[None]:
+    """While inside, a plain layer's own forward is computed together with its adapter's path where types allow."""
+    module: Any = adapter.module
+    own = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if adapter.replaces(module.weight, x):
+            return adapter.linear(x, module.weight, module.bias)
+        return adapter.add(own(x), x)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:

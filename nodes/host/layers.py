@@ -6,12 +6,14 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 
+import comfy.ops
 import comfy.utils
 from torch import nn
 
 from ...lora2.adapter import adaptable
 from ...lora2.errors import LoraError
 from ...lora2.losses import V
+from ...lora2.network import plain_linear
 from ...lora2.settings import TARGETS
 
 PREFIX = "diffusion_model."
@@ -41,6 +43,18 @@ def family_of(model: nn.Module, prediction: str) -> str:
     kind = type(model.model_config).__name__
     family = _FAMILIES.get(kind, kind)
     return "sd2_v" if family == "sd2" and prediction == V else family
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether a layer, as it is loaded now, computes x Wᵀ + bias from its own weight and bias, and nothing else.
+
+    Not where the host casts the weight, brings it from elsewhere, or changes it on the way (lowvram, quantised, bypassed).
+    """
+    own = comfy.ops.disable_weight_init.Linear
+    if not isinstance(module, own) or type(module).forward is not own.forward:
+        return plain_linear(module)
+    changed = module.comfy_cast_weights or module.weight_function or module.bias_function
+    return not changed and "forward" not in vars(module)
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
