@@ -17,7 +17,7 @@ GRANULE = 8
 """Capacities are multiples of this: tensor cores like it, and resizing stays rare."""
 
 HEADROOM = 1.3
-"""A growing layer's arrays get this much more than it asks for: resizing means recording the step again."""
+"""A growing layer's arrays get this much more than it asks for, where nothing is known of how fast it grows."""
 
 NO_WEIGHT = 1e-7
 """Singular values below this share of the largest are float32's rounding."""
@@ -46,13 +46,17 @@ def capacity_for(rank: int) -> int:
     return max(GRANULE, math.ceil(rank / GRANULE) * GRANULE)
 
 
-def next_capacity(capacity: int, rank: int, limit: int) -> int:
+def next_capacity(capacity: int, rank: int, limit: int, soon: int | None = None) -> int:
     """The capacity to hold from now on: grows when the rank presses against it, shrinks with a granule of hysteresis.
 
-    rank: the rank that θ asks for now; limit: the most it may ever ask for.
+    rank: what θ asks for now; limit: the most it may ever ask for; soon: what it is expected to ask for before the arrays can
+    follow again, if that is known.
     """
-    ahead = max(capacity_for(rank) + GRANULE, capacity_for(math.ceil(HEADROOM * rank)))
-    if rank > capacity:
+    presses = max(rank, soon or 0) > capacity
+    if soon is None:
+        soon = math.ceil(HEADROOM * rank)
+    ahead = max(capacity_for(rank) + GRANULE, capacity_for(soon))
+    if presses:
         return max(capacity, min(ahead, capacity_for(limit)))
     return ahead if ahead <= capacity - GRANULE else capacity
 

@@ -25,6 +25,12 @@ SMALLEST_INITIAL = 16
 PRESSED_SHARE, FREED_SHARE = 0.02, 0.05
 """Of the parameters held: what makes the arrays follow the ranks."""
 
+MOST_RESIZES = 4
+"""How often they follow in a run: a recorded step has to be recorded again after it (engine.py)."""
+
+FASTEST = 2.5
+"""A growing layer gets room for this many times its rank at most."""
+
 
 class AdaptiveNetwork:
     """Adapters on a model's layers, every one with a rank that is learned.
@@ -68,6 +74,10 @@ class AdaptiveNetwork:
         self.pressure = torch.ones((), device=self.device)
         """A budget's multiplier, raised and lowered while the paper's form trains."""
         self._last_ratio = 1.0
+        self._last_ranks: list[float] = [float(rank) for rank in initial]
+        self._resized: list[int] = []
+        """The syncs, counted from 1, at which arrays were resized."""
+        self._syncs = 0
         self._rebuild()
 
     # -- start -------------------------------------------------------------------------------------------------------
@@ -241,20 +251,28 @@ class AdaptiveNetwork:
         """Let the arrays follow the ranks, from one copy of θ; True when any array was resized.
 
         Positions that fell out of the rank since the last sync are dropped for good: if the rank returns, they start anew.
+        Arrays are resized at most MOST_RESIZES times in a run, evenly spaced; a rank that outgrows its arrays before that waits
+        there.
         """
         if self.settled:
             return False
         self.refresh()
-        wanted, reached = torch.stack([imp.quantile_rank(self.theta), self._peak]).int().tolist()
-        for adapter, rank, peak in zip(self.adapters, wanted, reached, strict=True):
-            if peak > rank:
+        self._syncs += 1
+        theta, ranks, peak = torch.stack([self.theta, imp.quantile_rank(self.theta), self._peak]).tolist()
+        wanted = [int(rank) for rank in ranks]
+        for adapter, rank, reached in zip(self.adapters, wanted, peak, strict=True):
+            if reached > rank:
                 adapter.renew(rank, self.generator, optimizer)
         self._peak.copy_(self.logical_ranks())
+        rho = [math.exp(t) for t in theta]
         capacities = [
-            next_capacity(a.capacity, rank, limit) for a, rank, limit in zip(self.adapters, wanted, self._limits, strict=True)
+            next_capacity(a.capacity, rank, limit, self._expected(now, before))
+            for a, rank, limit, now, before in zip(self.adapters, wanted, self._limits, rho, self._last_ranks, strict=True)
         ]
-        changed = self._worth(capacities, wanted)
+        self._last_ranks = rho
+        changed = self._may_resize() and self._worth(capacities, wanted)
         if changed:
+            self._resized.append(self._syncs)
             for adapter, capacity in zip(self.adapters, capacities, strict=True):
                 if capacity != adapter.capacity:
                     adapter.resize(capacity, self.generator, optimizer)
@@ -266,8 +284,21 @@ class AdaptiveNetwork:
             self._rebuild()
         return changed
 
+    @property
+    def _syncs_between(self) -> int:
+        """How many syncs at least lie between two resizes."""
+        adapting = self.settings.settle_step - round(self.settings.steps * self.settings.rank_hold)
+        return max(1, math.ceil(adapting / self.settings.sync_every / MOST_RESIZES))
+
+    def _may_resize(self) -> bool:
+        return not self._resized or self._syncs - self._resized[-1] >= self._syncs_between
+
+    def _expected(self, now: float, before: float) -> int:
+        """The rank that a layer will ask for when the arrays may follow again, if it grows on as since the last sync."""
+        return math.ceil(now * min(FASTEST, max(1.0, now / before) ** self._syncs_between))
+
     def _worth(self, capacities: Sequence[int], wanted: Sequence[int]) -> bool:
-        """Whether resizing pays: a recorded step has to be recorded again after it.
+        """Whether resizing pays.
 
         It does when layers that hold a share of the parameters press against their arrays, or a single one wants much more
         than its own, or when a share would be freed.
@@ -275,9 +306,9 @@ class AdaptiveNetwork:
         if any(rank > HEADROOM * a.capacity for a, rank in zip(self.adapters, wanted, strict=True)):
             return True
         held = sum(a.capacity * a.cost for a in self.adapters)
-        pairs = list(zip(self.adapters, capacities, strict=True))
-        pressed = sum(a.capacity * a.cost for a, c in pairs if c > a.capacity)
-        freed = sum((a.capacity - c) * a.cost for a, c in pairs if c < a.capacity)
+        triples = list(zip(self.adapters, capacities, wanted, strict=True))
+        pressed = sum(a.capacity * a.cost for a, c, rank in triples if rank > a.capacity and c > a.capacity)
+        freed = sum((a.capacity - c) * a.cost for a, c, _ in triples if c < a.capacity)
         return pressed > PRESSED_SHARE * held or freed > FREED_SHARE * held
 
     @torch.no_grad()
