@@ -72,7 +72,7 @@ def step(bench: Bench) -> None:
     patcher, sample = bench.sdxl, models.sample_for("sdxl", 128, 128)
     bench.table.add(MAIN, "limit", frozen_step(patcher, sample, True), "limit")
     bench.table.add(MAIN, "limit-eager", frozen_step(patcher, sample, False), "limit-eager")
-    watch = bench.ours(MAIN, "ours", "limit", patcher, sample, steps=240, rank=64)
+    watch = bench.ours(MAIN, "ours", "limit", patcher, sample, steps=200, rank=64)
     stamps = [at - watch.start for at, done in watch.stamps if done]
     bench.ours(MAIN, "ours-frozen", "limit", patcher, sample, steps=60, rank=64, rank_learning_rate=1e-9)
     bench.ours(MAIN, "ours-eager", "limit-eager", patcher, sample, steps=12, rank=64, graphs=False)
@@ -244,7 +244,8 @@ def loading(bench: Bench) -> None:
     import torch
     from safetensors.torch import save_file
 
-    node, patcher = models.pack("nodes.load").NODES[0], bench.sdxl if cuda() else models.small("sd15")
+    node = models.pack("nodes.load").NODES[0].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    patcher = bench.sdxl if cuda() else models.small("sd15")
     layers = models.pack("nodes.host.layers")
     chosen = layers.select_layers(patcher.model, "attention")
     prefixes, _ = layers.file_prefixes(patcher.model, list(chosen))
@@ -254,7 +255,7 @@ def loading(bench: Bench) -> None:
             tensors[f"{prefixes[name]}.lora_down.weight"] = torch.randn(rank, module.in_features).half() * 0.01
             tensors[f"{prefixes[name]}.lora_up.weight"] = torch.randn(module.out_features, rank).half() * 0.01
             tensors[f"{prefixes[name]}.alpha"] = torch.tensor(float(rank))
-        path = self_path = bench.folder / "speed_load.safetensors"
+        path = bench.folder / "speed_load.safetensors"
         save_file(tensors, path)
         size = path.stat().st_size
         del tensors
@@ -264,7 +265,7 @@ def loading(bench: Bench) -> None:
             return comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0, lora_metadata=metadata)[0]
 
         def ours() -> Any:
-            return node.execute(patcher, self_path.name, 1.0, 0.0).result[0]
+            return node.execute(patcher, path.name, 1.0, 0.0).result[0]
 
         times: dict[str, list[float]] = {"theirs": [], "ours": []}
         for turn in range(9):

@@ -38,7 +38,7 @@ class Table:
         figures = figures or Figures(math.nan)
         limit = next((r["ms"] for r in self.rows if r["work"] == work and r["name"] == against), None)
         row: Row = {"work": work, "name": name, "ms": _rounded(figures.ms, 1), "peak_gib": _rounded(figures.peak, 2)}
-        row["limit_ratio"] = _rounded(figures.ms / limit, 3) if limit else None
+        row["limit_ratio"] = 1.0 if name == against else _rounded(figures.ms / limit, 3) if limit else None
         if figures.mean is not None:
             row["mean_ms"] = round(figures.mean, 1)
         row |= figures.more | more | self.about

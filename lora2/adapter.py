@@ -127,7 +127,7 @@ class Adapter:
         """Whether `linear` can stand for the layer and its path, for a layer that is x Wᵀ + bias and no more."""
         if self.working is None or not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
             return False
-        return self.working[0].dtype == x.dtype == weight.dtype and weight.device == x.device
+        return self.working[0].dtype == x.dtype and weight.device == x.device and weight.is_floating_point()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer and its path, x Wᵀ + bias + B Λ A x, in one operation, where `replaces` agrees."""

@@ -64,8 +64,8 @@ class AddLowRank(torch.autograd.Function):
 class LowRankLinear(torch.autograd.Function):
     """x Wᵀ + bias + B Λ A x: a frozen linear layer and its low-rank path as one operation.
 
-    For a plain layer of weight (d_out, d_in), bias (d_out,) or None, everything in x's type. Products add onto each other
-    in place, so that neither pass needs an addition of its own: with u = g Bᵀ,
+    For a plain layer of weight (d_out, d_in), bias (d_out,) or None, in x's type or cast to it in either pass: the cast is not
+    kept in between. Products add onto each other in place, so that neither pass needs an addition of its own: with u = g Bᵀ,
 
         ∂L/∂x = g W + u ΛA
 
@@ -90,11 +90,11 @@ class LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(rows, hidden, weight, folded, cast)
         ctx.sums, ctx.shape = sums, x.shape
         total = x.new_empty(*x.shape[:-1], len(weight))  # not a view, as in AddLowRank
-        flat = total.view(-1, len(weight))
+        flat, across = total.view(-1, len(weight)), weight.to(x.dtype).t()
         if bias is None:
-            torch.mm(rows, weight.t(), out=flat)
+            torch.mm(rows, across, out=flat)
         else:
-            torch.addmm(bias, rows, weight.t(), out=flat)
+            torch.addmm(bias.to(x.dtype), rows, across, out=flat)
         flat.addmm_(hidden, cast)
         return total
 
@@ -107,7 +107,7 @@ class LowRankLinear(torch.autograd.Function):
         u = g @ cast.t()
         ctx.sums[0].addmm_(u.t(), rows)
         ctx.sums[1].addmm_(hidden.t(), g)
-        to_x = (g @ weight).addmm_(u, folded).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        to_x = (g @ weight.to(g.dtype)).addmm_(u, folded).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return to_x, None, None, None, None, None, None
 
 

@@ -46,15 +46,17 @@ def family_of(model: nn.Module, prediction: str) -> str:
 
 
 def plain(module: nn.Module) -> bool:
-    """Whether a layer, as it is loaded now, computes x Wᵀ + bias from its own weight and bias, and nothing else.
+    """Whether a layer, as it is loaded now, computes x Wᵀ + bias from its own weight and bias, cast to x's type, and no more.
 
-    Not where the host casts the weight, brings it from elsewhere, or changes it on the way (lowvram, quantised, bypassed).
+    Not where the host changes the weight on the way (patches, bypass), pages it, or has a kernel of its own for it.
     """
     own = comfy.ops.disable_weight_init.Linear
-    if not isinstance(module, own) or type(module).forward is not own.forward:
+    if not isinstance(module, own):
         return plain_linear(module)
-    changed = module.comfy_cast_weights or module.weight_function or module.bias_function
-    return not changed and "forward" not in vars(module)
+    kind = type(module)
+    usual = kind.forward is own.forward and kind.forward_comfy_cast_weights is own.forward_comfy_cast_weights
+    changed = module.weight_function or module.bias_function or hasattr(module, "_v") or "forward" in vars(module)
+    return usual and not changed
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
