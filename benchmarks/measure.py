@@ -162,8 +162,8 @@ class Watch:
         On a GPU the loop runs a step ahead: what passes between two stamps is the step that became known to be done.
         """
         out = []
-        for (a, _), (b, done) in itertools.pairwise(self.stamps):
-            if done > first:
+        for (a, before), (b, done) in itertools.pairwise(self.stamps):
+            if done > first and done == before + 1:
                 out.append((self.shapes[done - 1], 1e3 * (b - a)))
         return out
 
@@ -205,7 +205,7 @@ def train(
     session, trainer = models.pack("nodes.host.session"), models.pack("lora2.trainer")
     engine = models.pack("lora2.engine")
 
-    class Watched(trainer.Trainer):  # type: ignore[name-defined, misc]
+    class Watched(trainer.Trainer):  # type: ignore[name-defined]
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **(named if graphs else {**named, "graphs": False}))
             model = patcher.model

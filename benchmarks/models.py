@@ -130,7 +130,8 @@ def _filled(model: Any) -> Any:
                 for part in parameter.split(rows):  # fp8 is filled by way of bf16
                     part.copy_(torch.randn(part.shape, device=part.device, dtype=torch.bfloat16) * std)
             else:
-                parameter.fill_(1.0 if name.endswith(("weight", "scale")) else 0.0)
+                value = 1.0 if name.endswith(("weight", "scale")) else 0.0
+                parameter.copy_(torch.full(parameter.shape, value, device=parameter.device))
     return model
 
 

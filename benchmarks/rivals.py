@@ -37,11 +37,12 @@ def peft_step(sample: models.Sample, rank: int, config: dict[str, Any] = DIFFUSE
         torch.set_default_dtype(torch.bfloat16)
         try:
             with torch.device(device):
-                unet = UNet2DConditionModel(**config)
+                unet: Any = UNet2DConditionModel(**config)
         finally:
             torch.set_default_dtype(torch.float32)
         unet.requires_grad_(False).train()
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        unet.to(device)
         trained = [p for p in unet.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.data = parameter.data.float()

@@ -12,7 +12,19 @@ from typing import Any
 
 from benchmarks import models, rivals
 from benchmarks.measure import (
-    GIB, Figures, Watch, allocated, adapter_bytes, cuda, fresh, frozen_step, load, moment_bytes, our_step, peak, train,
+    GIB,
+    Figures,
+    Watch,
+    adapter_bytes,
+    allocated,
+    cuda,
+    fresh,
+    frozen_step,
+    load,
+    moment_bytes,
+    our_step,
+    peak,
+    train,
 )  # fmt: skip
 from benchmarks.table import Table
 
@@ -139,7 +151,7 @@ def falling(bench: Bench) -> None:
     """What memory does when ranks fall from 128 to 16 during the run."""
     patcher = bench.sdxl if cuda() else models.small("sd15")
     sample = models.sample_for("sdxl", 128, 128) if cuda() else models.sample_for("sd15", 8, 8)
-    watch, seen = Watch(), []
+    watch, seen = Watch(), list[tuple[int, int, int, int]]()
 
     def look(trainer: Any) -> None:
         if len(watch.stamps) in (4, steps - 1):
@@ -219,10 +231,10 @@ def flat(bench: Bench) -> None:
     """2,000 steps of a small model: do steps slow down, does memory grow?"""
     steps = 2000 if cuda() else 120
     patcher, sample = models.small("sd15"), models.sample_for("sd15", 8, 8)
-    watch, held = Watch(), []
+    watch, held = Watch(), list[int]()
 
     def look(trainer: Any) -> None:
-        if trainer.progress.step in (steps // 4, steps - 1) and len(held) < 2:
+        if trainer.progress.step in (steps // 4, steps - 2):  # while the last step's memory is still held
             held.append(allocated())
 
     watch.on_step = look

@@ -72,9 +72,9 @@ def page(rows: Sequence[Row]) -> str:
     lines = [
         "# Speed",
         "",
-        "Written by `make bench` (benchmarks/speed.py). `ms` is the median step, `mean` counts recording a step anew after arrays",
-        "were resized. `ratio` is over the frozen model's own forward and backward, the limit, on the same shape (of `ours-eager`:",
-        "over the eager limit). Rows of one work come from one run.",
+        "Written by `make bench` (benchmarks/speed.py). `ms` is the median step, `mean` counts recording a step anew after",
+        "arrays were resized. `ratio` is over the frozen model's own forward and backward, the limit, on the same shape (of",
+        "`ours-eager`: over the eager limit). Rows of one work come from one run.",
         "",
     ]
     for work in dict.fromkeys(row["work"] for row in rows):
@@ -117,7 +117,24 @@ def readme_table(rows: Sequence[Row], works: dict[str, str]) -> str:
         if any(line[1:]):
             bold = [f"**{c}**" if name == "ours" and c else c for c in line[1:]]
             lines.append(f"| {' | '.join([words, *bold])} |")
-    return "\n".join(lines) + "\n"
+    lines += ["", *_means(rows, works)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _means(rows: Sequence[Row], works: dict[str, str]) -> list[str]:
+    """What the medians of the table leave out."""
+    said = []
+    for head, work in works.items():
+        row = next((r for r in rows if r["work"] == work and r["name"] == "ours"), None)
+        if row and "mean_ms" in row:
+            said.append(f"{row['mean_ms']:.0f} ms at {head}" + (f" over {row['steps']} steps" if "steps" in row else ""))
+    if not said:
+        return []
+    first = next(r for r in rows if r["work"] in works.values())
+    return [
+        f"Median steps, on one {first['device']}, torch {first['torch']}, {first['date']}. While ranks move, the step has to be",
+        f"recorded anew now and then; counting that, the mean was {' and '.join(said)}.",
+    ]
 
 
 def render(text: str, rows: Sequence[Row], works: dict[str, str]) -> str:
