@@ -1,5 +1,6 @@
 # make demo    train, load, sample and inspect on a real ComfyUI     make ui    leave that server on, for a browser
 # make test    every test       make lint    ruff and mypy           make bench figures of docs/
+# make test-gpu    the tests that need a GPU
 
 SHELL := /bin/bash
 BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v python3.12) $(shell command -v python3)))
@@ -8,7 +9,7 @@ HOST := $(or $(COMFYUI_PYTHON),$(VENV))
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev demo ui test lint format bench clean
+.PHONY: setup setup-dev demo ui test test-gpu lint format bench clean
 
 setup:
 	@$(BASE) dev/host.py
@@ -24,6 +25,9 @@ ui: setup
 
 test: setup-dev
 	@COMFYUI_PYTHON= $(VENV) -m pytest $(ARGS)
+
+test-gpu: setup-dev
+	@$(HOST) -m dev.gpu_tests $(ARGS)
 
 lint: setup-dev
 	@$(VENV) -m ruff check .

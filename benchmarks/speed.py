@@ -1,155 +1,30 @@
-"""Time and memory of a training step beside the frozen model's: `make bench`, on whatever device there is.
+"""Time and memory of training steps beside the frozen model's and other trainers': `make bench`, on whatever device there is.
 
-On a GPU: SDXL's UNet (2.57 B parameters, random weights, bf16), 1024², batch 1, attention q/k/v/o, mean rank 64. On a CPU:
-the small models of the tests. Prints a table and writes docs/benchmarks/speed.json and speed.md (--out for elsewhere).
+On a GPU: SDXL's UNet and a Flux of 12 B parameters with random weights. On a CPU: the small models of the tests. Every row is
+written as soon as it is measured; a section that fails is reported, and the others go on. `--merge FILE` measures nothing: it
+takes the rows of a run into docs/benchmarks/speed.json and writes speed.md and README's table anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import importlib
-import itertools
 import json
-import math
-import os
-import statistics
-import tempfile
 import time
-from collections.abc import Callable
+import traceback
 from pathlib import Path
-from typing import Any
 
-from benchmarks import models
+from benchmarks import models, sections, table
 
 ROOT = Path(__file__).resolve().parent.parent
-REPEATS = 20
+DOCS = ROOT / "docs" / "benchmarks"
+README = ROOT / "README.md"
+README_WORKS = {"batch 1": sections.MAIN, "batch 4": sections.BATCH}
 
 
-class Row(dict[str, Any]):
-    """One line of the table."""
-
-
-def frozen_step(patcher: Any, sample: models.Sample, graph: bool) -> tuple[float, float]:
-    """Milliseconds and peak GiB of the frozen model's forward and backward, the limit of what training can reach."""
-    import comfy.model_management as management
-    import torch
-
-    weights, blocks = models.pack("nodes.host.weights"), models.pack("nodes.host.checkpointing")
-    model = patcher.model
-    management.load_models_gpu([patcher])
-    model.to(patcher.load_device)
-    fresh()
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        weights.trainable_weights(model),
-        blocks.inputs_of_norms_kept(model.diffusion_model),
-    ):
-        management.in_training = True
-        x = sample.latent.to(patcher.load_device).requires_grad_()
-        conditioning = {k: v.to(patcher.load_device) for k, v in sample.conditioning.items()}
-        sigma = torch.ones(len(x), device=x.device)
-
-        def work() -> None:
-            x.grad = None
-            model.apply_model(x, sigma, **conditioning).square().mean().backward()
-
-        try:
-            return timed(recorded(work) if graph else work)
-        finally:
-            management.in_training = False
-
-
-def recorded(work: Callable[[], None]) -> Callable[[], None]:
-    """The same work as a CUDA graph's replay."""
-    import torch
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
-def timed(work: Callable[[], None]) -> tuple[float, float]:
-    """Median milliseconds of a call, and peak GiB since `fresh` (nan on a CPU)."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    for _ in range(3):
-        work()
-    times = []
-    for _ in range(REPEATS if cuda else 5):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times), torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
-
-
-def fresh() -> None:
-    """Give back what was cached and start a new peak; a graph's memory is taken while it is recorded, not when replayed."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def our_step(patcher: Any, sample: models.Sample, graphs: bool, **changes: Any) -> tuple[float, float, float]:
-    """Median and mean milliseconds of our own loop's steps through the host bridge, and peak GiB.
-
-    The mean counts recording steps anew when arrays were resized; the first third (warm-up, first recording) is left out.
-    """
-    import torch
-
-    session, trainer = models.pack("nodes.host.session"), models.pack("lora2.trainer")
-    engine = models.pack("lora2.engine")
-    cuda = torch.cuda.is_available()
-    steps = 60 if cuda and graphs else 15
-    settings = {"learning_rate": 1e-4, "target_rank": sample.rank, "initial_rank": sample.rank, "settle_at": 1.0}
-    settings |= {"steps": steps, "batch_size": len(sample.latent), **changes}
-    stamps: list[float] = []
-
-    def stamp(progress: Any) -> None:
-        stamps.append(time.perf_counter())
-
-    class Watched(trainer.Trainer):  # type: ignore[name-defined]
-        def run(self: Any, on_step: Any = None) -> Any:
-            if not graphs:
-                self.engine = engine.Engine(self.network, self.engine.loss)
-            return trainer.Trainer.run(self, stamp)
-
-    original, session.Trainer = session.Trainer, Watched
-    fresh()
-    try:
-        with torch.inference_mode():
-            session.train(
-                patcher,
-                *sample.dataset(),
-                models.pack("lora2.settings").Settings(**settings),
-                session.Request("speed", "attention", checkpointing="off"),
-            )
-    finally:
-        session.Trainer = original
-    steady = [1e3 * (b - a) for a, b in itertools.pairwise(stamps)][steps // 3 :]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
-    return statistics.median(steady), statistics.mean(steady), peak
-
-
-def measure() -> list[Row]:
-    """All rows, side by side in this run."""
+def measure(names: list[str], out: Path | None, seconds: float) -> tuple[list[table.Row], list[str]]:
+    """Run sections; returns the rows and the names of the sections that failed or found no time."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -159,78 +34,60 @@ def measure() -> list[Row]:
         "comfyui": importlib.import_module("comfyui_version").__version__,
         "date": datetime.date.today().isoformat(),
     }
-    rows: list[Row] = []
-    for work, patcher, sample in models.works():
-        table = _Table(work, about)
-        if cuda:
-            table.add("limit", frozen_step(patcher, sample, True))
-        table.add("limit-eager", frozen_step(patcher, sample, False))
-        best = "limit" if cuda else "limit-eager"
-        table.add("ours", our_step(patcher, sample, cuda), best)
-        table.add("ours-frozen", our_step(patcher, sample, cuda, rank_learning_rate=1e-9), best)
-        if cuda:
-            table.add("ours-eager", our_step(patcher, sample, False), "limit-eager")
-        rows += table.rows
-    return rows
+    figures = table.Table(about, out / "speed.json" if out else None)
+    start, missing = time.monotonic(), []
+    with sections.temporary() as folder:
+        bench = sections.Bench(figures, Path(folder))
+        for name in names:
+            if time.monotonic() - start > seconds:
+                print(f"{name}: no time left", flush=True)
+                missing.append(name)
+                continue
+            begun = time.monotonic()
+            try:
+                sections.SECTIONS[name](bench)
+            except Exception:
+                traceback.print_exc()
+                missing.append(name)
+            print(f"-- {name}: {time.monotonic() - begun:.0f} s, {time.monotonic() - start:.0f} s in all", flush=True)
+    return figures.rows, missing
 
 
-class _Table:
-    """The rows of one work."""
-
-    def __init__(self, work: str, about: dict[str, str]) -> None:
-        self.work, self.about = work, about
-        self.rows: list[Row] = []
-        self._limits: dict[str, float] = {}
-
-    def add(self, name: str, figures: tuple[float, ...], against: str | None = None) -> None:
-        """figures: (median ms, peak GiB), or (median ms, mean ms, peak GiB)."""
-        ms, peak = figures[0], figures[-1]
-        mean = figures[1] if len(figures) > 2 else ms
-        self._limits[name] = ms
-        ratio = ms / self._limits[against or name]
-        row = Row(work=self.work, name=name, ms=round(ms, 1), mean_ms=round(mean, 1), limit_ratio=round(ratio, 3))
-        row["peak_gib"] = None if math.isnan(peak) else round(peak, 2)
-        self.rows.append(Row(row | self.about))
-        print(f"{self.work:44} {name:12} {ms:8.1f} ms, mean {mean:8.1f}, {peak:6.2f} GiB, x{ratio:.2f}", flush=True)
-
-
-def markdown(rows: list[Row]) -> str:
-    """The page."""
-    first = rows[0]
-    lines = [
-        "# Speed",
-        "",
-        f"{first['device']}, torch {first['torch']}, ComfyUI {first['comfyui']}, {first['date']}; written by "
-        "benchmarks/speed.py, one run. `ms` is the median step, `mean` counts recording a step anew after arrays were "
-        "resized. `ratio` is against the frozen model's own forward and backward (ours-eager against the eager one).",
-        "",
-        "| work | what | ms | mean ms | peak GiB | ratio |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        lines.append(f"| {r['work']} | {r['name']} | {r['ms']} | {r['mean_ms']} | {r['peak_gib'] or ''} | {r['limit_ratio']} |")
-    return "\n".join(lines) + "\n"
+def publish(rows: list[table.Row]) -> None:
+    """Take rows into the repository's JSON, its page, and README's table."""
+    path = DOCS / "speed.json"
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows = table.merged(old, rows)
+    DOCS.mkdir(parents=True, exist_ok=True)
+    path.write_text(table.dumped(rows), encoding="utf-8")
+    (DOCS / "speed.md").write_text(table.page(rows), encoding="utf-8")
+    README.write_text(table.render(README.read_text(encoding="utf-8"), rows, README_WORKS), encoding="utf-8")
+    print(f"written to {DOCS} and {README.name}")
 
 
 def main() -> None:
     """Measure, print, write."""
+    usual = [name for name in sections.SECTIONS if name != "profile"]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md; on a GPU docs/benchmarks")
-    out = parser.parse_args().out
+    parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md; on a GPU the repository's own by default")
+    parser.add_argument("--only", nargs="+", choices=list(sections.SECTIONS), default=usual, help="sections to run, in order")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no section after this time")
+    parser.add_argument("--merge", type=Path, help="take the rows of this file into the repository; measure nothing")
+    told = parser.parse_args()
+    if told.merge:
+        publish(json.loads(told.merge.read_text(encoding="utf-8")))
+        return
     models.import_comfy()
-    import folder_paths
     import torch
 
-    with tempfile.TemporaryDirectory() as folder:
-        folder_paths.folder_names_and_paths["loras"] = ([folder], {".safetensors"})
-        rows = measure()
-    if out is None and torch.cuda.is_available():
-        out = ROOT / "docs" / "benchmarks"
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "speed.json").write_text(json.dumps(rows, indent=1) + os.linesep)
-        (out / "speed.md").write_text(markdown(rows))
-        print(f"written to {out}")
+    rows, missing = measure(told.only, told.out, told.seconds)
+    print(table.page(rows))
+    if told.out is not None:
+        (told.out / "speed.md").write_text(table.page(rows), encoding="utf-8")
+    elif torch.cuda.is_available():
+        publish(rows)
+    if missing:
+        raise SystemExit(f"Not measured: {', '.join(missing)}.")
 
 
 if __name__ == "__main__":

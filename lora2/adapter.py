@@ -11,13 +11,13 @@ from torch import Generator, Tensor, nn
 
 from .errors import LoraError
 from .factors import Factors
-from .lowrank import AddLowRank
+from .lowrank import AddLowRank, LowRankLinear
 
 GRANULE = 8
 """Capacities are multiples of this: tensor cores like it, and resizing stays rare."""
 
 HEADROOM = 1.3
-"""A growing layer's arrays get this much more than it asks for: resizing means recording the step again."""
+"""A growing layer's arrays get this much more than it asks for, where nothing is known of how fast it grows."""
 
 NO_WEIGHT = 1e-7
 """Singular values below this share of the largest are float32's rounding."""
@@ -46,13 +46,17 @@ def capacity_for(rank: int) -> int:
     return max(GRANULE, math.ceil(rank / GRANULE) * GRANULE)
 
 
-def next_capacity(capacity: int, rank: int, limit: int) -> int:
+def next_capacity(capacity: int, rank: int, limit: int, soon: int | None = None) -> int:
     """The capacity to hold from now on: grows when the rank presses against it, shrinks with a granule of hysteresis.
 
-    rank: the rank that θ asks for now; limit: the most it may ever ask for.
+    rank: what θ asks for now; limit: the most it may ever ask for; soon: what it is expected to ask for before the arrays can
+    follow again, if that is known.
     """
-    ahead = max(capacity_for(rank) + GRANULE, capacity_for(math.ceil(HEADROOM * rank)))
-    if rank > capacity:
+    presses = max(rank, soon or 0) > capacity
+    if soon is None:
+        soon = math.ceil(HEADROOM * rank)
+    ahead = max(capacity_for(rank) + GRANULE, capacity_for(soon))
+    if presses:
         return max(capacity, min(ahead, capacity_for(limit)))
     return ahead if ahead <= capacity - GRANULE else capacity
 
@@ -118,6 +122,18 @@ class Adapter:
                 folded = (self.down if importance is None else self.down * importance[:, None]).to(x.dtype)
                 cast = self.up.to(x.dtype)
         return AddLowRank.apply(output, x, self.down, self.up, folded, cast, importance, sums)
+
+    def replaces(self, weight: object, x: Tensor) -> bool:
+        """Whether `linear` can stand for the layer and its path, for a layer that is x Wᵀ + bias and no more."""
+        if self.working is None or not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
+            return False
+        return self.working[0].dtype == x.dtype and weight.device == x.device and weight.is_floating_point()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer and its path, x Wᵀ + bias + B Λ A x, in one operation, where `replaces` agrees."""
+        assert self.working is not None  # noqa: S101 (asked before)
+        folded, cast, *sums = self.working
+        return LowRankLinear.apply(x, weight, bias, self.up, folded, cast, sums)
 
     def _new_rows(self, count: int, generator: Generator) -> Tensor:
         """Rows of a down factor that is about to grow: N(0, σ²), drawn on the CPU so that every device draws the same."""

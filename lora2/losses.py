@@ -20,12 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 EPSILON, V, FLOW, X0 = "epsilon", "v", "flow", "x0"
 PREDICTIONS = (EPSILON, V, FLOW, X0)
 
 ENTROPY_POSITIONS = 256
 """Queries whose attention the entropy looks at; evenly spaced, since all of a large picture's would fill gigabytes."""
+
+
+MAPS_AT_ONCE = 1 << 22
+"""Numbers of attention maps that the entropy computes at once."""
 
 
 def prediction_weight(sigma: Tensor, prediction: str, sigma_data: float = 1.0) -> Tensor:
@@ -83,10 +88,58 @@ def _spaced(q: Tensor) -> Tensor:
 
 
 def _entropy(q: Tensor, k: Tensor, heads: int) -> Tensor:
-    q = q.unflatten(-1, (heads, -1)).transpose(-3, -2).float()
-    k = k.unflatten(-1, (heads, -1)).transpose(-3, -2).float()
-    scores = torch.log_softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
-    return -(scores.exp() * scores).sum(-1).mean()
+    mean: Tensor = _MeanEntropy.apply(heads, q, k)
+    return mean
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """(batch, tokens, heads · d) → (batch, heads, tokens, d) float32."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2).float()
+
+
+def _join(x: Tensor, like: Tensor) -> Tensor:
+    """The way back, in another tensor's type."""
+    return x.transpose(-3, -2).flatten(-2).to(like.dtype)
+
+
+class _MeanEntropy(torch.autograd.Function):
+    """Mean of H(p) = −Σ p ln p over blocks, heads and queries, p = softmax(s), s = q kᵀ / √d; one q and one k per block.
+
+    Attention maps of dozens of blocks would lie in memory just when it is fullest, so the gradient is taken right away, some
+    blocks at a time: ∂H/∂s_i = −p_i (ln p_i + H).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, heads: int, *tensors: Tensor) -> Tensor:
+        """tensors: all q (batch, queries, heads · d), then all k (batch, keys, heads · d), alike. Returns () float32."""
+        queries, keys = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        map_size = heads * queries[0].shape[:-1].numel() * keys[0].shape[-2]
+        step = max(1, MAPS_AT_ONCE // map_size)
+        scale = (queries[0].shape[-1] // heads) ** -0.5
+        rows = len(queries) * heads * queries[0].shape[:-1].numel()
+        sums, to_q, to_k = [], [], []
+        for start in range(0, len(queries), step):
+            chunk = slice(start, start + step)
+            joined_q, joined_k = torch.cat(queries[chunk]), torch.cat(keys[chunk])
+            q, k = _split(joined_q, heads), _split(joined_k, heads)
+            logs = torch.log_softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
+            p = logs.exp()
+            entropy = -(p * logs).sum(-1, keepdim=True)
+            sums.append(entropy.sum())
+            if any(ctx.needs_input_grad):
+                slope = logs.add_(entropy).mul_(p).mul_(-scale / rows)
+                to_q.append(_join(slope @ k, joined_q))
+                to_k.append(_join(slope.transpose(-1, -2) @ q, joined_k))
+        ctx.save_for_backward(*to_q, *to_k)
+        ctx.batch = len(queries[0])
+        return torch.stack(sums).sum() / rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The kept gradients, times that of the mean."""
+        kept = torch._foreach_mul(list(ctx.saved_tensors), gradient)
+        return None, *(part for joined in kept for part in joined.split(ctx.batch))
 
 
 class EntropyProbe:
@@ -133,8 +186,8 @@ class EntropyProbe:
         sums, samples = [], 0
         for blocks in shapes.values():
             count = len(blocks) * blocks[0][0].shape[0]
-            q, k = (torch.cat([block[i] for block in blocks]) for i in (0, 1))  # type: ignore[misc]
-            sums.append(_entropy(q, k, blocks[0][2]) * count)
+            mean = _MeanEntropy.apply(blocks[0][2], *(q for q, _, _ in blocks), *(k for _, k, _ in blocks))
+            sums.append(mean * count)
             samples += count
         return torch.stack(sums).sum() / samples
 

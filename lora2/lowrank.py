@@ -61,6 +61,56 @@ class AddLowRank(torch.autograd.Function):
         return gradient, to_x, to_down, to_up, None, None, None, None
 
 
+class LowRankLinear(torch.autograd.Function):
+    """x Wᵀ + bias + B Λ A x: a frozen linear layer and its low-rank path as one operation.
+
+    For a plain layer of weight (d_out, d_in), bias (d_out,) or None, in x's type or cast to it in either pass: the cast is not
+    kept in between. Products add onto each other in place, so that neither pass needs an addition of its own: with u = g Bᵀ,
+
+        ∂L/∂x = g W + u ΛA
+
+    anchor: any tensor that requires a gradient, so that the backward pass comes here for inputs that need none; it gets none.
+    folded, cast, sums: as in AddLowRank.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        folded: Tensor,
+        cast: Tensor,
+        sums: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """(…, d_out)."""
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = rows @ folded.t()
+        ctx.save_for_backward(rows, hidden, weight, folded, cast)
+        ctx.sums, ctx.shape = sums, x.shape
+        total = x.new_empty(*x.shape[:-1], len(weight))  # not a view, as in AddLowRank
+        flat, across = total.view(-1, len(weight)), weight.to(x.dtype).t()
+        if bias is None:
+            torch.mm(rows, across, out=flat)
+        else:
+            torch.addmm(bias.to(x.dtype), rows, across, out=flat)
+        flat.addmm_(hidden, cast)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of x; those of the factors are added to the sums."""
+        rows, hidden, weight, folded, cast = ctx.saved_tensors
+        g = gradient.reshape(-1, gradient.shape[-1])
+        u = g @ cast.t()
+        ctx.sums[0].addmm_(u.t(), rows)
+        ctx.sums[1].addmm_(hidden.t(), g)
+        to_x = (g @ weight.to(g.dtype)).addmm_(u, folded).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return to_x, None, None, None, None, None, None
+
+
 def _added(parameter: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor | None:
     """Add a gradient, times `scale` by rows, to the parameter's own; return it where there is none to add to."""
     if parameter.grad is None:

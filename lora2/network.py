@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .adapter import HEADROOM, Adapter, capacity_for, cost, full_rank, module_sh
 from .budget import fit, float32, next_pressure
 from .errors import LoraError
 from .factors import Factors
-from .packed import Packed
+from .packed import Block, Packed
 from .settings import Settings
 from .spectrum import singular_order
 
@@ -25,6 +25,12 @@ SMALLEST_INITIAL = 16
 PRESSED_SHARE, FREED_SHARE = 0.02, 0.05
 """Of the parameters held: what makes the arrays follow the ranks."""
 
+MOST_RESIZES = 4
+"""How often they follow in a run: a recorded step has to be recorded again after it (engine.py)."""
+
+FASTEST = 2.5
+"""A growing layer gets room for this many times its rank at most."""
+
 
 class AdaptiveNetwork:
     """Adapters on a model's layers, every one with a rank that is learned.
@@ -32,7 +38,8 @@ class AdaptiveNetwork:
     theta: (layers,) log of the continuous rank, trained by the gradient that `write_theta_gradient` computes.
     While ranks adapt, Λ lives in one (layers, positions) buffer that `refresh` recomputes on the device before a step;
     every adapter sees its row. Nothing in a step copies to the CPU; `sync` does, once in a while.
-    compute: the type that the model computes in; the factors themselves are float32.
+    compute: the type that the model computes in; the factors themselves are float32. plain: which layers are x Wᵀ + bias and
+    no more while the model is trained; by default those of torch itself (`plain_linear`).
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class AdaptiveNetwork:
         settings: Settings,
         device: torch.device | str = "cpu",
         compute: torch.dtype = torch.float32,
+        plain: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         if not layers:
             raise LoraError("No layer to adapt. Choose other layers, or loosen the include and exclude patterns.")
@@ -48,6 +56,8 @@ class AdaptiveNetwork:
         self.names = list(layers)
         self.device = torch.device(device)
         self.compute = compute
+        self._plain = plain or plain_linear
+        self._packed: Packed | None = None
         self.generator = Generator().manual_seed(settings.seed)
         shapes = [module_shape(module) for module in layers.values()]
         self._limits = [rank_limit(shape, settings) for shape in shapes]
@@ -64,6 +74,10 @@ class AdaptiveNetwork:
         self.pressure = torch.ones((), device=self.device)
         """A budget's multiplier, raised and lowered while the paper's form trains."""
         self._last_ratio = 1.0
+        self._last_ranks: list[float] = [float(rank) for rank in initial]
+        self._resized: list[int] = []
+        """The syncs, counted from 1, at which arrays were resized."""
+        self._syncs = 0
         self._rebuild()
 
     # -- start -------------------------------------------------------------------------------------------------------
@@ -75,6 +89,16 @@ class AdaptiveNetwork:
     def parameters(self) -> list[nn.Parameter]:
         """The factors of every layer, down before up; without θ."""
         return [p for a in self.adapters for p in (a.down, a.up)]
+
+    def blocks(self) -> list[Block]:
+        """Where factors lie together (packed.py): whoever changes them all may do so by block."""
+        return [] if self._packed is None else self._packed.blocks
+
+    def trained(self) -> list[nn.Parameter]:
+        """The same numbers as `parameters`, in as few tensors as they lie in."""
+        packed = set() if self._packed is None else self._packed.indices
+        loose = [p for i, a in enumerate(self.adapters) if i not in packed for p in (a.down, a.up)]
+        return [*(b.master for b in self.blocks()), *loose]
 
     def hold_gradients(self) -> None:
         """Give factors a gradient to add to, zero where they have none: its place stays the same from step to step.
@@ -90,6 +114,8 @@ class AdaptiveNetwork:
     def clear_gradients(self) -> None:
         """Start new gradients: zero where they add up in place, none where they are finished from sums."""
         kept = []
+        for block in self.blocks():
+            block.master.grad = None
         for index, adapter in enumerate(self.adapters):
             for parameter in (adapter.down, adapter.up):
                 if self._packed is not None and index in self._packed.indices:
@@ -113,7 +139,9 @@ class AdaptiveNetwork:
         """Lay Λ's buffer and the working copies out anew after capacities changed."""
         for adapter in self.adapters:
             adapter.importance, adapter.working = None, None
-        self._packed = None if self.compute == torch.float32 else Packed(self.adapters, self.compute, self.device)
+        self._packed = None  # frees the old copies before there are new ones
+        if self.compute != torch.float32:
+            self._packed = Packed(self.adapters, self.compute, self.device)
         if self.settled:
             self.refresh()
             return
@@ -223,20 +251,28 @@ class AdaptiveNetwork:
         """Let the arrays follow the ranks, from one copy of θ; True when any array was resized.
 
         Positions that fell out of the rank since the last sync are dropped for good: if the rank returns, they start anew.
+        Arrays are resized at most MOST_RESIZES times in a run, evenly spaced; a rank that outgrows its arrays before that waits
+        there.
         """
         if self.settled:
             return False
         self.refresh()
-        wanted, reached = torch.stack([imp.quantile_rank(self.theta), self._peak]).int().tolist()
-        for adapter, rank, peak in zip(self.adapters, wanted, reached, strict=True):
-            if peak > rank:
+        self._syncs += 1
+        theta, ranks, peak = torch.stack([self.theta, imp.quantile_rank(self.theta), self._peak]).tolist()
+        wanted = [int(rank) for rank in ranks]
+        for adapter, rank, reached in zip(self.adapters, wanted, peak, strict=True):
+            if reached > rank:
                 adapter.renew(rank, self.generator, optimizer)
         self._peak.copy_(self.logical_ranks())
+        rho = [math.exp(t) for t in theta]
         capacities = [
-            next_capacity(a.capacity, rank, limit) for a, rank, limit in zip(self.adapters, wanted, self._limits, strict=True)
+            next_capacity(a.capacity, rank, limit, self._expected(now, before))
+            for a, rank, limit, now, before in zip(self.adapters, wanted, self._limits, rho, self._last_ranks, strict=True)
         ]
-        changed = self._worth(capacities, wanted)
+        self._last_ranks = rho
+        changed = self._may_resize() and self._worth(capacities, wanted)
         if changed:
+            self._resized.append(self._syncs)
             for adapter, capacity in zip(self.adapters, capacities, strict=True):
                 if capacity != adapter.capacity:
                     adapter.resize(capacity, self.generator, optimizer)
@@ -248,8 +284,21 @@ class AdaptiveNetwork:
             self._rebuild()
         return changed
 
+    @property
+    def _syncs_between(self) -> int:
+        """How many syncs at least lie between two resizes."""
+        adapting = self.settings.settle_step - round(self.settings.steps * self.settings.rank_hold)
+        return max(1, math.ceil(adapting / self.settings.sync_every / MOST_RESIZES))
+
+    def _may_resize(self) -> bool:
+        return not self._resized or self._syncs - self._resized[-1] >= self._syncs_between
+
+    def _expected(self, now: float, before: float) -> int:
+        """The rank that a layer will ask for when the arrays may follow again, if it grows on as since the last sync."""
+        return math.ceil(now * min(FASTEST, max(1.0, now / before) ** self._syncs_between))
+
     def _worth(self, capacities: Sequence[int], wanted: Sequence[int]) -> bool:
-        """Whether resizing pays: a recorded step has to be recorded again after it.
+        """Whether resizing pays.
 
         It does when layers that hold a share of the parameters press against their arrays, or a single one wants much more
         than its own, or when a share would be freed.
@@ -257,9 +306,9 @@ class AdaptiveNetwork:
         if any(rank > HEADROOM * a.capacity for a, rank in zip(self.adapters, wanted, strict=True)):
             return True
         held = sum(a.capacity * a.cost for a in self.adapters)
-        pairs = list(zip(self.adapters, capacities, strict=True))
-        pressed = sum(a.capacity * a.cost for a, c in pairs if c > a.capacity)
-        freed = sum((a.capacity - c) * a.cost for a, c in pairs if c < a.capacity)
+        triples = list(zip(self.adapters, capacities, wanted, strict=True))
+        pressed = sum(a.capacity * a.cost for a, c, rank in triples if rank > a.capacity and c > a.capacity)
+        freed = sum((a.capacity - c) * a.cost for a, c, _ in triples if c < a.capacity)
         return pressed > PRESSED_SHARE * held or freed > FREED_SHARE * held
 
     @torch.no_grad()
@@ -317,12 +366,36 @@ class AdaptiveNetwork:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """While inside, the adapted layers answer with their adapters' paths added; nothing is left behind after."""
-        handles = [a.module.register_forward_hook(_hook(a)) for a in self.adapters]
-        try:
+        with ExitStack() as stack:
+            for adapter in self.adapters:
+                if adapter.working is not None and self._plain(adapter.module):
+                    stack.enter_context(_in_place_of(adapter))
+                else:
+                    stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+
+def plain_linear(module: nn.Module) -> bool:
+    """Whether a layer computes x Wᵀ + bias from its own weight and bias, and nothing else."""
+    return type(module) is nn.Linear and "forward" not in vars(module)
+
+
+@contextmanager
+def _in_place_of(adapter: Adapter) -> Iterator[None]:
+    """While inside, a plain layer's own forward is computed together with its adapter's path where types allow."""
+    module: Any = adapter.module
+    own = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if adapter.replaces(module.weight, x):
+            return adapter.linear(x, module.weight, module.bias)
+        return adapter.add(own(x), x)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:

@@ -18,8 +18,17 @@ FUSED = ("cuda", "cpu")
 """Devices whose fused optimizers skip a step, and unscale gradients, by a tensor on the device."""
 
 
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+"""What each optimizer remembers of every number."""
+
+
 class Optimizer:
-    """AdamW, Adam or SGD over the factors, and Adam over θ with a learning rate of its own."""
+    """AdamW, Adam or SGD over the factors, and Adam over θ with a learning rate of its own.
+
+    inner: holds every factor's moments; whoever resizes, saves or restores a factor works on it. The steps themselves are taken
+    by another optimizer over the blocks that the factors lie in (packed.py), a few large tensors instead of a thousand, whose
+    moments are the same memory: `prepare` sees to that whenever either has changed.
+    """
 
     def __init__(self, network: AdaptiveNetwork, settings: Settings) -> None:
         self.network = network
@@ -27,6 +36,8 @@ class Optimizer:
         self.fused = network.device.type in FUSED
         self._capturable = network.device.type == "cuda"
         self.inner = self._make(network.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay)
+        self._whole = self.inner
+        self._parts: list[tuple[torch.nn.Parameter, str, Tensor]] = []
         self.theta = None if network.settled else self._make([network.theta], "adam", settings.rank_learning_rate, 0.0)
         self._hold = torch.zeros((), device=network.device)
 
@@ -51,7 +62,8 @@ class Optimizer:
 
     def prepare(self, rate: float, ranks_move: bool) -> None:
         """Set what the next `take` goes by."""
-        for group in self.inner.param_groups:
+        self._lay_out()
+        for group in (*self.inner.param_groups, *self._whole.param_groups):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(self.settings.learning_rate * rate)
             else:
@@ -59,15 +71,51 @@ class Optimizer:
         self._hold.fill_(0.0 if ranks_move else 1.0)
 
     @torch.no_grad()
+    def _lay_out(self) -> None:
+        """Let the moments lie as the factors do, where they do not yet."""
+        network, state = self.network, self.inner.state
+        if not network.blocks():
+            self._whole = self.inner
+            return
+        trained = self._whole.param_groups[0]["params"]
+        same = all(a is b for a, b in zip(trained, network.trained(), strict=False))
+        if same and self._whole is not self.inner and all(state[p].get(k) is part for p, k, part in self._parts):
+            return
+        settings = self.settings
+        self._whole, self._parts = self.inner, []  # frees the old layout, block by block
+        whole = self._make(network.trained(), settings.optimizer, settings.learning_rate, settings.weight_decay)
+        for block in network.blocks():
+            parameters = [parameter for _, parameter in block.members]
+            step = next((state[p]["step"] for p in parameters if "step" in state.get(p, {})), None)
+            held: dict[str, Tensor] = {}
+            if settings.optimizer != "sgd":
+                held["step"] = torch.zeros((), device=network.device if self.fused else "cpu") if step is None else step.clone()
+            for key in MOMENTS[settings.optimizer]:
+                held[key] = torch.zeros_like(block.master, requires_grad=False)
+                for parameter, part in zip(parameters, block.factors(held[key]), strict=True):
+                    old = state[parameter].get(key)
+                    if old is not None:
+                        part.copy_(old)
+                    state[parameter][key] = part
+                    self._parts.append((parameter, key, part))
+            for parameter in parameters:
+                if "step" in held:
+                    state[parameter]["step"] = held["step"]
+            whole.state[block.master] = held
+        for parameter in network.trained()[len(network.blocks()) :]:
+            whole.state[parameter] = state[parameter]
+        self._whole = whole
+
+    @torch.no_grad()
     def take(self, loss: Tensor) -> Tensor:
         """`step` without setting anything: the same launches every time."""
         self.network.finish_gradients()
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.network.trained() if p.grad is not None]
         norm = global_norm(gradients, loss)
         taken = torch.isfinite(norm) & torch.isfinite(loss)
         skip = (~taken).to(torch.float32)
         excess = (norm / self.settings.clip_norm).clamp(min=1.0) if self.settings.clip_norm > 0 else torch.ones_like(norm)
-        self._move(self.inner, gradients, excess, skip)
+        self._move(self._whole, gradients, excess, skip)
         if self.theta is not None:
             assert self.network.theta.grad is not None  # noqa: S101 (written just now)
             self._move(self.theta, [self.network.theta.grad], torch.ones_like(norm), torch.maximum(skip, self._hold))

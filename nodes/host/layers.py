@@ -6,12 +6,14 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 
+import comfy.ops
 import comfy.utils
 from torch import nn
 
 from ...lora2.adapter import adaptable
 from ...lora2.errors import LoraError
 from ...lora2.losses import V
+from ...lora2.network import plain_linear
 from ...lora2.settings import TARGETS
 
 PREFIX = "diffusion_model."
@@ -41,6 +43,20 @@ def family_of(model: nn.Module, prediction: str) -> str:
     kind = type(model.model_config).__name__
     family = _FAMILIES.get(kind, kind)
     return "sd2_v" if family == "sd2" and prediction == V else family
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether a layer, as it is loaded now, computes x Wᵀ + bias from its own weight and bias, cast to x's type, and no more.
+
+    Not where the host changes the weight on the way (patches, bypass), pages it, or has a kernel of its own for it.
+    """
+    own = comfy.ops.disable_weight_init.Linear
+    if not isinstance(module, own):
+        return plain_linear(module)
+    kind = type(module)
+    usual = kind.forward is own.forward and kind.forward_comfy_cast_weights is own.forward_comfy_cast_weights
+    changed = module.weight_function or module.bias_function or hasattr(module, "_v") or "forward" in vars(module)
+    return usual and not changed
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:

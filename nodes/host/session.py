@@ -24,7 +24,7 @@ from ...lora2.network import AdaptiveNetwork, rank_limit
 from ...lora2.settings import PRECISIONS, TARGETS, TRISTATE, Settings
 from ...lora2.trainer import Progress, Trainer
 from .dataset import pictures
-from .layers import cross_attention, family_of, file_prefixes, select_layers
+from .layers import cross_attention, family_of, file_prefixes, plain, select_layers
 from .model import HostModel, empty_caption, training_dtype
 from .saving import DTYPES, FileInfo, Place, check_place, place_for, save
 
@@ -105,7 +105,7 @@ def _train(
     images = host.scale_latents(images)
     nothing = empty_caption(captions, empty)
     with host.training(images, captions, nothing, settings.batch_size, request.checkpointing):
-        network = AdaptiveNetwork(layers, settings, host.device, host.compute)
+        network = AdaptiveNetwork(layers, settings, host.device, host.compute, plain)
         trainer = Trainer(network, host, images, settings, EntropyProbe(cross_attention(host.model)))
         say(f"Training {len(layers)} layers on {len(images)} pictures, {settings.steps} steps.")
         finish = _Finish(network, trainer.progress, files, place, settings, request, len(images))

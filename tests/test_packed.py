@@ -1,0 +1,101 @@
+"""Factors that lie together: one operation a layer, a few tensors a step, arrays that are seldom resized."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_network import Model, frozen, pictures, randomise, relative, set_ranks, settings
+from torch import nn
+
+from lora2.network import MOST_RESIZES, AdaptiveNetwork
+from lora2.optimizer import Optimizer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weights", [torch.float64, torch.float32])
+def test_a_plain_layer_and_its_path_are_one_operation(bias: bool, weights: torch.dtype) -> None:
+    """The same as the layer with its path added, in float64: output, gradient of the input and of the factors.
+
+    Weights of another type are cast. The layer keeps its hooks, and gets its own forward back.
+    """
+    layer = frozen(nn.Linear(24, 16, bias=bias).to(weights))
+    outputs, heard = [], []
+    layer.register_forward_hook(lambda _m, _a, out: heard.append(out.shape))
+    network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=torch.float64))
+    adapter = network.adapters[0]
+    for needs in (True, False):
+        x = pictures(3, 5, 24).double().requires_grad_(needs)
+        network.refresh()
+        with network.attached():
+            assert "forward" in vars(layer)
+            got = layer(x)
+        wide = x.detach().clone().requires_grad_()
+        down, up = (p.detach().double().requires_grad_() for p in (adapter.down, adapter.up))
+        assert adapter.importance is not None
+        scale = adapter.importance[:8, None].double()
+        expected = nn.functional.linear(wide, layer.weight.double(), None if layer.bias is None else layer.bias.double())
+        expected = expected + wide @ (down * scale).T @ up
+        assert relative(got, expected) < 1e-6, "Λ is computed in float32"
+        for out in (got, expected):
+            (out - 1).square().mean().backward()
+        network.finish_gradients()
+        if needs:
+            assert x.grad is not None
+            assert wide.grad is not None
+            assert relative(x.grad, wide.grad) < 1e-6
+        for mine, reference in ((adapter.down, down), (adapter.up, up)):
+            assert mine.grad is not None
+            assert reference.grad is not None
+            assert relative(mine.grad, reference.grad) < 1e-6
+        network.clear_gradients()
+        outputs.append(got)
+    assert len(heard) == 2
+    assert "forward" not in vars(layer)
+
+
+def test_steps_over_blocks_are_the_steps_of_each_factor() -> None:
+    """Blocks, whose moments lie together, against an optimizer tensor by tensor, through resizing and restoring."""
+    models, told = [Model().double() for _ in range(2)], settings(initial_rank=16, learning_rate=1e-2)
+    together, apart = (randomise(AdaptiveNetwork(m.layers(), told, compute=torch.float64)) for m in models)
+    one = Optimizer(together, told)
+    plain = torch.optim.AdamW(apart.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(9):
+        if step in (3, 6):
+            for network, optimizer in ((together, one.inner), (apart, plain)):
+                set_ranks(network, *((4.0, 30.0, 9.0) if step == 3 else (20.0, 5.0, 9.0)))
+                network._resized.clear()  # as if there had been time
+                assert network.sync(optimizer)
+        if step == 5:
+            one.inner.load_state_dict(one.inner.state_dict())
+        for network, model in ((together, models[0]), (apart, models[1])):
+            network.refresh()
+            network.hold_gradients()
+            with network.attached():
+                (model(pictures(3, 5, 24).double()) - 1).square().mean().backward()
+        assert one.step(1.0, False, torch.ones(()))
+        apart.finish_gradients()
+        torch.nn.utils.clip_grad_norm_(apart.parameters(), apart.settings.clip_norm or math.inf)
+        plain.step()
+        apart.clear_gradients()
+        assert not {id(p) for p in together.trained()[:4]} & {id(p) for p in together.parameters()}
+        for a, b in zip(together.parameters(), apart.parameters(), strict=True):
+            assert relative(a.detach(), b.detach()) < 1e-5
+
+
+def test_arrays_are_resized_a_few_times_in_a_run_however_ranks_move() -> None:
+    """600 steps, θ at full speed up, down, apart, or at random: the bound holds, and arrays hold what is asked for at the end."""
+    for kind, drift in (("up", 1.0), ("down", -1.0), ("apart", None), ("noise", 0.0)):
+        network = AdaptiveNetwork(
+            {str(i): nn.Linear(256, 256) for i in range(12)}, settings(initial_rank=40, target_rank=8, steps=600)
+        )
+        speed = torch.linspace(-1, 1, 12) if drift is None else torch.full((12,), drift)
+        generator, resized = torch.Generator().manual_seed(0), 0
+        for _ in range(15):
+            network.theta.data += 0.15 * speed + 0.03 * torch.randn(12, generator=generator)
+            resized += network.sync()
+        assert 1 <= resized <= MOST_RESIZES, kind
+        wanted = [min(256, math.exp(t)) for t in network.theta.tolist()]
+        held = [a.capacity for a in network.adapters]
+        assert sum(held) < 2.2 * sum(wanted) + 12 * 16, kind
