@@ -1,5 +1,6 @@
 # make demo    train, load, sample and inspect on a real ComfyUI     make ui    leave that server on, for a browser
 # make test    every test       make lint    ruff and mypy           make bench figures of docs/
+# make fuzz    read mutated LoRA files for ten minutes, or ARGS="--seconds N"
 
 SHELL := /bin/bash
 BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v python3.12) $(shell command -v python3)))
@@ -8,7 +9,7 @@ HOST := $(or $(COMFYUI_PYTHON),$(VENV))
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev demo ui test lint format bench clean
+.PHONY: setup setup-dev demo ui test lint format bench fuzz clean
 
 setup:
 	@$(BASE) dev/host.py
@@ -36,6 +37,9 @@ format: setup-dev
 
 bench: setup-dev
 	@$(VENV) -m benchmarks.speed $(ARGS)
+
+fuzz: setup-dev
+	@$(VENV) -m dev.fuzzing $(ARGS)
 
 clean:
 	rm -rf .venv .host .pytest_cache .ruff_cache .mypy_cache

@@ -18,6 +18,9 @@ from .writer import DTYPE_NAMES
 
 HEADER_LIMIT = 16 << 20
 DIMENSION_LIMIT = 8
+TENSOR_LIMIT = 32_768
+"""More than any LoRA has (the largest have some 10,000), and few enough to be read and shown within seconds."""
+
 _SIZES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -56,6 +59,8 @@ def _checked_header(path: Path) -> dict[str, str]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _broken(path, "its metadata is not a table of texts")
+    if len(entries) > TENSOR_LIMIT:
+        raise LoraError(f"{shown(path.name)} holds {len(entries)} tensors; at most {TENSOR_LIMIT} are read. It is no LoRA.")
     _check_layout(path, entries, status.st_size - 8 - length)
     return metadata
 
