@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from comfy_api.latest import io
@@ -12,6 +11,7 @@ from ..lora2.format import LoraDocument, read
 from ..lora2.report import build
 from ..lora2.text import size
 from ..lora2.truncate import CutResult, cut
+from .guard import guarded
 from .host import files, loading
 from .host.progress import teller
 
@@ -100,11 +100,12 @@ class LoadAdaptiveLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, lora_name: Any, **_: Any) -> str | float:
         """A file that changed is read again, though its name is the same."""
         return files.lora_fingerprint(lora_name)
 
     @classmethod
+    @guarded
     def execute(
         cls,
         model: Any,
@@ -117,8 +118,6 @@ class LoadAdaptiveLora(io.ComfyNode):
         clip: Any = None,
     ) -> io.NodeOutput:
         """Read, check, cut, apply, and say what was done."""
-        if not (math.isfinite(strength_model) and math.isfinite(strength_clip)):
-            raise LoraError("strength_model and strength_clip must be finite numbers; 1 is as trained.")
         document = read(files.lora_path(lora_name))
         matched = loading.match(document, model, clip)
         result = cut(document, share, max_rank, megabytes)

@@ -62,7 +62,7 @@ def account(parts: list[Part], **more: Any) -> str:
         p.name.removesuffix(".lora_down.weight"): {
             "rank": p.shape[0], "nu": 0.7, "target": 2.0, "shape": [4, *p.shape[1:]], "order": "importance",
         }
-        for p in parts if p.name.endswith(".lora_down.weight")
+        for p in parts if p.shape and p.name.endswith(".lora_down.weight")
     }  # fmt: skip
     return json.dumps({"format": 1, "layers": layers, "training": {"steps": 3, "optimizer": "adamw"}} | more)
 

@@ -24,6 +24,16 @@ NAMED = 5
 _HALVES = tuple(suffix for pair in STYLES.values() for suffix in pair)
 
 
+def is_model(value: Any) -> bool:
+    """Whether a value is a diffusion model as the host hands them from node to node."""
+    return hasattr(getattr(value, "model", None), "diffusion_model") and hasattr(value, "clone")
+
+
+def is_clip(value: Any) -> bool:
+    """Whether a value is a text encoder as the host hands them from node to node."""
+    return hasattr(value, "cond_stage_model") and hasattr(value, "clone")
+
+
 @dataclass(frozen=True)
 class Match:
     """Layers of a file that fit the model or the text encoder, and those that do not: by reason, their names."""

@@ -285,7 +285,7 @@ def _fit(first: dict[str, Any], other: dict[str, Any]) -> bool:
 def empty_caption(captions: Sequence[Caption], given: Sequence[Any] | None) -> Caption:
     """What a dropped caption becomes: the one given, or a caption of zeros shaped like the first."""
     if given:
-        entries = caption_entries(given[0])
+        entries = caption_entries(given[0], "The empty caption")
         if not entries:
             raise LoraError("The empty caption holds no conditioning. Connect a CLIP Text Encode of an empty text.")
         check_caption(entries[0], "The empty caption")
