@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import ComfyExtension, io
+from .nodes.host.versions import words
 
-from .nodes import inspect, load, train
+try:
+    from comfy_api.latest import ComfyExtension, io
+
+    from .nodes import inspect, load, train
+except Exception as error:
+    raise ImportError(words(error)) from error  # ComfyUI prints it, leaves the pack out, and goes on
 
 WEB_DIRECTORY = "./web"
 
@@ -16,7 +21,13 @@ class LoRA2Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of their use."""
-        return [*train.NODES, *load.NODES, *inspect.NODES]
+        nodes = [*train.NODES, *load.NODES, *inspect.NODES]
+        try:
+            for node in nodes:
+                node.GET_SCHEMA()
+        except Exception as error:
+            raise ImportError(words(error)) from error
+        return nodes
 
 
 async def comfy_entrypoint() -> LoRA2Extension:

@@ -35,7 +35,9 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return dict(load_file(path)), metadata
     except FileNotFoundError as error:
         raise LoraError(f"{shown(path.name)} does not exist.") from error
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:  # whose own words hold the whole path
+        raise LoraError(f"{shown(path.name)} cannot be read: {error.strerror or type(error).__name__}.") from error
+    except safetensors.SafetensorError as error:
         raise LoraError(f"{shown(path.name)} cannot be read: {shown(error)}") from error
 
 

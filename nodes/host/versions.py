@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from pathlib import Path
 
@@ -11,6 +12,9 @@ OLDEST, NEWEST = "0.16.3", "0.30.0"
 
 _MISFITS = (ImportError, AttributeError, TypeError, NotImplementedError)
 """What Python raises where a name is gone, or takes other arguments than it did."""
+
+_PATH = re.compile(r" \([^()]*[/\\][^()]*\)")
+"""Where a module lies, which Python adds to what it could not import."""
 
 _BRIDGE = Path(__file__).resolve().parent.parent
 
@@ -37,8 +41,9 @@ def misfit(error: BaseException) -> str | None:
 
 def words(error: BaseException) -> str:
     """One sentence with both versions, what is wrong, and what to do."""
+    what = _PATH.sub("", str(error)).rstrip(".")
     return (
-        f"LoRA² {PACK_VERSION} and this ComfyUI ({host_version()}) do not fit together: {error}. LoRA² is tested with ComfyUI "
+        f"LoRA² {PACK_VERSION} and this ComfyUI ({host_version()}) do not fit together: {what}. LoRA² is tested with ComfyUI "
         f"{OLDEST} to {NEWEST}: update LoRA², or ComfyUI if it is older. If both are up to date, please report this."
     )
 
