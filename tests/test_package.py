@@ -31,7 +31,7 @@ STANDARD = set(sys.stdlib_module_names)
 LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 """What the method may import beside Python's own."""
 
-HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "nodes"}
+HOST = {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "server", "nodes"}
 """ComfyUI's modules; its `server` and `nodes` as absolute imports."""
 
 REFUSED_MODULES = {

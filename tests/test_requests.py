@@ -138,7 +138,7 @@ def check(server: ComfyServer, node: str, name: str, value: Any) -> str:
     spoken = [name, *SPOKEN.get(name, name).split("|")]
     if what == "refused":
         # A list of two is a link to ComfyUI; one that leads nowhere it answers itself, naming the node alone.
-        spoken += ["Exception when validating"] if isinstance(value, list) and len(value) == 2 else []
+        spoken += ["Exception when validating", "Dependency cycle"] if isinstance(value, list) and len(value) == 2 else []
         assert "node 4" in words, words
     else:
         assert words.isprintable(), words

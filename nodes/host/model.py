@@ -23,6 +23,7 @@ from ...lora2.losses import EPSILON, FLOW, X0, V
 from ...lora2.trainer import EMPTY_CAPTION
 from .checkpointing import checkpointed, inputs_of_norms_kept, repeated_blocks
 from .dataset import Caption, caption_entries, check_caption
+from .versions import misfit
 from .weights import trainable_weights
 
 log = logging.getLogger("lora2")
@@ -164,6 +165,8 @@ class HostModel:
                 self.model.extra_conds, conds, torch.zeros_like(sample), self.device, "positive", latent_image=sample
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if misfit(error):
+                raise
             raise LoraError(f"A caption does not suit this model ({type(error).__name__}: {error}). {_ENCODE}") from error
         model_conds = encoded[0]["model_conds"]
         self._check_text(model_conds)
