@@ -1,5 +1,6 @@
 # make demo    train, load, sample and inspect on a real ComfyUI     make ui    leave that server on, for a browser
 # make test    every test       make lint    ruff and mypy           make bench figures of docs/
+# make test-oldest   the nodes' tests on the oldest ComfyUI that they work with
 # make fuzz    read mutated LoRA files for ten minutes, or ARGS="--seconds N"
 
 SHELL := /bin/bash
@@ -7,9 +8,11 @@ BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v
 VENV := .venv/bin/python
 HOST := $(or $(COMFYUI_PYTHON),$(VENV))
 
+OLDEST := server training load load_less inspect families bases cancel bad_files bad_input trouble progress
+
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev demo ui test lint format bench fuzz clean
+.PHONY: setup setup-dev demo ui test lint format bench fuzz test-oldest clean
 
 setup:
 	@$(BASE) dev/host.py
@@ -37,6 +40,13 @@ format: setup-dev
 
 bench: setup-dev
 	@$(VENV) -m benchmarks.speed $(ARGS)
+
+# Left out there: a test that looks at a detail of the newer host, whose loaded weights are inference tensors.
+test-oldest: setup-dev
+	@$(BASE) dev/host.py --oldest
+	@COMFYUI_PYTHON= COMFYUI_PATH=.host/ComfyUI-0.16.3 $(VENV) -m pytest -p no:cacheprovider \
+	  --deselect tests/test_bases.py::test_weights_that_training_patches_are_like_those_that_sampling_patches \
+	  $(or $(ARGS),$(addprefix tests/test_,$(addsuffix .py,$(OLDEST))))
 
 fuzz: setup-dev
 	@$(VENV) -m dev.fuzzing $(ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .nodes.host.versions import words
 
 try:
@@ -21,10 +23,10 @@ class LoRA2Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of their use."""
-        nodes = [*train.NODES, *load.NODES, *inspect.NODES]
+        nodes: list[type[Any]] = [*train.NODES, *load.NODES, *inspect.NODES]
         try:
             for node in nodes:
-                node.GET_SCHEMA()
+                node.define_schema()
         except Exception as error:
             raise ImportError(words(error)) from error
         return nodes

@@ -71,6 +71,7 @@ def import_comfy() -> None:
         sys.path.remove(path)
     sys.path.insert(0, path)
     import torch
+    import utils.extra_config  # type: ignore[import-not-found, unused-ignore]  # noqa: F401 (first, as main.py: `utils` has namesakes)
     from comfy.cli_args import args  # type: ignore[import-not-found, unused-ignore]
 
     if not torch.cuda.is_available():

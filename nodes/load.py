@@ -6,7 +6,6 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..lora2.errors import LoraError
 from ..lora2.format import LoraDocument, read
 from ..lora2.report import build
 from ..lora2.text import size

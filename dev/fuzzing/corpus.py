@@ -14,7 +14,8 @@ WORDS = (
     "\0", "\x1b[31mred\x1b[0m", "\x9b31m", "\r\n\r\n", "\b\b\b", "\u2028", "\u202egpj.exe", "\u2066\u2069", "\u200b\u200d\ufeff",
     "l\u043era_un\u0435t", "e\u0301\u0301\u0301" * 40, "\ud800", "\udfff x", "\U000e0041", "\ufdfa" * 30, "\uffff",
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</pre><b>", "&lt;b&gt;", "![x](http://evil.example/x.png)",
-    "[a](javascript:alert(1))", "<http://evil.example>", "www.evil.example", "mailto:a@b.c", "| a | b |", "|---|", "```", "# head",
+    "[a](javascript:alert(1))", "<http://evil.example>", "www.evil.example", "mailto:a@b.c", "| a | b |", "|---|",
+    "```", "# head",
     "a\n\n# head", "$x$", "{{7*7}}", "${7*7}", "%s%n%x", "{0.__class__}", "__proto__", "__metadata__", "__class__", "[[a]]",
     "x" * 5000, "1" * 5000, "9" * 19, "-1", "NaN", "Infinity", "None", "null", "true", "0x10", "1e999",
 )  # fmt: skip
@@ -23,8 +24,10 @@ WORDS = (
 LAYERS = (
     "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", "lora_unet_mid_block_attentions_0_proj_in",
     "lora_unet_up_blocks_99999999999999999999_attentions_0_proj_out", "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
-    "diffusion_model.double_blocks.0.img_attn.qkv", "diffusion_model.single_blocks.3.linear1", "lora_unet_input_blocks_1_1_proj_in",
-    "transformer.single_transformer_blocks.0.attn.to_q", "unet.down_blocks.0.resnets.0.conv1", "lora_unet_conv_in", "a", "1", "_", ".",
+    "diffusion_model.double_blocks.0.img_attn.qkv", "diffusion_model.single_blocks.3.linear1",
+    "lora_unet_input_blocks_1_1_proj_in",
+    "transformer.single_transformer_blocks.0.attn.to_q", "unet.down_blocks.0.resnets.0.conv1", "lora_unet_conv_in",
+    "a", "1", "_", ".",
     "diffusion_model.layers." + "9" * 400 + ".attention.q", "lora_unet_" + "blocks_1_" * 300 + "q", "_" * 3000, "0_" * 2000 + "a",
 )  # fmt: skip
 """Prefixes of layers, some as trainers write them."""
@@ -107,7 +110,7 @@ def hostile() -> dict[str, bytes]:
         "deep and closed": with_header(b'{"__metadata__":' + b"[" * 900 + b"]" * 900 + b"}"),
         "millions of lists": with_header(b'{"a":[' + b"[]," * 2_000_000 + b"0]}"),
         "sixty thousand layers": with_header(
-            dump({f"l{i}.{end}": up | {"shape": [0, 0], "data_offsets": [0, 0]} for i in range(60_000) for end in ("lora_up.weight", "lora_down.weight")})
+            dump({f"l{i}{end}": up | {"shape": [0, 0], "data_offsets": [0, 0]} for i in range(60_000) for end in PAIRS[0]})
         ),
         "a million names": with_header(b"{" + b",".join(b'"%d":0' % i for i in range(1_000_000)) + b"}"),
         "a number of a million digits": with_header(b'{"a":' + b"9" * 1_000_000 + b"}"),
@@ -150,12 +153,14 @@ def hostile() -> dict[str, bytes]:
     for name in LAYERS:
         found[f"layer {name[:40]}"] = Parts(layer(name)).to_bytes()
     accounts = {
-        "nested": "[" * 100_000, "a long one": '{"format":1,"layers":{},"x":"' + "x" * (9 << 20) + '"}', "NaN": '{"format":1,"layers":{"a":{"nu":NaN}}}',
+        "nested": "[" * 100_000, "a long one": '{"format":1,"layers":{},"x":"' + "x" * (9 << 20) + '"}',
+        "NaN": '{"format":1,"layers":{"a":{"nu":NaN}}}',
         "infinity": '{"format":1,"layers":{"a":{"nu":1e999}}}', "ten thousand empty layers": account(
             ours, layers={f"lora_unet_b_{i}_attn_q{i}": {"rank": 0, "shape": [1 << 30, 1 << 30]} for i in range(12_000)}
         ),
         "huge numbers": account(ours, layers={LAYERS[0]: {"rank": 10**300, "nu": 1e308, "target": 1e308, "shape": [10**300]}}),
-        "the least ν": account(ours, layers={LAYERS[0]: {"nu": 5e-324}}), "ν of a million": account(ours, layers={LAYERS[0]: {"nu": 1e6}}),
+        "the least ν": account(ours, layers={LAYERS[0]: {"nu": 5e-324}}),
+        "ν of a million": account(ours, layers={LAYERS[0]: {"nu": 1e6}}),
         "order of another kind": account(ours, layers={LAYERS[0]: {"nu": 1, "order": ["importance"]}}),
         "training of lists": account(ours, training={"a": [[[]]], "b": {"c": {}}}), "the future": account(ours, format=2),
     }  # fmt: skip

@@ -12,11 +12,17 @@ from .corpus import LAYERS, OTHERS, PAIRS, WORDS, account, layer
 from .files import SIZES, Part, Parts, dump, take_apart, with_header
 
 NUMBERS: tuple[Any, ...] = (
-    0, 1, 2, 3, 8, 255, 65_535, 1 << 24, (1 << 31) - 1, 1 << 31, 1 << 32, (1 << 53) + 1, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, -1,
+    0, 1, 2, 3, 8, 255, 65_535, 1 << 24, (1 << 31) - 1, 1 << 31, 1 << 32, (1 << 53) + 1, (1 << 63) - 1, 1 << 63,
+    1 << 64, 10**30, -1,
     0.5, -0.0, 5e-324, 1e308, -1e308, float("nan"), float("inf"), True, False, None, "1", "", [], {},
 )  # fmt: skip
-SHAPES = ([], [0], [1], [2, 2], [4, 2], [2, 3], [0, 4], [4, 0], [4, 2, 1, 1], [2, 3, 3, 3], [1, 60], [60, 1], [2, 0, 3], [1] * 8, [1] * 9)
-VALUES = (b"\0\x7e", b"\0\x7c", b"\xff\x7b", b"\x01\0", b"\0\0", b"\xff\xff", b"\0\x80", b"\0\0\xc0\x7f", b"\xff\xff\x7f\x7f", b"\x7f")
+SHAPES: tuple[list[int], ...] = (
+    [], [0], [1], [2, 2], [4, 2], [2, 3], [0, 4], [4, 0], [4, 2, 1, 1], [2, 3, 3, 3], [1, 60], [60, 1], [2, 0, 3],
+    [1] * 8, [1] * 9,
+)  # fmt: skip
+VALUES = (
+    b"\0\x7e", b"\0\x7c", b"\xff\x7b", b"\x01\0", b"\0\0", b"\xff\xff", b"\0\x80", b"\0\0\xc0\x7f", b"\xff\xff\x7f\x7f",
+)  # fmt: skip
 MOST_BYTES = 1 << 19
 
 
@@ -50,7 +56,7 @@ def _name(parts: Parts, rng: random.Random) -> None:
 
 def _shape(parts: Parts, rng: random.Random) -> None:
     part = _some(parts, rng)
-    part.shape = rng.choice((list(rng.choice(SHAPES)), part.shape[::-1], part.shape + [1], part.shape[1:]))
+    part.shape = rng.choice((list(rng.choice(SHAPES)), part.shape[::-1], [*part.shape, 1], part.shape[1:]))
 
 
 def _rank(parts: Parts, rng: random.Random) -> None:
@@ -113,8 +119,9 @@ def _override(parts: Parts, rng: random.Random) -> None:
 
 
 def _metadata(parts: Parts, rng: random.Random) -> None:
-    keys = ("ss_output_name", "modelspec.title", "ss_network_dim", "ss_sd_model_name", "ss_steps", "lora_adapter_metadata", rng.choice(WORDS))
-    parts.metadata[rng.choice(keys)] = rng.choice((rng.choice(WORDS), rng.choice(WORDS), rng.choice(NUMBERS)))
+    keys = ("ss_output_name", "modelspec.title", "ss_network_dim", "ss_sd_model_name", "ss_steps", "lora_adapter_metadata")
+    key = rng.choice((*keys, rng.choice(WORDS)))
+    parts.metadata[key] = rng.choice((rng.choice(WORDS), rng.choice(WORDS), rng.choice(NUMBERS)))
 
 
 def _account(parts: Parts, rng: random.Random) -> None:
@@ -133,8 +140,10 @@ def _account(parts: Parts, rng: random.Random) -> None:
         value = holder[key]
     if holder is not None:
         holder[rng.choice((key, key, key, rng.choice(WORDS), "nu", "order", "rank"))] = rng.choice((
-            rng.choice(NUMBERS), rng.choice(WORDS), {rng.choice(WORDS): rng.choice(NUMBERS)}, [rng.choice(NUMBERS)] * rng.randrange(5),
-            {"rank": 0, "shape": [rng.choice(NUMBERS), 3]}, {"rank": 2, "nu": rng.choice(NUMBERS), "order": "importance"}, "singular",
+            rng.choice(NUMBERS), rng.choice(WORDS), {rng.choice(WORDS): rng.choice(NUMBERS)},
+            [rng.choice(NUMBERS)] * rng.randrange(5),
+            {"rank": 0, "shape": [rng.choice(NUMBERS), 3]},
+            {"rank": 2, "nu": rng.choice(NUMBERS), "order": "importance"}, "singular",
         ))  # fmt: skip
     parts.metadata["lora2"] = json.dumps(raw)
 
@@ -164,7 +173,8 @@ def _header_text(raw: bytes, rng: random.Random) -> bytes:
     """The header's JSON with something put in, its length made right again."""
     length = min(int.from_bytes(raw[:8], "little"), len(raw))
     text, at = raw[8 : 8 + length], rng.randrange(length + 1)
-    piece = rng.choice((b"[", b"]", b"{", b"}", b",", b'"', b"\\u0000", b"\\ud800", b"\xff", b"-", b"e", b"9" * 30, b"NaN", dump(rng.choice(WORDS))))
+    pieces = (b"[", b"]", b"{", b"}", b",", b'"', b"\\u0000", b"\\ud800", b"\xff", b"-", b"e", b"9" * 30, b"NaN")
+    piece = rng.choice((*pieces, dump(rng.choice(WORDS))))
     return with_header(text[:at] + piece * rng.choice((1, 1, 2, 50)) + text[at + rng.randrange(3) :], raw[8 + length :])
 
 

@@ -19,9 +19,16 @@ LORA_ERROR: type[Exception] = pack("lora2.errors").LoraError
 MESSAGE_LIMIT = 2000
 """Characters of a message, a note or a title at most."""
 
-_FORBIDDEN = ("exec", "compile", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "socket.", "pickle.",
-              "ctypes.dlopen", "shutil.", "os.remove", "os.rename", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.truncate")  # fmt: skip
+_FORBIDDEN = (
+    "exec", "compile", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "socket.", "pickle.",
+    "ctypes.dlopen", "shutil.", "os.remove", "os.rename", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.truncate",
+)  # fmt: skip
 """Audit events that reading a file must not cause."""
+
+_MARKUP = {
+    "link_open", "image", "html_inline", "html_block", "code_inline", "fence", "code_block", "em_open", "strong_open", "s_open",
+}  # fmt: skip
+"""What a report has none of."""
 
 _TAG = re.compile(r"<[A-Za-z/!]")
 
@@ -63,7 +70,10 @@ def guarded() -> Iterator[None]:
 
 
 def exercise(path: Path, picture: bool = True) -> str:
-    """Read, report, cut, draw; returns what came of it: "read", or the first words of our error. Raises Broken, or what went wrong."""
+    """Read, report, cut, draw; returns what came of it: "read", or the first words of our error.
+
+    Raises Broken, or whatever went wrong.
+    """
     form, report, truncate = pack("lora2.format"), pack("lora2.report"), pack("lora2.truncate")
     try:
         with guarded():
@@ -160,8 +170,8 @@ def _markdown(text: str) -> None:
             _broken(f"markdown: {line[:200]!r}")
     if _TAG.search(text):
         _broken(f"markdown: {_TAG.search(text)}")
-    kinds = {inline.type for token in MarkdownIt("gfm-like", {"linkify": False}).parse(text) for inline in [token, *(token.children or [])]}
-    wrong = kinds & {"link_open", "image", "html_inline", "html_block", "code_inline", "fence", "code_block", "em_open", "strong_open", "s_open"}
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
+    wrong = {inline.type for token in tokens for inline in [token, *(token.children or [])]} & _MARKUP
     if wrong:
         _broken(f"markdown shows {wrong}")
     widths = {line.replace("\\|", "").count("|") for line in text.split("\n") if line.startswith("| ") and " --- " not in line}

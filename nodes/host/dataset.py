@@ -51,8 +51,9 @@ def _latents(latents: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[int]
     counts = []
     for number, entry in enumerate(latents, 1):
         samples = entry.get("samples") if isinstance(entry, dict) else None
-        plain = isinstance(samples, Tensor) and not samples.is_nested and samples.layout == torch.strided
-        if not plain or samples.ndim < 3 or samples.is_complex():
+        if not isinstance(samples, Tensor) or samples.is_nested or samples.layout != torch.strided:
+            samples = None
+        if samples is None or samples.ndim < 3 or samples.is_complex():
             raise LoraError(f"Latents entry {number} is not a picture latent. Encode the pictures with a VAE first.")
         if not samples[:1].numel() and len(samples):
             raise LoraError(f"Latents entry {number} has the shape {list(samples.shape)}: it holds no pixels.")

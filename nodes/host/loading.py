@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import comfy.lora
@@ -142,7 +143,9 @@ def apply(
     metadata: dict[str, str] | None = None,
 ) -> tuple[Any, Any]:
     """The model and text encoder with these tensors applied by the host's own loader."""
-    return comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip, lora_metadata=metadata)
+    load = comfy.sd.load_lora_for_models
+    more = {"lora_metadata": metadata} if "lora_metadata" in signature(load).parameters else {}  # older hosts take none
+    return load(model, clip, tensors, strength_model, strength_clip, **more)
 
 
 def absent(why: str) -> ExecutionBlocker:

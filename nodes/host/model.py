@@ -192,7 +192,7 @@ class HostModel:
         sampling, known = self._sampling, comfy.model_sampling
         if isinstance(sampling, (known.IMG_TO_IMG_FLOW, known.IMG_TO_IMG, known.COSMOS_RFLOW)):
             raise LoraError(f"Models of the kind {type(self.model).__name__} cannot be trained yet.")
-        if isinstance(sampling, (known.V_PREDICTION, known.V_PREDICTION_DDPM)):
+        if isinstance(sampling, (known.V_PREDICTION, getattr(known, "V_PREDICTION_DDPM", known.V_PREDICTION))):  # newer hosts
             return V
         if isinstance(sampling, known.X0):
             return X0

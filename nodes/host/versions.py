@@ -1,4 +1,7 @@
-"""Which ComfyUI this is, and what to say where it and the pack do not fit together. Imports nothing of ComfyUI's but its version."""
+"""Which ComfyUI this is, and what to say where it and the pack do not fit together.
+
+Imports nothing of ComfyUI's but its version: it must work where nothing else does.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A node pack of somebody else, for tests: a node that gives any value under the type that fits every input, and one that takes any."""
+"""A node pack of somebody else, for tests: a node that gives any value to any input, and one that takes any."""
 
 import json
 import math
@@ -34,7 +34,7 @@ OBJECTS = {
     "lora of numbers": lambda: {5: torch.zeros(1)},
     "lora of NaN": lambda: {"a.lora_up.weight": torch.full((2, 2), math.nan), "a.lora_down.weight": torch.zeros(2, 2)},
     "latent of texts": lambda: {"samples": "text"},
-    "latent of nothing": lambda: {},
+    "latent of nothing": dict,
     "conditioning of numbers": lambda: [[1, {}]],
     "conditioning of nothing": lambda: [[None, {}]],
     "a scalar as text": lambda: [[torch.tensor(1.0), {}]],
