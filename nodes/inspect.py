@@ -14,6 +14,7 @@ from ..lora2.keys import shown
 from ..lora2.report import build
 from .guard import guarded
 from .host import files
+from .host.progress import stop_if_cancelled
 from .pictures import rank_image
 
 CONNECTED = "(the connected LoRA)"
@@ -102,7 +103,7 @@ class InspectRanks(io.ComfyNode):
         if show not in (STORED, IN_USE):
             raise LoraError(f"show = {shown(show)} must be {STORED} or {IN_USE}.")
         document, title = _document(lora_name, lora)
-        report = build(document, title, energy=show == IN_USE)
+        report = build(document, title, energy=show == IN_USE, between=stop_if_cancelled)
         image = rank_image(report, in_use=show == IN_USE)
         return io.NodeOutput(
             image, report.to_markdown(), report, report.to_json(), ui=ui.PreviewImage(image, cls=cls)

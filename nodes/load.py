@@ -12,7 +12,7 @@ from ..lora2.text import size
 from ..lora2.truncate import CutResult, cut
 from .guard import guarded
 from .host import files, loading
-from .host.progress import teller
+from .host.progress import stop_if_cancelled, teller
 
 Ranks = io.Custom("LORA2_RANKS")
 
@@ -119,7 +119,7 @@ class LoadAdaptiveLora(io.ComfyNode):
         """Read, check, cut, apply, and say what was done."""
         document = read(files.lora_path(lora_name))
         matched = loading.match(document, model, clip)
-        result = cut(document, share, max_rank, megabytes)
+        result = cut(document, share, max_rank, megabytes, stop_if_cancelled)
         tensors = result.document.state_dict()
         changed = loading.apply(model, clip, dict(tensors), strength_model, strength_clip, tensors.metadata)
         teller(cls.hidden.unique_id)(" ".join([matched.words(), *_cut_words(result), *document.notes]))

@@ -51,6 +51,7 @@ def any_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer
         running.run(graph(running, TRAIN, {"save_name": "first"}))
         loras = base / "models" / "loras"
         (loras / "first_00001.safetensors").rename(loras / "good.safetensors")
+        shutil.copyfile(loras / "good.safetensors", base / "secret.safetensors")
         yield running
         assert outcome(running, graph(running, TRAIN, {"seed": 99}))[0] == "done", "the server is broken afterwards"
 
@@ -219,7 +220,7 @@ def test_empty_lists_are_refused_by_name(any_server: ComfyServer) -> None:
 
 
 NAMES = (
-    "../x", "a/../../x", "..", "/root/x", "C:\\x", "c:x", "\\\\host\\share\\x", "link/x", "link/../x", "link/new/x",
+    "../x", "a/../../x", "..", "{base}/outside/x", "C:\\x", "c:x", "\\\\host\\share\\x", "link/x", "link/../x", "link/new/x",
     "con", "a/NUL.txt/x",
     "lpt1", "x:stream", ".hidden", "", " ", "\0", "x\0y", "x\n", "x\u202e", "\ud800", "x" * 300, "y/" * 600 + "x",
     "~/x", "$HOME/x",
@@ -230,12 +231,23 @@ NAMES = (
 def test_names_that_lead_elsewhere_are_refused(linked: bool, any_server: ComfyServer) -> None:
     """save_name and the file choosers: absolute, upwards, through links, devices, streams, hidden, too long."""
     taken = {"~/x", "$HOME/x"}  # folders of these names inside the LoRA folder: nothing is expanded
-    for name in NAMES:
+    for name in (name.replace("{base}", str(any_server.base)) for name in NAMES):
         value = Linked(name) if linked else name
         assert check(any_server, TRAIN, "save_name", value) == ("done" if name in taken else "failed"), name
         for node in (LOAD, INSPECT):
             assert check(any_server, node, "lora_name", value) in ("failed", "refused"), name
     assert not (Path.home() / "x_00001.safetensors").exists()
+
+
+@pytest.mark.parametrize("node", [LOAD, INSPECT])
+def test_files_elsewhere_are_not_read(node: str, any_server: ComfyServer) -> None:
+    """A LoRA that could be read, if a name were allowed to lead to it."""
+    base = any_server.base
+    assert (base / "models/loras/../../secret.safetensors").is_file()
+    upwards = ("../../secret.safetensors", "x/../../../secret.safetensors", "..\\..\\secret.safetensors")
+    for name in (*upwards, f"{base}/secret.safetensors"):
+        for value in (name, Linked(name)):
+            assert check(any_server, node, "lora_name", value) in ("failed", "refused"), name
 
 
 def test_texts_of_enormous_length_are_refused(any_server: ComfyServer) -> None:

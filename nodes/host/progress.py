@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import comfy.model_management
 import comfy.utils
 from PIL import Image
 from server import PromptServer
@@ -22,6 +23,11 @@ def teller(node_id: str | None) -> Callable[[str], None]:
             server.send_progress_text(inert(words), node_id)
 
     return say
+
+
+def stop_if_cancelled() -> None:
+    """Raise what the host raises where its cancel button was pressed."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def inert(words: str) -> str:
