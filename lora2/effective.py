@@ -24,14 +24,24 @@ def energies(factors: Factors) -> Tensor:
         product = up @ down
         if not bool(torch.isfinite(product).all()):
             raise LoraError("A LoRA layer holds NaN, infinity or numbers too large to square.")
-        return torch.linalg.svdvals(product) ** 2
+        return _singular_values(product) ** 2
     left, right = up.T @ up, down @ down.T
     if not (bool(torch.isfinite(left).all()) and bool(torch.isfinite(right).all())):
         raise LoraError("A LoRA layer holds NaN, infinity or numbers too large to square.")
-    values, vectors = torch.linalg.eigh(right)
-    half = vectors * values.clamp_min(0.0).sqrt()
-    sigma_squared = torch.linalg.eigvalsh(half.T @ left @ half).clamp_min(0.0).flip(0)
+    try:
+        values, vectors = torch.linalg.eigh(right)
+        half = vectors * values.clamp_min(0.0).sqrt()
+        sigma_squared = torch.linalg.eigvalsh(half.T @ left @ half).clamp_min(0.0).flip(0)
+    except torch.linalg.LinAlgError:  # numbers of very different sizes: what takes longer bears them
+        return _singular_values(torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T) ** 2
     return sigma_squared[: min(factors.rank, up.shape[0], down.shape[1])]
+
+
+def _singular_values(matrix: Tensor) -> Tensor:
+    try:
+        return torch.linalg.svdvals(matrix)
+    except torch.linalg.LinAlgError as error:
+        raise LoraError("A LoRA layer holds numbers that are too far apart to be decomposed.") from error
 
 
 def energy_rank(factors: Factors, share: float) -> int:

@@ -98,8 +98,13 @@ class LoraDocument:
     notes: list[str] = field(default_factory=list)
 
     def state_dict(self) -> LoraStateDict:
-        """The tensors under the keys they came with, and the metadata; a layer of rank 0 is left out."""
+        """The tensors under the keys they came with, and the metadata; a layer of rank 0 is left out.
+
+        With all of its pairs: a file may hold one layer in several styles, and the pair that ComfyUI would not look at
+        must not come to light because the first one was cut away.
+        """
         tensors: dict[str, Tensor] = {}
+        gone: set[str] = set()
         for prefix, factors in self.layers.items():
             if factors.rank:
                 up_suffix, down_suffix = STYLES[self.styles[prefix]]
@@ -107,7 +112,10 @@ class LoraDocument:
                 tensors[prefix + down_suffix] = factors.down
                 if prefix in self.alphas:
                     tensors[prefix + ".alpha"] = self.alphas[prefix]
-        return LoraStateDict({**tensors, **self.other}, self.metadata)
+            else:
+                gone.update(prefix + suffix for pair in STYLES.values() for suffix in pair)
+        others = {key: tensor for key, tensor in self.other.items() if key not in gone}
+        return LoraStateDict({**tensors, **others}, self.metadata)
 
     def uncut(self) -> dict[str, str]:
         """What cannot be cut and why, by layer, or by key for a tensor of no known kind of layer."""

@@ -45,6 +45,8 @@ class Family:
     v2: bool = False
 
 
+_OF_THE_RUN = ("ss_output_name", "modelspec.title", "modelspec.date")
+
 _SGM = "https://github.com/Stability-AI/generative-models"
 FAMILIES: dict[str, Family] = {
     "sd1": Family("sd_v1", "stable-diffusion-v1", "diffusers"),
@@ -66,6 +68,7 @@ def build(
     prediction: str | None = None,
     resolution: tuple[int, int] | None = None,
     created: datetime | None = None,
+    about_run: bool = True,
 ) -> dict[str, str]:
     """The metadata of a file with these tensors.
 
@@ -73,10 +76,16 @@ def build(
     training: settings that JSON can hold; numbers that are not finite become null. prediction: "epsilon", "v"
     or "flow". resolution: (width, height) in pixels. created: local time; now if not given.
 
+    about_run: False leaves out all that tells of the run and not of the tensors: the name, the date, the resolution, the
+    settings of the training, the hashes. What remains says what the file is and how to read it: family, prediction, and
+    each layer's rank, ν, target, shape and order.
+
     The whole header stays below 1 MiB: where the per-layer detail is too long, first shape and target go,
     then all but ν, then all. Where the tensors' own entries (some 300 bytes a layer) are longer than that
     already, nothing would be gained, and everything is kept.
     """
+    if not about_run:
+        training, resolution = {}, None
     name, family = (text.encode("utf-8", "replace").decode("utf-8") for text in (name, family))
     known = FAMILIES.get(family, Family(family, family, "unknown"))
     created = created or datetime.now()
@@ -97,6 +106,10 @@ def build(
         metadata["modelspec.prediction_type"] = prediction
     if resolution is not None:
         metadata["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
+    if not about_run:
+        for key in _OF_THE_RUN:
+            del metadata[key]
+        return with_info(tensors, metadata, {"format": FORMAT, "layers": dict(layers), "training": {}})
     metadata["sshs_model_hash"] = model_hash(tensors)
     metadata["sshs_legacy_hash"] = legacy_hash(tensors, metadata)
     return with_info(tensors, metadata, {"format": FORMAT, "layers": dict(layers), "training": dict(training)})

@@ -116,9 +116,9 @@ class Optimizer:
         skip = (~taken).to(torch.float32)
         excess = (norm / self.settings.clip_norm).clamp(min=1.0) if self.settings.clip_norm > 0 else torch.ones_like(norm)
         self._move(self._whole, gradients, excess, skip)
-        if self.theta is not None:
-            assert self.network.theta.grad is not None  # noqa: S101 (written just now)
-            self._move(self.theta, [self.network.theta.grad], torch.ones_like(norm), torch.maximum(skip, self._hold))
+        written = self.network.theta.grad
+        if self.theta is not None and written is not None:
+            self._move(self.theta, [written], torch.ones_like(norm), torch.maximum(skip, self._hold))
         self.network.clear_gradients()
         return taken
 

@@ -18,6 +18,9 @@ from .writer import DTYPE_NAMES
 
 HEADER_LIMIT = 16 << 20
 DIMENSION_LIMIT = 8
+TENSOR_LIMIT = 32_768
+"""More than any LoRA has (the largest have some 10,000), and few enough to be read and shown within seconds."""
+
 _SIZES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -32,7 +35,9 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return dict(load_file(path)), metadata
     except FileNotFoundError as error:
         raise LoraError(f"{shown(path.name)} does not exist.") from error
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:  # whose own words hold the whole path
+        raise LoraError(f"{shown(path.name)} cannot be read: {error.strerror or type(error).__name__}.") from error
+    except safetensors.SafetensorError as error:
         raise LoraError(f"{shown(path.name)} cannot be read: {shown(error)}") from error
 
 
@@ -56,6 +61,8 @@ def _checked_header(path: Path) -> dict[str, str]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _broken(path, "its metadata is not a table of texts")
+    if len(entries) > TENSOR_LIMIT:
+        raise LoraError(f"{shown(path.name)} holds {len(entries)} tensors; at most {TENSOR_LIMIT} are read. It is no LoRA.")
     _check_layout(path, entries, status.st_size - 8 - length)
     return metadata
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -116,11 +116,14 @@ class RankReport:
         return markdown(self)
 
 
-def build(doc: LoraDocument, title: str, energy: bool = False) -> RankReport:
+def build(
+    doc: LoraDocument, title: str, energy: bool = False, between: Callable[[], None] = lambda: None
+) -> RankReport:
     """The report of a LoRA document.
 
     title: the name to show; any text, made safe here. energy: also measure how many directions of each layer
-    hold 99 % of its energy (takes some seconds for large files; `effective.energy_rank`).
+    hold 99 % of its energy (takes some seconds for large files; `effective.energy_rank`). between: called before
+    every layer, for a host that wants to stop by an exception.
     Raises LoraError if there is no plain LoRA layer, or if energy is asked for and a layer is not finite.
     """
     if not doc.layers:
@@ -129,7 +132,10 @@ def build(doc: LoraDocument, title: str, energy: bool = False) -> RankReport:
             "Choose a file with pairs of lora_up and lora_down (or lora_A and lora_B) weights."
         )
     known = _entries(doc.info)
-    layers = [_layer(name, factors, known.get(name, {}), energy) for name, factors in doc.layers.items()]
+    layers = []
+    for name, factors in doc.layers.items():
+        between()
+        layers.append(_layer(name, factors, known.get(name, {}), energy))
     layers += filter(
         None, (_left_out(name, entry) for name, entry in known.items() if name not in doc.layers)
     )

@@ -34,7 +34,10 @@ def singular_order(factors: Factors) -> tuple[Factors, Tensor]:
     core = factors.scale * (r_up @ r_down.T)
     if not bool(torch.isfinite(core).all()):
         raise LoraError("A LoRA layer holds NaN, infinity or enormous values, so it has no singular values.")
-    u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
+    try:
+        u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise LoraError("A LoRA layer holds numbers that are too far apart to be decomposed.") from error
     root = sigma.sqrt()
     rank = sigma.shape[0]
     new_up = ((q_up @ u) * root).reshape(up.shape[0], rank, *[1] * (factors.up.ndim - 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,13 +85,20 @@ class _Layer:
             self.keep_strongest(rank)
 
 
-def cut(doc: LoraDocument, share: float = 1.0, max_rank: int = 0, megabytes: float = 0.0) -> CutResult:
+def cut(
+    doc: LoraDocument,
+    share: float = 1.0,
+    max_rank: int = 0,
+    megabytes: float = 0.0,
+    between: Callable[[], None] = lambda: None,
+) -> CutResult:
     """Cut every plain layer: first to a share, then to a maximal rank, then all together to a size.
 
     share: over 0 and up to 1. A layer whose positions are in order of importance keeps the fewest that hold
     this share of its mass 1 − e^(−νD); any other the fewest singular values that hold this share of its
     energy Σ σ². max_rank: 0 for none. megabytes: 10⁶ bytes for all tensors in the types they are stored in, 0
-    for no limit; all layers are brought into singular order and share the room by energy per byte.
+    for no limit; all layers are brought into singular order and share the room by energy per byte. between: called
+    before the work on every layer, for a host that wants to stop by an exception.
 
     A layer that nothing is cut from keeps its tensors bit for bit; one that is cut gets alpha = rank. Raises
     LoraError where a limit is impossible.
@@ -100,12 +107,14 @@ def cut(doc: LoraDocument, share: float = 1.0, max_rank: int = 0, megabytes: flo
     layers = {prefix: _Layer(factors, _rate(doc.info, prefix)) for prefix, factors in doc.layers.items()}
     if share < 1:
         for layer in layers.values():
+            between()
             layer.keep(_rank_of_share(layer, share))
     if max_rank:
         for layer in layers.values():
+            between()
             layer.keep(max_rank)
     if megabytes:
-        _fit(layers, doc, megabytes)
+        _fit(layers, doc, megabytes, between)
     after = _document(doc, layers)
     tensors_before, tensors_after = doc.state_dict(), after.state_dict()
     return CutResult(
@@ -157,7 +166,7 @@ def _rank_of_share(layer: _Layer, share: float) -> int:
     return int((kept < share * kept[-1]).sum()) + int(kept[-1] > 0)
 
 
-def _fit(layers: Mapping[str, _Layer], doc: LoraDocument, megabytes: float) -> None:
+def _fit(layers: Mapping[str, _Layer], doc: LoraDocument, megabytes: float, between: Callable[[], None]) -> None:
     """Cut all layers together so that all tensors take at most this many MB."""
     fixed = sum(t.numel() * t.element_size() for t in doc.other.values())
     budget = int(megabytes * 1e6)
@@ -170,8 +179,12 @@ def _fit(layers: Mapping[str, _Layer], doc: LoraDocument, megabytes: float) -> N
     if fixed + sum(stored.values()) <= budget:
         return
     room = budget - fixed - sum(max(ALPHA_BYTES, alphas[p]) for p in layers)
+    sigmas = {}
+    for p, layer in layers.items():
+        between()
+        sigmas[p] = layer.order()[1]
     ranks = allocate(
-        {p: layer.order()[1] for p, layer in layers.items()},
+        sigmas,
         {p: layer.unit_bytes for p, layer in layers.items()},
         room,
     )

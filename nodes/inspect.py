@@ -10,8 +10,11 @@ from torch import Tensor
 
 from ..lora2 import format as lora_format
 from ..lora2.errors import LoraError
+from ..lora2.keys import shown
 from ..lora2.report import build
+from .guard import guarded
 from .host import files
+from .host.progress import stop_if_cancelled
 from .pictures import rank_image
 
 CONNECTED = "(the connected LoRA)"
@@ -87,17 +90,20 @@ class InspectRanks(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, lora_name: Any, **_: Any) -> str | float:
         """A file that changed is read again, though its name is the same."""
         return "" if lora_name == CONNECTED else files.lora_fingerprint(lora_name)
 
     @classmethod
+    @guarded
     def execute(
         cls, lora_name: str, show: str = STORED, lora: Mapping[str, Tensor] | None = None
     ) -> io.NodeOutput:
         """Read, measure, draw. Raises LoraError where there is no LoRA to show."""
+        if show not in (STORED, IN_USE):
+            raise LoraError(f"show = {shown(show)} must be {STORED} or {IN_USE}.")
         document, title = _document(lora_name, lora)
-        report = build(document, title, energy=show == IN_USE)
+        report = build(document, title, energy=show == IN_USE, between=stop_if_cancelled)
         image = rank_image(report, in_use=show == IN_USE)
         return io.NodeOutput(
             image, report.to_markdown(), report, report.to_json(), ui=ui.PreviewImage(image, cls=cls)

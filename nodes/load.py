@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..lora2.errors import LoraError
 from ..lora2.format import LoraDocument, read
 from ..lora2.report import build
 from ..lora2.text import size
 from ..lora2.truncate import CutResult, cut
+from .guard import guarded
 from .host import files, loading
-from .host.progress import teller
+from .host.progress import stop_if_cancelled, teller
 
 Ranks = io.Custom("LORA2_RANKS")
 
@@ -100,11 +99,12 @@ class LoadAdaptiveLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, lora_name: Any, **_: Any) -> str | float:
         """A file that changed is read again, though its name is the same."""
         return files.lora_fingerprint(lora_name)
 
     @classmethod
+    @guarded
     def execute(
         cls,
         model: Any,
@@ -117,11 +117,9 @@ class LoadAdaptiveLora(io.ComfyNode):
         clip: Any = None,
     ) -> io.NodeOutput:
         """Read, check, cut, apply, and say what was done."""
-        if not (math.isfinite(strength_model) and math.isfinite(strength_clip)):
-            raise LoraError("strength_model and strength_clip must be finite numbers; 1 is as trained.")
         document = read(files.lora_path(lora_name))
         matched = loading.match(document, model, clip)
-        result = cut(document, share, max_rank, megabytes)
+        result = cut(document, share, max_rank, megabytes, stop_if_cancelled)
         tensors = result.document.state_dict()
         changed = loading.apply(model, clip, dict(tensors), strength_model, strength_clip, tensors.metadata)
         teller(cls.hidden.unique_id)(" ".join([matched.words(), *_cut_words(result), *document.notes]))

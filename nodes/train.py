@@ -10,6 +10,7 @@ from ..lora2.chart import rank_picture
 from ..lora2.format import parse
 from ..lora2.report import build
 from ..lora2.settings import Settings
+from .guard import guarded
 from .host.loading import apply
 from .host.progress import show, teller
 from .host.session import Request, train
@@ -52,6 +53,7 @@ class TrainAdaptiveLora(io.ComfyNode):
         )
 
     @classmethod
+    @guarded
     def execute(
         cls, latents: list[Any], conditioning: list[Any], empty_caption: list[Any] | None = None, **lists: Any
     ) -> io.NodeOutput:

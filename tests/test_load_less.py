@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph import load, random_lora, train, untouched, updates, write_lora
+from graph import load, random_lora, run_node, train, untouched, updates, write_lora
 from torch import Tensor
 from training import pack
 
@@ -127,3 +127,19 @@ def test_a_file_that_changed_is_read_again(model: Any, folders: Path) -> None:
     assert node.fingerprint_inputs(lora_name="flux.safetensors", model=None) != first
     path.unlink()
     assert node.fingerprint_inputs(lora_name="flux.safetensors", model=None) == "missing"
+
+
+@pytest.mark.parametrize("less", [{"share": 0.5}, {"max_rank": 1}, {"megabytes": 0.02}])
+def test_a_cancel_stops_between_layers(less: dict[str, Any], model: Any, folders: Path) -> None:
+    """Layers of thousands of positions take a minute each."""
+    from comfy.model_management import InterruptProcessingException, interrupt_current_processing
+
+    write_lora(folders, "long.safetensors", random_lora(model))
+    with untouched(model):
+        interrupt_current_processing()
+        with pytest.raises(InterruptProcessingException):
+            load(model, "long.safetensors", **less)
+    interrupt_current_processing()
+    with pytest.raises(InterruptProcessingException):
+        run_node(pack("nodes.inspect").InspectRanks, lora_name="long.safetensors", show="rank in use")
+    assert load(model, "long.safetensors", **less)

@@ -51,7 +51,9 @@ def _latents(latents: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[int]
     counts = []
     for number, entry in enumerate(latents, 1):
         samples = entry.get("samples") if isinstance(entry, dict) else None
-        if not isinstance(samples, Tensor) or getattr(samples, "is_nested", False) or samples.ndim < 3:
+        if not isinstance(samples, Tensor) or samples.is_nested or samples.layout != torch.strided:
+            samples = None
+        if samples is None or samples.ndim < 3 or samples.is_complex():
             raise LoraError(f"Latents entry {number} is not a picture latent. Encode the pictures with a VAE first.")
         if not samples[:1].numel() and len(samples):
             raise LoraError(f"Latents entry {number} has the shape {list(samples.shape)}: it holds no pixels.")
@@ -66,24 +68,22 @@ def _latents(latents: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[int]
     return images, counts
 
 
-def caption_entries(value: Any) -> list[Caption]:
-    """A conditioning list as its entries; a bare entry counts as a list of one."""
+def caption_entries(value: Any, name: str = "The conditioning") -> list[Caption]:
+    """A conditioning list as its entries; a bare entry counts as a list of one. name: what the message calls it."""
     if isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], dict):
         return [list(value)]
     if not isinstance(value, (list, tuple)):
-        raise LoraError("The conditioning is not a ComfyUI conditioning. Connect a dataset node or a CLIP Text Encode.")
+        raise LoraError(f"{name} is not a ComfyUI conditioning. Connect a dataset node or a CLIP Text Encode.")
     for entry in value:
         if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[1], dict)):
-            raise LoraError(
-                "The conditioning is not a ComfyUI conditioning. Connect a dataset node or a CLIP Text Encode."
-            )
+            raise LoraError(f"{name} is not a ComfyUI conditioning. Connect a dataset node or a CLIP Text Encode.")
     return [list(entry) for entry in value]
 
 
 def check_caption(caption: Caption, name: str) -> None:
     """Raise LoraError when a caption is not one finite encoded text. name: what the message calls it."""
     text, options = caption
-    if not isinstance(text, Tensor) or text.shape[0] != 1:
+    if not isinstance(text, Tensor) or text.ndim < 2 or text.shape[0] != 1 or text.is_complex():
         raise LoraError(f"{name} is not one encoded text. Encode every caption on its own, as the dataset nodes do.")
     for tensor in (text, *options.values()):
         if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():

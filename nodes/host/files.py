@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import folder_paths
 
@@ -43,8 +45,13 @@ def lora_title(name: str) -> str:
     return PureWindowsPath(name).stem
 
 
-def lora_fingerprint(name: str) -> str:
-    """Changes when the file behind the name does: time of change in nanoseconds, and size in bytes."""
+def lora_fingerprint(name: Any) -> str | float:
+    """Changes when the file behind the name does: time of change in nanoseconds, and size in bytes.
+
+    NaN, which is never the same again, for a name that comes through a link and is not known yet.
+    """
+    if not isinstance(name, str):
+        return math.nan
     try:
         status = lora_path(name).stat()
     except (LoraError, OSError):

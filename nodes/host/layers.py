@@ -12,6 +12,7 @@ from torch import nn
 
 from ...lora2.adapter import adaptable
 from ...lora2.errors import LoraError
+from ...lora2.keys import shown
 from ...lora2.losses import V
 from ...lora2.network import plain_linear
 from ...lora2.settings import TARGETS
@@ -81,7 +82,7 @@ def select_layers(
             matching = fnmatch.filter(everything, pattern)
             if not matching:
                 raise LoraError(
-                    f"The pattern {pattern!r} matches no layer. Layer paths look like {next(iter(everything))!r}; "
+                    f"The pattern '{shown(pattern)}' matches no layer. Layer paths look like {next(iter(everything))!r}; "
                     "use * for any part, for example *attn2*."
                 )
             action(matching)

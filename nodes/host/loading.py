@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import comfy.lora
@@ -22,6 +23,16 @@ NAMED = 5
 
 
 _HALVES = tuple(suffix for pair in STYLES.values() for suffix in pair)
+
+
+def is_model(value: Any) -> bool:
+    """Whether a value is a diffusion model as the host hands them from node to node."""
+    return hasattr(getattr(value, "model", None), "diffusion_model") and hasattr(value, "clone")
+
+
+def is_clip(value: Any) -> bool:
+    """Whether a value is a text encoder as the host hands them from node to node."""
+    return hasattr(value, "cond_stage_model") and hasattr(value, "clone")
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,9 @@ def apply(
     metadata: dict[str, str] | None = None,
 ) -> tuple[Any, Any]:
     """The model and text encoder with these tensors applied by the host's own loader."""
-    return comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip, lora_metadata=metadata)
+    load = comfy.sd.load_lora_for_models
+    more = {"lora_metadata": metadata} if "lora_metadata" in signature(load).parameters else {}  # older hosts take none
+    return load(model, clip, tensors, strength_model, strength_clip, **more)
 
 
 def absent(why: str) -> ExecutionBlocker:

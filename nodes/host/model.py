@@ -23,6 +23,7 @@ from ...lora2.losses import EPSILON, FLOW, X0, V
 from ...lora2.trainer import EMPTY_CAPTION
 from .checkpointing import checkpointed, inputs_of_norms_kept, repeated_blocks
 from .dataset import Caption, caption_entries, check_caption
+from .versions import misfit
 from .weights import trainable_weights
 
 log = logging.getLogger("lora2")
@@ -164,6 +165,8 @@ class HostModel:
                 self.model.extra_conds, conds, torch.zeros_like(sample), self.device, "positive", latent_image=sample
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if misfit(error):
+                raise
             raise LoraError(f"A caption does not suit this model ({type(error).__name__}: {error}). {_ENCODE}") from error
         model_conds = encoded[0]["model_conds"]
         self._check_text(model_conds)
@@ -189,7 +192,7 @@ class HostModel:
         sampling, known = self._sampling, comfy.model_sampling
         if isinstance(sampling, (known.IMG_TO_IMG_FLOW, known.IMG_TO_IMG, known.COSMOS_RFLOW)):
             raise LoraError(f"Models of the kind {type(self.model).__name__} cannot be trained yet.")
-        if isinstance(sampling, (known.V_PREDICTION, known.V_PREDICTION_DDPM)):
+        if isinstance(sampling, (known.V_PREDICTION, getattr(known, "V_PREDICTION_DDPM", known.V_PREDICTION))):  # newer hosts
             return V
         if isinstance(sampling, known.X0):
             return X0
@@ -285,7 +288,7 @@ def _fit(first: dict[str, Any], other: dict[str, Any]) -> bool:
 def empty_caption(captions: Sequence[Caption], given: Sequence[Any] | None) -> Caption:
     """What a dropped caption becomes: the one given, or a caption of zeros shaped like the first."""
     if given:
-        entries = caption_entries(given[0])
+        entries = caption_entries(given[0], "The empty caption")
         if not entries:
             raise LoraError("The empty caption holds no conditioning. Connect a CLIP Text Encode of an empty text.")
         check_caption(entries[0], "The empty caption")

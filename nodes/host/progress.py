@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 
+import comfy.model_management
 import comfy.utils
 from PIL import Image
 from server import PromptServer
+
+_LINKS = re.compile(r"\[(?=\[)|www(?=\.)|__(?=LNK)", re.IGNORECASE)
+"""Where the frontend sees a link begin: [[label|address]], www., and the marks that it works with itself."""
 
 log = logging.getLogger("lora2")
 
@@ -24,11 +29,16 @@ def teller(node_id: str | None) -> Callable[[str], None]:
     return say
 
 
+def stop_if_cancelled() -> None:
+    """Raise what the host raises where its cancel button was pressed."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 def inert(words: str) -> str:
     """Words that the frontend shows as they are: it renders what nodes say as HTML and links, and names come from files."""
-    for sign, other in (("<", "‹"), (">", "›"), ("&", "＆"), ("[[", "[ ["), ("://", ":/ /"), ("www.", "www ")):
+    for sign, other in (("<", "‹"), (">", "›"), ("&", "＆"), ("://", ":/ /")):
         words = words.replace(sign, other)
-    return words
+    return _LINKS.sub(r"\g<0> ", words)
 
 
 def show(picture: Image.Image) -> None:

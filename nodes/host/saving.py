@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import folder_paths
 import torch
+from comfy.cli_args import args
 
 from ...lora2.adapter import full_rank
 from ...lora2.errors import LoraError
@@ -133,7 +134,8 @@ class FileInfo:
 
         rates: ν of layers in the order of Λ, None for layers in singular order. UNet files have one alpha for all layers,
         with the scales folded in, so that every reader is exact: diffusers loses the alphas of attention layers where
-        they differ (0.39.0 and 0.42.1, measured; tests/test_readers.py). Others have each layer's own rank.
+        they differ (0.39.0 and 0.42.1, measured; tests/test_readers.py). Others have each layer's own rank. Where ComfyUI was
+        started with --disable-metadata, nothing in the file tells of the run.
         """
         named = {self.prefixes[name]: f for name, f in factors.items()}
         alpha = float(max(1, round(target))) if self.style == "kohya" else None
@@ -157,6 +159,7 @@ class FileInfo:
             training=training,
             prediction=self.prediction,
             resolution=self.resolution,
+            about_run=not args.disable_metadata,
         )
         return LoraStateDict(tensors, metadata)
 
