@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from . import importance as imp
 from .adapter import HEADROOM, Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
-from .budget import fit, float32, next_pressure
+from .budget import fit, float32, next_pressure, scaled_ranks
 from .errors import LoraError
 from .factors import Factors
 from .packed import Packed
@@ -219,9 +219,26 @@ class AdaptiveNetwork:
         return sum(ranks[name] * a.cost for name, a in zip(self.names, self.adapters, strict=True))
 
     @torch.no_grad()
-    def sync(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+    def rest(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Ranks come to rest: arrays follow them exactly, and where a budget steered them, they now meet it.
+
+        Steering is never exact, and layers may want less than the budget: so all ranks are scaled together, and the steps
+        that are left train what that adds and mend what it takes. True when any array was resized.
+        """
+        if self.settled:
+            return False
+        if self._steered:
+            floors = [min(self.settings.min_rank, limit) for limit in self._limits]
+            costs = [a.cost for a in self.adapters]
+            ranks = scaled_ranks(self.theta.exp().tolist(), costs, floors, self._limits, self.budget)
+            self.theta.copy_(torch.tensor(ranks, dtype=torch.float64).log())
+        return self.sync(optimizer, exactly=True)
+
+    @torch.no_grad()
+    def sync(self, optimizer: torch.optim.Optimizer | None = None, exactly: bool = False) -> bool:
         """Let the arrays follow the ranks, from one copy of θ; True when any array was resized.
 
+        exactly: hold every rank that θ asks for, also where resizing would not pay.
         Positions that fell out of the rank since the last sync are dropped for good: if the rank returns, they start anew.
         """
         if self.settled:
@@ -235,7 +252,8 @@ class AdaptiveNetwork:
         capacities = [
             next_capacity(a.capacity, rank, limit) for a, rank, limit in zip(self.adapters, wanted, self._limits, strict=True)
         ]
-        changed = self._worth(capacities, wanted)
+        held = [a.capacity for a in self.adapters]
+        changed = self._worth(capacities, wanted) or (exactly and any(d > c for d, c in zip(wanted, held, strict=True)))
         if changed:
             for adapter, capacity in zip(self.adapters, capacities, strict=True):
                 if capacity != adapter.capacity:
