@@ -1,5 +1,6 @@
 # make demo    train, load, sample and inspect on a real ComfyUI     make ui    leave that server on, for a browser
-# make test    every test       make lint    ruff and mypy           make bench figures of docs/
+# make test    every test       make lint    ruff and mypy           make bench figures of docs/benchmarks/
+# make evidence   the experiments of docs/evidence/ at a reduced size: checks what they claim
 
 SHELL := /bin/bash
 BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v python3.12) $(shell command -v python3)))
@@ -8,7 +9,7 @@ HOST := $(or $(COMFYUI_PYTHON),$(VENV))
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev demo ui test lint format bench clean
+.PHONY: setup setup-dev demo ui test lint format bench evidence clean
 
 setup:
 	@$(BASE) dev/host.py
@@ -36,6 +37,9 @@ format: setup-dev
 
 bench: setup-dev
 	@$(VENV) -m benchmarks.speed $(ARGS)
+
+evidence: setup-dev
+	@OMP_WAIT_POLICY=PASSIVE $(VENV) -m benchmarks.evidence --check $(ARGS)
 
 clean:
 	rm -rf .venv .host .pytest_cache .ruff_cache .mypy_cache
