@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .nodes import inspect, load, train
+from .nodes import inspect, load, score, train
 
 WEB_DIRECTORY = "./web"
 
@@ -12,11 +12,11 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 
 class LoRA2Extension(ComfyExtension):
-    """The pack's three nodes."""
+    """The pack's four nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of their use."""
-        return [*train.NODES, *load.NODES, *inspect.NODES]
+        return [*train.NODES, *load.NODES, *inspect.NODES, *score.NODES]
 
 
 async def comfy_entrypoint() -> LoRA2Extension:

@@ -93,9 +93,9 @@ def _weight_plots(runs: Sequence[Results], folder: Path) -> None:
         missing.append(Series(name, at, [missing_share(own) for own in swept.values()], colour=COLOURS[form]))
     ticks = [(_off_zero(w), f"{w:g}") for w in sorted(weights)]
     about = {"x_name": "rank_weight", "x_log": 10, "x_ticks": ticks}
-    order = Plot("Order of learned ranks against rank_weight", y_name="Spearman, mean", series=orders,
+    by_order = Plot("Order of learned ranks against rank_weight", y_name="Spearman, mean", series=orders,
                  limit=(0.95, "0.95"), y_range=(0.0, 1.0), **about)  # type: ignore[arg-type]  # fmt: skip
-    order.save(folder / "recovery_order.png")
+    by_order.save(folder / "recovery_order.png")
     left = Plot("Missing after training against rank_weight", y_name="missing share of the worst layer", series=missing,
                 y_log=10, limit=(1e-3, "0.001"), **about)  # type: ignore[arg-type]  # fmt: skip
     left.save(folder / "recovery_missing.png")

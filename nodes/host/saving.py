@@ -19,6 +19,7 @@ from ...lora2.adapter import full_rank
 from ...lora2.errors import LoraError
 from ...lora2.factors import Factors
 from ...lora2.format import LoraStateDict, to_state_dict, write_new
+from ...lora2.info import Order
 from ...lora2.keys import shown
 from ...lora2.metadata import LayerInfo, build, layer_info, with_info
 from ...lora2.settings import TARGETS
@@ -112,7 +113,7 @@ class FileInfo:
         A file that has to meet a budget is always in singular order (AdaptiveNetwork.final_factors), and then no ν is in it.
         """
         nu = None if training.get("budget_mb") else LONG_NUMBER
-        order = "importance" if nu else "singular"
+        order: Order = "importance" if nu else "singular"
         tensors: dict[str, torch.Tensor] = {}
         info: dict[str, LayerInfo] = {}
         for name, shape in shapes.items():
