@@ -39,11 +39,10 @@ def scaled_ranks(
         low, high = (middle, high) if size(at(middle)) <= budget else (low, middle)
     ranks = at(low)
     left = budget - size(ranks)
-    lost = sorted(range(len(rho)), key=lambda i: ranks[i] - rho[i] * high)
-    for i in lost:
-        if ranks[i] < limits[i] and costs[i] <= left:
-            ranks[i] += 1
-            left -= costs[i]
+    while open_ := [i for i in range(len(rho)) if ranks[i] < limits[i] and costs[i] <= left]:
+        most_lost = min(open_, key=lambda i: ranks[i] - rho[i] * high)
+        ranks[most_lost] += 1
+        left -= costs[most_lost]
     return ranks
 
 

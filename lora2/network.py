@@ -231,8 +231,18 @@ class AdaptiveNetwork:
             floors = [min(self.settings.min_rank, limit) for limit in self._limits]
             costs = [a.cost for a in self.adapters]
             ranks = scaled_ranks(self.theta.exp().tolist(), costs, floors, self._limits, self.budget)
-            self.theta.copy_(torch.tensor(ranks, dtype=torch.float64).log())
+            self._set_ranks(ranks)
         return self.sync(optimizer, exactly=True)
+
+    def _set_ranks(self, ranks: Sequence[int]) -> None:
+        """Put θ where it asks for these ranks; positions that stay give what they gave, though their Λ changes."""
+        self.refresh()
+        before = self._importance.clone()
+        self.theta.copy_(torch.tensor(ranks, dtype=torch.float64).log())
+        after = imp.importance(self._positions, imp.rate(self.theta, self.settings.q)[:, None])
+        change = torch.where(before > 0, before / after, torch.ones_like(before))
+        for adapter, row in zip(self.adapters, change, strict=True):
+            adapter.down.mul_(row[: adapter.capacity].view(-1, *(1,) * (adapter.down.ndim - 1)))
 
     @torch.no_grad()
     def sync(self, optimizer: torch.optim.Optimizer | None = None, exactly: bool = False) -> bool:

@@ -89,12 +89,12 @@ def run(full: bool) -> Results:
                 overhead = _overhead(patcher, layers)
                 for form in FORMS:
                     for budget in asked(layers, overhead, 2, count):
-                        runs.append(measure(patcher, family, form, budget, 20 if full else 8))
+                        runs.append(measure(patcher, family, form, budget, 12 if full else 8))
                         print(runs[-1], file=sys.stderr, flush=True)
         finally:
             if kept is not None:
                 folder_paths.folder_names_and_paths["loras"] = kept
-    return {"steps": 20 if full else 8, "runs": runs}
+    return {"steps": 12 if full else 8, "runs": runs}
 
 
 def _overhead(patcher: Any, layers: Mapping[str, nn.Module]) -> int:
