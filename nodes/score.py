@@ -39,7 +39,7 @@ class ScorePictures(io.ComfyNode):
                 io.ClipVision.Input(
                     "encoder",
                     tooltip="From Load CLIP Vision. A CLIP vision model gives CLIP-I, and CLIP-T with a text encoder; a DINOv2 "
-                    "or DINOv3 model gives DINO.",
+                    "model gives DINO.",
                 ),
                 io.String.Input(
                     "prompt",
@@ -142,7 +142,7 @@ def _or_absent(scores: Scores, metric: str) -> Any:
     """The mean, or an output that says why it is not there."""
     why = {
         CLIP_I: "CLIP-I was not measured: connect a CLIP vision model.",
-        DINO: "DINO was not measured: connect a DINOv2 or DINOv3 model.",
+        DINO: "DINO was not measured: connect a DINOv2 model.",
         CLIP_T: "CLIP-T was not measured: connect clip beside a CLIP vision model, and write the prompt.",
     }
     value = scores.mean(metric)

@@ -16,8 +16,9 @@ from ...lora2.similarity import CLIP_I, DINO
 BATCH = 16
 """Pictures that an encoder gets at once."""
 
-KINDS = {"clip_vision_model": CLIP_I, "dinov2": DINO, "dinov3": DINO}
-"""The host's names of encoders (comfy/clip_vision.py) that give a picture one vector."""
+KINDS = {"clip_vision_model": CLIP_I, "dinov2": DINO}
+"""The host's names of encoders (comfy/clip_vision.py) that give a picture one vector. It knows DINOv3 too, but its
+`encode_image` fails there (0.30.0): that model has no output of the layer before the last."""
 
 TEXT_ENCODERS = (("l", "clip_l"), ("g", "clip_g"), ("h", "clip_h"))
 """CLIP text encoders inside the host's CLIP objects: key of their tokens, attribute."""
@@ -32,7 +33,7 @@ def metric_of(encoder: Any) -> str:
     if kind not in KINDS:
         raise LoraError(
             f"An encoder of kind {shown(kind)} does not give one vector per picture that these metrics are defined for. Load a "
-            "CLIP vision model (for CLIP-I and CLIP-T) or a DINOv2 or DINOv3 model (for DINO) with Load CLIP Vision."
+            "CLIP vision model (for CLIP-I and CLIP-T) or a DINOv2 model (for DINO) with Load CLIP Vision."
         )
     return KINDS[kind]
 
