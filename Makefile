@@ -1,8 +1,9 @@
 # make demo    train, load, sample and inspect on a real ComfyUI     make ui    leave that server on, for a browser
-# make test    every test       make lint    ruff and mypy           make bench figures of docs/
+# make test    every test       make lint    ruff and mypy           make bench figures of docs/benchmarks/
 # make test-gpu    the tests that need a GPU
 # make test-oldest   the nodes' tests on the oldest ComfyUI that they work with
 # make fuzz    read mutated LoRA files for ten minutes, or ARGS="--seconds N"
+# make evidence   the experiments of docs/evidence/ at a reduced size: checks what they claim
 
 SHELL := /bin/bash
 BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v python3.12) $(shell command -v python3)))
@@ -13,7 +14,7 @@ OLDEST := server training load load_less inspect families bases cancel bad_files
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev demo ui test test-gpu test-oldest lint format bench fuzz clean
+.PHONY: setup setup-dev demo ui test test-gpu test-oldest lint format bench evidence fuzz clean
 
 setup:
 	@$(BASE) dev/host.py
@@ -56,6 +57,9 @@ test-oldest: setup-dev
 
 fuzz: setup-dev
 	@$(VENV) -m dev.fuzzing $(ARGS)
+
+evidence: setup-dev
+	@OMP_WAIT_POLICY=PASSIVE $(VENV) -m benchmarks.evidence --check $(ARGS)
 
 clean:
 	rm -rf .venv .host .pytest_cache .ruff_cache .mypy_cache

@@ -9,7 +9,7 @@ from .nodes.host.versions import words
 try:
     from comfy_api.latest import ComfyExtension, io
 
-    from .nodes import inspect, load, train
+    from .nodes import inspect, load, score, train
 except Exception as error:
     raise ImportError(words(error)) from error  # ComfyUI prints it, leaves the pack out, and goes on
 
@@ -19,11 +19,11 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 
 class LoRA2Extension(ComfyExtension):
-    """The pack's three nodes."""
+    """The pack's four nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of their use."""
-        nodes: list[type[Any]] = [*train.NODES, *load.NODES, *inspect.NODES]
+        nodes: list[type[Any]] = [*train.NODES, *load.NODES, *inspect.NODES, *score.NODES]
         try:
             for node in nodes:
                 node.define_schema()

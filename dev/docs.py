@@ -22,6 +22,7 @@ NODES = {
     "LoRA2_TrainAdaptiveLora": "nodes.train",
     "LoRA2_LoadAdaptiveLora": "nodes.load",
     "LoRA2_InspectRanks": "nodes.inspect",
+    "LoRA2_ScorePictures": "nodes.score",
 }
 HELP = ROOT / "web" / "docs"
 LOCALES = ROOT / "locales"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .factors import Factors
 from .spectrum import allocate, singular_order
@@ -16,6 +16,34 @@ def next_pressure(pressure: float, ratio: float, last: float) -> float:
     """
     r, before = math.log(max(ratio, 1e-3)), math.log(max(last, 1e-3))
     return min(1e6, max(1e-6, pressure * math.exp(0.5 * r + 2 * (r - before))))
+
+
+def scaled_ranks(
+    rho: Sequence[float], costs: Sequence[int], floors: Sequence[int], limits: Sequence[int], budget: int
+) -> list[int]:
+    """Whole ranks in the proportions of continuous ones, as large together as a budget of parameters allows.
+
+    All are ρ times one factor, found by bisection, and between floor and limit; what that leaves goes one by one to the
+    layers that lost most by rounding. The sum of rank · cost stays within the budget wherever the floors do.
+    """
+
+    def at(factor: float) -> list[int]:
+        return [min(max(int(r * factor), low), high) for r, low, high in zip(rho, floors, limits, strict=True)]
+
+    def size(ranks: Sequence[int]) -> int:
+        return sum(rank * c for rank, c in zip(ranks, costs, strict=True))
+
+    low, high = 0.0, max(limits) / min(rho) + 1
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(at(middle)) <= budget else (low, middle)
+    ranks = at(low)
+    left = budget - size(ranks)
+    while open_ := [i for i in range(len(rho)) if ranks[i] < limits[i] and costs[i] <= left]:
+        most_lost = min(open_, key=lambda i: ranks[i] - rho[i] * high)
+        ranks[most_lost] += 1
+        left -= costs[most_lost]
+    return ranks
 
 
 def fit(factors: Mapping[str, Factors], budget: int, min_rank: int = 1) -> dict[str, Factors]:

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from . import importance as imp
 from .adapter import HEADROOM, Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
-from .budget import fit, float32, next_pressure
+from .budget import fit, float32, next_pressure, scaled_ranks
 from .errors import LoraError
 from .factors import Factors
 from .packed import Block, Packed
@@ -247,9 +247,36 @@ class AdaptiveNetwork:
         return sum(ranks[name] * a.cost for name, a in zip(self.names, self.adapters, strict=True))
 
     @torch.no_grad()
-    def sync(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+    def rest(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Ranks come to rest: arrays follow them exactly, and where a budget steered them, they now meet it.
+
+        Steering is never exact, and layers may want less than the budget: so all ranks are scaled together, and the steps
+        that are left train what that adds and mend what it takes. True when any array was resized.
+        """
+        if self.settled:
+            return False
+        if self._steered:
+            floors = [min(self.settings.min_rank, limit) for limit in self._limits]
+            costs = [a.cost for a in self.adapters]
+            ranks = scaled_ranks(self.theta.exp().tolist(), costs, floors, self._limits, self.budget)
+            self._set_ranks(ranks)
+        return self.sync(optimizer, exactly=True)
+
+    def _set_ranks(self, ranks: Sequence[int]) -> None:
+        """Put θ where it asks for these ranks; positions that stay give what they gave, though their Λ changes."""
+        self.refresh()
+        before = self._importance.clone()
+        self.theta.copy_(torch.tensor(ranks, dtype=torch.float64).log())
+        after = imp.importance(self._positions, imp.rate(self.theta, self.settings.q)[:, None])
+        change = torch.where(before > 0, before / after, torch.ones_like(before))
+        for adapter, row in zip(self.adapters, change, strict=True):
+            adapter.down.mul_(row[: adapter.capacity].view(-1, *(1,) * (adapter.down.ndim - 1)))
+
+    @torch.no_grad()
+    def sync(self, optimizer: torch.optim.Optimizer | None = None, exactly: bool = False) -> bool:
         """Let the arrays follow the ranks, from one copy of θ; True when any array was resized.
 
+        exactly: hold every rank that θ asks for, also where resizing would not pay.
         Positions that fell out of the rank since the last sync are dropped for good: if the rank returns, they start anew.
         Arrays are resized at most MOST_RESIZES times in a run, evenly spaced; a rank that outgrows its arrays before that waits
         there.
@@ -270,7 +297,8 @@ class AdaptiveNetwork:
             for a, rank, limit, now, before in zip(self.adapters, wanted, self._limits, rho, self._last_ranks, strict=True)
         ]
         self._last_ranks = rho
-        changed = self._may_resize() and self._worth(capacities, wanted)
+        short = exactly and any(rank > a.capacity for a, rank in zip(self.adapters, wanted, strict=True))
+        changed = short or (self._may_resize() and self._worth(capacities, wanted))
         if changed:
             self._resized.append(self._syncs)
             for adapter, capacity in zip(self.adapters, capacities, strict=True):

@@ -35,7 +35,8 @@ class Settings:
     the ranks adapt: θ moves with `rank_learning_rate` (held still for the first `rank_hold` share), pulled toward
     `target_rank` by `rank_weight` · Σ|ν − ν_target|. Then the ranks settle: every layer is brought into the order of its
     singular values and all layers are cut together to the size of `target_rank` everywhere, or of `budget_mb` megabytes,
-    and training goes on at those ranks. `settle_at` = 1 never settles: the paper's own form.
+    and training goes on at those ranks. `settle_at` = 1 never settles: the paper's own form, in which ranks stand still for
+    the last `rank_rest` share of the steps, so that what the last dropped positions held is learned again.
 
     target_rank: parameter-weighted mean rank to end with. budget_mb: size of the file in MB (10⁶ bytes) instead; 0 = none.
     initial_rank: 0 chooses four times the target, at least 16. max_rank: 0 = each layer's full rank.
@@ -57,6 +58,7 @@ class Settings:
     rank_weight: float = 1e-4
     rank_learning_rate: float = 1e-2
     rank_hold: float = 0.05
+    rank_rest: float = 0.25
     settle_at: float = 0.5
     entropy_weight: float = 1e-4
     init: str = "fan-in"
@@ -89,7 +91,7 @@ class Settings:
         for name in ("rank_weight", "entropy_weight", "weight_decay", "clip_norm", "min_snr_gamma", "budget_mb"):
             value = getattr(self, name)
             self._require(math.isfinite(value) and value >= 0, name, "must be zero or a positive number")
-        for name in ("rank_hold", "settle_at", "caption_dropout", "warmup"):
+        for name in ("rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"):
             self._require(0 <= getattr(self, name) <= 1, name, "is a share and must lie between 0 and 1")
         self._require(0.01 <= self.q <= 0.9999, "q", "must lie between 0.01 and 0.9999")
         for name in ("initial_rank", "max_rank"):
@@ -124,6 +126,15 @@ class Settings:
     def settle_step(self) -> int:
         """The step before which the ranks settle; equal to `steps` when they never do."""
         return self.steps if self.settle_at >= 1 else min(self.steps - 1, round(self.steps * self.settle_at))
+
+    def ranks_move(self, step: int) -> bool:
+        """Whether θ takes this step, counted from 0: not during the hold at the start, nor the rest at the end."""
+        return round(self.steps * self.rank_hold) <= step < self.rest_step
+
+    @property
+    def rest_step(self) -> int:
+        """The step before which ranks come to rest for good; equal to `steps` where they settle instead."""
+        return self.steps - round(self.steps * self.rank_rest) if self.settle_at >= 1 else self.steps
 
     def with_file(self, overhead: int, bytes_per_parameter: int) -> Settings:
         """The same settings for a file with this many bytes beside the factors, and this many per parameter."""

@@ -146,6 +146,7 @@ class Trainer:
             stack.callback(self._collect, 0, False)
             while self._issued < self.settings.steps:
                 self._settle_if_due()
+                self._rest_if_due()
                 self._step()
                 self._collect(0 if self._issued == self.settings.steps else self._ahead)
                 self.progress.seconds = time.monotonic() - start
@@ -155,8 +156,7 @@ class Trainer:
 
     def _step(self) -> None:
         settings, step = self.settings, self._issued
-        ranks_move = step >= round(settings.steps * settings.rank_hold)
-        result = self.engine.step(self._parts(), self.optimizer, self._rate(step), ranks_move)
+        result = self.engine.step(self._parts(), self.optimizer, self._rate(step), settings.ranks_move(step))
         self._pending.append(_Result(result))
         self._issued += 1
         self._since_settling += 1
@@ -213,6 +213,14 @@ class Trainer:
         self._since_settling = 0
         self.progress.settled_at = self._issued
         self._note_ranks()
+
+    def _rest_if_due(self) -> None:
+        """In the paper's form, the moment from which ranks stand still."""
+        if self._issued == self.settings.rest_step and self.settings.settle_at >= 1:
+            self._collect(0)
+            if self.network.rest(self.optimizer.inner):
+                self.engine.forget()
+            self._note_ranks()
 
     def _note_ranks(self) -> None:
         self.progress.ranks = self.network.ranks()

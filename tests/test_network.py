@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora2.budget import fit, next_pressure
+from lora2.budget import fit, next_pressure, scaled_ranks
 from lora2.errors import LoraError
 from lora2.factors import Factors
 from lora2.network import AdaptiveNetwork
@@ -704,6 +704,46 @@ def test_the_multiplier_rises_above_the_budget_and_falls_below_it() -> None:
     for _ in range(100):
         pressure = next_pressure(pressure, 0.01, 0.01)
     assert pressure == 1e-6
+
+
+def test_resting_ranks_meet_a_budget_in_their_proportions() -> None:
+    """Between floor and limit, never above, and no layer could have one position more."""
+    rho, costs, floors, limits = [2.3, 4.1, 7.9, 40.0, 3.3], [24, 40, 24, 32, 8], [1] * 5, [16, 16, 16, 30, 16]
+    least, most = sum(costs), sum(c * high for c, high in zip(costs, limits, strict=True))
+    last: list[int] = [0] * 5
+    for budget in range(least, most + 1):
+        ranks = scaled_ranks(rho, costs, floors, limits, budget)
+        size = sum(r * c for r, c in zip(ranks, costs, strict=True))
+        assert size <= budget
+        assert all(low <= r <= high for low, r, high in zip(floors, ranks, limits, strict=True))
+        assert all(size + c > budget for r, c, high in zip(ranks, costs, limits, strict=True) if r < high)
+        last = ranks
+    assert last == limits
+    assert scaled_ranks(rho, costs, floors, limits, least - 1) == floors, "the least there is"
+    ranks = scaled_ranks([4.0, 8.0, 16.0], [10] * 3, [1] * 3, [64] * 3, 560)
+    assert ranks == [8, 16, 32]
+
+
+@pytest.mark.parametrize("budget_rank", [3, 6, 18])
+def test_ranks_at_rest_meet_the_budget_and_growing_changes_no_output(budget_rank: int) -> None:
+    """From a mean of about 6 down to 3, and up to 18: what stays gives what it gave, and what is new gives nothing yet."""
+    model = Model()
+    total = sum(a.cost for a in network_of(model).adapters)
+    network = randomise(network_of(model, budget_mb=2 * budget_rank * total / 1e6, settle_at=1.0, initial_rank=8, q=0.9))
+    set_ranks(network, 7.5, 3.2, 7.9)
+    network.sync()
+    before, ranks = network.export(), network.ranks()
+    network.rest()
+    after = network.export()
+    assert 0 <= network.budget - network.size() < max(a.cost for a in network.adapters)
+    assert network.size() == sum(f.parameters for f in after.values())
+    for name, factors in before.items():
+        kept = min(ranks[name], after[name].rank)
+        # Factors of some tens of numbers in float32, times a ratio of importances and its root.
+        assert relative(after[name].head(kept).delta().double(), factors.head(kept).delta().double()) < 1e-5
+        assert not after[name].up.flatten(1)[:, kept:].any(), "new positions give nothing yet"
+    if budget_rank == 18:
+        assert all(after[name].rank > rank for name, rank in ranks.items())
 
 
 def test_fit_keeps_alpha_and_meets_any_budget() -> None:

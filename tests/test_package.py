@@ -196,7 +196,7 @@ def test_the_shipped_files_alone_are_a_pack(comfy: Any, tmp_path: Path, monkeypa
         return [node.GET_SCHEMA().node_id for node in await extension.get_node_list()]
 
     ids = asyncio.run(node_ids())
-    assert ids == ["LoRA2_TrainAdaptiveLora", "LoRA2_LoadAdaptiveLora", "LoRA2_InspectRanks"]
+    assert ids == ["LoRA2_TrainAdaptiveLora", "LoRA2_LoadAdaptiveLora", "LoRA2_InspectRanks", "LoRA2_ScorePictures"]
     web = folder / module.WEB_DIRECTORY / "docs"
     assert {page.stem for page in web.iterdir()} == set(ids)
     inside = [m for name, m in sys.modules.items() if name.startswith("shipped_pack.")]

@@ -17,7 +17,7 @@ COUNTS = ["steps", "batch_size", "accumulation", "target_rank", "min_rank", "syn
 MAYBE = ["initial_rank", "max_rank", "file_overhead"]
 POSITIVE = ["learning_rate", "rank_learning_rate"]
 NOT_NEGATIVE = ["rank_weight", "entropy_weight", "weight_decay", "clip_norm", "min_snr_gamma", "budget_mb"]
-SHARES = ["rank_hold", "settle_at", "caption_dropout", "warmup"]
+SHARES = ["rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"]
 WORDS = ["schedule", "optimizer", "timestep_sampling", "init"]
 BAD = [
     *((name, value) for name in COUNTS for value in (0, -1, 2.5, NAN, INF, "3", None, True)),

@@ -575,6 +575,16 @@ def test_ranks_hold_still_at_first() -> None:
     assert trainer.network.ranks()["out"] <= 4
 
 
+def test_ranks_stand_still_at_the_end_where_they_never_settle() -> None:
+    """What the last dropped positions held is learned again; a run that settles uses all of its time before that."""
+    for settle_at, moving in ((1.0, range(8, 14)), (0.5, range(8, 10))):
+        trainer = trainer_of(steps=20, rank_hold=0.4, rank_rest=0.3, settle_at=settle_at)
+        seen = [trainer.network.theta.detach().clone()]
+        trainer.run(lambda _, trainer=trainer, seen=seen: seen.append(trainer.network.theta.detach().clone()))
+        moved = [step for step in range(20) if not torch.equal(seen[step], seen[step + 1])]
+        assert moved == list(moving)
+
+
 def test_theta_follows_its_gradient_and_progress_tells_the_ranks() -> None:
     """Pulled toward rank 2 from 9 with all weight, every layer falls."""
     trainer = trainer_of(steps=60, settle_at=1.0, rank_weight=100.0)
@@ -672,7 +682,7 @@ def teach(**changes: Any) -> Trainer:
     settings = Settings(
         **{
             "steps": 400, "learning_rate": 1e-2, "rank_learning_rate": 1.5e-2, "batch_size": 48, "target_rank": 2,
-            "initial_rank": 16, "settle_at": 1.0, "schedule": "constant", "clip_norm": 0.0, **changes,
+            "initial_rank": 16, "settle_at": 1.0, "rank_rest": 0.0, "schedule": "constant", "clip_norm": 0.0, **changes,
         }
     )
     trainer = Trainer(AdaptiveNetwork(model.layers(), settings), model, [torch.zeros(6, 64)], settings)

@@ -20,8 +20,10 @@ from ...lora2.adapter import full_rank
 from ...lora2.errors import LoraError
 from ...lora2.factors import Factors
 from ...lora2.format import LoraStateDict, to_state_dict, write_new
+from ...lora2.info import Order
 from ...lora2.keys import shown
 from ...lora2.metadata import LayerInfo, build, layer_info, with_info
+from ...lora2.settings import TARGETS
 from ...lora2.writer import header
 
 log = logging.getLogger("lora2")
@@ -30,6 +32,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 MOST_NAME_BYTES = 200
 """Disks allow 255 for one name; a number and an ending come after ours."""
+
+LONG_NUMBER = 12345.678901234567
+"""As many digits as JSON ever needs; what it stands for is a rank, a rate or a time."""
 
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)\s*(\.|$)", re.IGNORECASE)
 
@@ -104,7 +109,12 @@ class FileInfo:
     dtype: torch.dtype
 
     def overhead(self, shapes: Mapping[str, tuple[int, ...]], stem: str, training: Mapping[str, Any]) -> int:
-        """An upper bound of the file's bytes that are not factors: header, metadata and alphas."""
+        """An upper bound of the file's bytes that are not factors: header, metadata and alphas.
+
+        A file that has to meet a budget is always in singular order (AdaptiveNetwork.final_factors), and then no ν is in it.
+        """
+        nu = None if training.get("budget_mb") else LONG_NUMBER
+        order: Order = "importance" if nu else "singular"
         tensors: dict[str, torch.Tensor] = {}
         info: dict[str, LayerInfo] = {}
         for name, shape in shapes.items():
@@ -114,11 +124,12 @@ class FileInfo:
             tensors[prefix + ".lora_down.weight"] = factors.down
             tensors[prefix + ".lora_up.weight"] = factors.up
             tensors[prefix + ".alpha"] = torch.empty((), device="meta")
-            info[prefix] = layer_info(factors, nu=0.12345678901234567, target=99999.123456789)
+            info[prefix] = layer_info(factors, nu=nu, target=LONG_NUMBER, order=order)
         fixed = build(
             {}, name=stem, family=self.family, layers={}, training={}, resolution=(99999, 99999), prediction="epsilon"
         )
-        extra = dict(training, last_loss=0.12345678901234567, seconds=123456.123456)
+        counts = dict.fromkeys(("file_overhead", "bytes_per_parameter", "pictures", "steps_done"), 10**9)
+        extra = dict(training, **counts, layers=max(TARGETS, key=len), last_loss=-LONG_NUMBER / 1e300, seconds=LONG_NUMBER)
         full_metadata = with_info(tensors, fixed, {"format": 1, "layers": info, "training": extra})
         return len(header(tensors, full_metadata)) + 4 * len(shapes) + 64
 

@@ -1,0 +1,161 @@
+"""The page of rank recovery: tables and plots from its results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.evidence.experiment import Results, chosen, mean, table
+from benchmarks.evidence.plot import ACCENT, CALM, GREY, Plot, Series
+from benchmarks.evidence.recovery import (
+    FORMS,
+    PURE,
+    PURE_TARGET,
+    SETTLED,
+    WEIGHTS,
+    by_rest,
+    by_weight,
+    missing_share,
+    order,
+)
+
+COLOURS = {SETTLED: ACCENT, PURE: CALM}
+
+
+def build(results: Results, folder: Path) -> str:
+    """The part of the page, in Markdown; draws its pictures into the folder."""
+    runs, ranks = results["runs"], results["true_ranks"]
+    _learned_plot(runs, ranks).save(folder / "recovery_ranks.png")
+    _weight_plots(runs, folder)
+    own = chosen(runs, group="shapes")
+    layouts = list(dict.fromkeys(run["layout"] for run in own))
+    rows = []
+    for layout in layouts:
+        row: list[object] = [layout.replace(" x ", " × ")]
+        for form in FORMS:
+            part = chosen(own, layout=layout, form=form)
+            row += [f"{order(part):.3f}", f"{missing_share(part):.0e}"] if part else ["", ""]
+        rows.append(row)
+    seeds = len({run["seed"] for run in own})
+    return "\n\n".join(
+        [
+            "## Ranks that mean something",
+            f"Ten layers must each learn a change of a known rank: {', '.join(map(str, ranks))}. They are "
+            f"trained by the pack's own "
+            "trainer with the node's defaults but for steps, batch and learning rate "
+            f"({results['steps'][SETTLED]} steps, {results['steps'][PURE]} for the paper's form; batches of 48; "
+            f"0.01), with singular "
+            f"values that are all alike or fall to a quarter, {seeds} seeds each. Settling has a target that just pays for "
+            f"all true ranks. The paper's form (`settle_at` 1) is pulled toward rank {PURE_TARGET} and starts "
+            f"from rank 16. *Missing* "
+            "is ‖ΔW − T‖² / ‖T‖² of the worst layer of all runs after training.",
+            table(
+                ["shape of the layers", "settled: Spearman", "missing", "paper's form: Spearman", "missing"],
+                rows,
+            ),
+            "![Learned rank against true rank](recovery_ranks.png)",
+            "Settling finds the true ranks themselves. The paper's form finds their order: its ranks are what "
+            "the pull leaves.",
+            "**Against the weight of the pull** (`rank_weight`; the loss is 1 before training):",
+            "![Spearman against rank_weight](recovery_order.png)",
+            "![Missing share against rank_weight](recovery_missing.png)",
+            "Settling does not depend on it: the cut goes by what was learned. In the paper's form the weight "
+            "decides how far ranks "
+            "shrink. Too strong a pull takes more than the layers can spare.",
+            *_details(runs),
+        ]
+    )
+
+
+def _learned_plot(runs: Sequence[Results], ranks: Sequence[int]) -> Plot:
+    series = [Series("as the truth", ranks, ranks, points=False, colour=GREY)]
+    for form, name in FORMS.items():
+        columns = list(zip(*(run["ranks"] for run in chosen(runs, group="shapes", form=form)), strict=True))
+        series.append(
+            Series(
+                name, ranks, [mean(c) for c in columns], low=[min(c) for c in columns], high=[max(c) for c in columns],
+                colour=COLOURS[form],
+            )
+        )
+    return Plot(
+        "Learned rank against true rank", "true rank", "learned rank: mean, lowest, highest", series, x_log=2, y_log=2
+    )
+
+
+def _weight_plots(runs: Sequence[Results], folder: Path) -> None:
+    orders, missing = [], []
+    weights: set[float] = set()
+    for form, name in FORMS.items():
+        swept = by_weight(runs, form)
+        weights |= set(swept)
+        at = [_off_zero(w) for w in swept]
+        orders.append(Series(name, at, [order(own) for own in swept.values()], colour=COLOURS[form]))
+        missing.append(Series(name, at, [missing_share(own) for own in swept.values()], colour=COLOURS[form]))
+    ticks = [(_off_zero(w), f"{w:g}") for w in sorted(weights)]
+    about = {"x_name": "rank_weight", "x_log": 10, "x_ticks": ticks}
+    by_order = Plot("Order of learned ranks against rank_weight", y_name="Spearman, mean", series=orders,
+                 limit=(0.95, "0.95"), y_range=(0.0, 1.0), **about)  # type: ignore[arg-type]  # fmt: skip
+    by_order.save(folder / "recovery_order.png")
+    left = Plot("Missing after training against rank_weight", y_name="missing share of the worst layer", series=missing,
+                y_log=10, limit=(1e-3, "0.001"), **about)  # type: ignore[arg-type]  # fmt: skip
+    left.save(folder / "recovery_missing.png")
+
+
+def _off_zero(weight: float) -> float:
+    """A place for 0 on a logarithmic axis: one decade below the smallest weight of the sweep."""
+    return weight or min(w for w in WEIGHTS if w) / 10
+
+
+def _details(runs: Sequence[Results]) -> list[str]:
+    parts = [
+        "**Why ranks rest at the end** (64 × 64). Where ranks move to the last step, the position that was "
+        "dropped last may have held a "
+        "share of the change, and nothing is left of the learning rate to learn it again. So in the paper's "
+        "form ranks stand still for "
+        "the last quarter of the steps:",
+        table(
+            ["share of the steps at the end", "Spearman", "missing, worst layer of all seeds"],
+            [[f"{rest:g}", f"{order(own):.3f}", f"{missing_share(own):.0e}"] for rest, own in by_rest(runs).items()],
+        ),
+        "**A budget that does not pay for all, or for more** (64 × 64, settled): what was learned, as a share "
+        "of the most that the "
+        "budget can hold, direction by direction. What is not needed is spent on noise, so ask for no more than you need:",
+        table(
+            ["budget, of what the true ranks take", "Spearman, values alike", "falling", "learned, alike", "falling"],
+            _share_rows(runs),
+        ),
+    ]
+    start = chosen(runs, group="start")
+    if start:
+        values = sorted({run["initial"] for run in start})
+        parts += [
+            "**The rank to start from** (64 × 64, settled; the target is 11, so the default is 44):",
+            _line_table("initial_rank", [(f"{v}", chosen(start, initial=v)) for v in values]),
+        ]
+    noise = chosen(runs, group="noise")
+    if noise:
+        values = sorted({run["noise"] for run in noise})
+        parts += [
+            "**Error that nothing can explain**, as a share of the loss before training (64 × 64, settled). "
+            "Real losses have much of it; "
+            "what is missing is then bounded by the number of samples:",
+            _line_table("noise", [(f"{v:g}", chosen(noise, noise=v)) for v in values]),
+        ]
+    return parts
+
+
+def _share_rows(runs: Sequence[Results]) -> list[list[str]]:
+    rows = []
+    for share in sorted({run["share"] for run in chosen(runs, group="shares")}):
+        both = [chosen(runs, group="shares", share=share, decay=decay) for decay in (1.0, 4.0)]
+        orders = [f"{order(own):.3f}" if own else "" for own in both]
+        kept = [f"{mean(run['kept'] for run in own):.3f}" if own else "" for own in both]
+        rows.append([f"{share:g}", *orders, *kept])
+    return rows
+
+
+def _line_table(name: str, rows: Sequence[tuple[str, Sequence[Results]]]) -> str:
+    return table(
+        [name, "Spearman", "missing, worst layer of all seeds"],
+        [[label, f"{order(own):.3f}", f"{missing_share(own):.0e}"] for label, own in rows],
+    )
