@@ -29,6 +29,10 @@ class Optimizer:
         self.inner = self._make(network.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay)
         self.theta = None if network.settled else self._make([network.theta], "adam", settings.rank_learning_rate, 0.0)
         self._hold = torch.zeros((), device=network.device)
+        self.norms = torch.zeros(0, device=network.device)
+        """Of the gradients last taken, in the order of the network's parameters."""
+        self.half_taken = False
+        """While a step that has begun to change parameters is not complete: it cannot be made again."""
 
     def _make(self, parameters: list[torch.nn.Parameter], kind: str, rate: float, decay: float) -> torch.optim.Optimizer:
         lr = torch.tensor(rate, device=self.network.device) if self._capturable else rate
@@ -51,6 +55,7 @@ class Optimizer:
 
     def prepare(self, rate: float, ranks_move: bool) -> None:
         """Set what the next `take` goes by."""
+        self.half_taken = False
         for group in self.inner.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(self.settings.learning_rate * rate)
@@ -63,14 +68,17 @@ class Optimizer:
         """`step` without setting anything: the same launches every time."""
         self.network.finish_gradients()
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm = global_norm(gradients, loss)
+        self.norms = gradient_norms(gradients, loss)
+        norm = torch.linalg.vector_norm(self.norms)
         taken = torch.isfinite(norm) & torch.isfinite(loss)
         skip = (~taken).to(torch.float32)
         excess = (norm / self.settings.clip_norm).clamp(min=1.0) if self.settings.clip_norm > 0 else torch.ones_like(norm)
         self._move(self.inner, gradients, excess, skip)
+        self.half_taken = True
         if self.theta is not None:
             assert self.network.theta.grad is not None  # noqa: S101 (written just now)
             self._move(self.theta, [self.network.theta.grad], torch.ones_like(norm), torch.maximum(skip, self._hold))
+        self.half_taken = False
         self.network.clear_gradients()
         return taken
 
@@ -80,12 +88,18 @@ class Optimizer:
             optimizer.grad_scale, optimizer.found_inf = excess.float(), skip.float()  # type: ignore[attr-defined]
             optimizer.step()
         elif not bool(skip):
+            self.half_taken = True
             torch._foreach_div_(gradients, excess)
             optimizer.step()
 
 
 def global_norm(gradients: list[Tensor], like: Tensor | None = None) -> Tensor:
     """√Σ‖g‖² over all tensors, a scalar on their device."""
+    return torch.linalg.vector_norm(gradient_norms(gradients, like))
+
+
+def gradient_norms(gradients: list[Tensor], like: Tensor | None = None) -> Tensor:
+    """‖g‖ of every tensor, (tensors,) on their device; where there are none, on that of `like`."""
     if not gradients:
-        return torch.zeros(()) if like is None else torch.zeros_like(like)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return torch.zeros(0) if like is None else like.new_zeros(0)
+    return torch.stack(torch._foreach_norm(gradients))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ...lora2.errors import LoraError
 from ...lora2.format import LoraStateDict
 from ...lora2.live import live_picture
 from ...lora2.losses import EntropyProbe
+from ...lora2.memory import OutOfMemory, attempt, out_of_memory, release
 from ...lora2.network import AdaptiveNetwork, rank_limit
 from ...lora2.settings import PRECISIONS, TARGETS, TRISTATE, Settings
 from ...lora2.trainer import Progress, Trainer
@@ -29,6 +31,11 @@ from .model import HostModel, empty_caption, training_dtype
 from .saving import DTYPES, FileInfo, Place, check_place, place_for, save
 
 log = logging.getLogger("lora2")
+
+NO_ROOM_TO_START = (
+    "Memory ran out before the first step, while the model was loaded and the LoRA laid out. Close other programs that use the "
+    "GPU, adapt fewer layers, or lower initial_rank or target_rank."
+)
 
 PREVIEW_SHARE = 0.03
 """Live pictures may take this share of the time."""
@@ -81,7 +88,17 @@ def train(
 ) -> Trained:
     """Check everything, train, save. Whatever stops the training, what was learned until then is saved and said."""
     with torch.inference_mode(False), torch.enable_grad():
-        return _train(patcher, latents, conditioning, settings, request, empty, say)
+        try:
+            return _train(patcher, latents, conditioning, settings, request, empty, say)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            words = str(error) if isinstance(error, LoraError) else NO_ROOM_TO_START
+    # Only now: what the failed attempt held went with its error. The host does the same when it sees one itself.
+    release()
+    with torch.inference_mode():  # as every other node: weights that are moved stay inference tensors
+        comfy.model_management.unload_all_models()
+    raise OutOfMemory(words)
 
 
 def _train(
@@ -106,25 +123,26 @@ def _train(
     nothing = empty_caption(captions, empty)
     with host.training(images, captions, nothing, settings.batch_size, request.checkpointing):
         network = AdaptiveNetwork(layers, settings, host.device, host.compute)
-        trainer = Trainer(network, host, images, settings, EntropyProbe(cross_attention(host.model)))
+        trainer = Trainer(network, host, images, settings, EntropyProbe(cross_attention(host.model)), say=say)
         say(f"Training {len(layers)} layers on {len(images)} pictures, {settings.steps} steps.")
         finish = _Finish(network, trainer.progress, files, place, settings, request, len(images))
         try:
             trainer.run(_Live(network, files))
         except BaseException as stopped:
-            if trainer.progress.step == 0:
-                raise _explained(stopped, "") from stopped.__cause__
+            if not trainer.progress.learned:
+                raise
             done = f"Stopped after {trainer.progress.step} of {settings.steps} steps"
             try:
                 trained = finish()
             except LoraError as error:
                 reason = f"{stopped} " if isinstance(stopped, Exception) else ""
-                raise LoraError(f"{reason}{done}. {error}") from stopped
-            words = f"{done}; what was learned is saved as {trained.name}."
+                kind = OutOfMemory if out_of_memory(stopped) or out_of_memory(error) else LoraError
+                raise kind(f"{reason}{done}. {error}") from stopped
+            words = f"{done}; what was learned is saved as {trained.name}.{_notes(trainer.progress)}"
             say(words)
             raise _explained(stopped, " " + words) from stopped.__cause__
         trained = finish()
-        say(f"Saved as {trained.name}.")
+        say(f"Saved as {trained.name}.{_notes(trainer.progress)}")
         return trained
 
 
@@ -145,20 +163,30 @@ class _Finish:
         self.settings, self.request, self.pictures = settings, request, pictures
 
     def __call__(self) -> Trained:
+        """Save; a second time where memory ran out, with all given back that can be."""
+        if not (done := attempt(self._save)):
+            release()
+            done = attempt(self._save)
+        if not done:
+            raise OutOfMemory("Memory ran out while the LoRA was saved, twice: it is lost. Close other programs first.")
+        return done[0]
+
+    def _save(self) -> Trained:
         network, progress = self.network, self.progress
+        losses = [loss for loss in progress.losses if math.isfinite(loss)]
         training: dict[str, Any] = dict(
             self.settings.to_dict(),
             layers=self.request.target,
             pictures=self.pictures,
             steps_done=progress.step,
-            last_loss=progress.losses[-1],
+            last_loss=losses[-1],
             seconds=round(progress.seconds, 1),
         )
         factors, ordered = network.final_factors()
         rates = dict.fromkeys(factors) if ordered else network.rates()
         lora = self.files.state_dict(factors, self.place.stem, training, rates, network.target_rank)
         path = save(self.place, lora)
-        return Trained(lora, path, self.place.name_of(path), list(progress.losses))
+        return Trained(lora, path, self.place.name_of(path), losses)
 
 
 class _Live:
@@ -219,12 +247,18 @@ def _most_bytes(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> in
 
 
 def _explained(stopped: BaseException, words: str) -> BaseException:
-    """The exception to go on with: the host's own for a cancel, ours with advice for what a person can change."""
-    if isinstance(stopped, torch.OutOfMemoryError):
-        return LoraError(
-            "The GPU ran out of memory. Turn checkpointing on, lower batch_size (and raise accumulation), train on smaller "
-            "pictures, or adapt fewer layers." + words
-        )
-    if isinstance(stopped, LoraError) and words:
-        return type(stopped)(f"{stopped}{words}")
-    return stopped
+    """The exception to go on with: the host's own for a cancel, ours with where the file lies."""
+    if out_of_memory(stopped) and not isinstance(stopped, LoraError):
+        return OutOfMemory(f"Memory ran out between two steps.{words}")
+    return type(stopped)(f"{stopped}{words}") if isinstance(stopped, LoraError) else stopped
+
+
+def _notes(progress: Progress) -> str:
+    """What a person should know of how a run went, beside its end."""
+    notes = ""
+    if progress.skipped:
+        steps = ", ".join(map(str, progress.skipped[:5])) + (" and others" if len(progress.skipped) > 5 else "")
+        notes += f" Steps that were skipped: {len(progress.skipped)} ({steps})."
+    if progress.changes:
+        notes += f" Memory ran out on the way: {'; '.join(progress.changes)}."
+    return notes
