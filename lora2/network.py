@@ -55,7 +55,7 @@ class AdaptiveNetwork:
         self._limits = [rank_limit(shape, settings) for shape in shapes]
         costs = [cost(shape) for shape in shapes]
         self.budget = settings.budget(costs, self._limits)
-        initial = self._initial_ranks(self.budget / sum(costs))
+        initial = initial_ranks(self.budget / sum(costs), self._limits, settings)
         energies = [imp.kept_energy(rank, imp.mass_constant(settings.q) / rank) for rank in initial]
         self.adapters = [
             Adapter(module, capacity_for(rank), _std(shape, rank, energy, settings), self.device, self.generator)
@@ -70,11 +70,7 @@ class AdaptiveNetwork:
         self._settling: dict[str, Factors] | None = None
         self._rebuild()
 
-    # -- start -------------------------------------------------------------------------------------------------------
-
-    def _initial_ranks(self, target: float) -> list[int]:
-        wanted = self.settings.initial_rank or max(SMALLEST_INITIAL, INITIAL_OVER_TARGET * math.ceil(target))
-        return [min(max(wanted, self.settings.min_rank), limit) for limit in self._limits]
+    # -- parameters and gradients --------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
         """The factors of every layer, down before up; without θ."""
@@ -355,6 +351,12 @@ def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Te
         return adapter.add(output, args[0])
 
     return add
+
+
+def initial_ranks(target: float, limits: Sequence[int], settings: Settings) -> list[int]:
+    """The ranks that layers start from. target: the mean rank to end with; limits: every layer's largest."""
+    wanted = settings.initial_rank or max(SMALLEST_INITIAL, INITIAL_OVER_TARGET * math.ceil(target))
+    return [min(max(wanted, settings.min_rank), limit) for limit in limits]
 
 
 def rank_limit(shape: tuple[int, ...], settings: Settings) -> int:

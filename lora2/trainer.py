@@ -238,8 +238,8 @@ class Trainer:
             for members, conditioning in self._groups(captions, range(len(captions)), clean.shape):
                 self._largest = max(self._largest, len(members))
                 weight = torch.full((), len(members) / (len(captions) * count), device=device)
-                chosen = [t if len(members) == len(captions) else t[members] for t in (clean, noise, sigma)]
-                yield Part(*(t.to(device) for t in chosen), conditioning, weight)
+                some: Any = slice(None) if len(members) == len(captions) else members
+                yield Part(clean[some].to(device), noise[some].to(device), sigma[some].to(device), conditioning, weight)
 
     def _groups(
         self, captions: Sequence[int], members: Sequence[int], shape: torch.Size

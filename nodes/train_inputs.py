@@ -323,8 +323,8 @@ def inputs() -> list[io.Input]:
             default=DEFAULTS.on_out_of_memory,
             optional=True,
             advanced=True,
-            tooltip="When memory runs out: make the step again with gradient checkpointing, then with fewer pictures at a time "
-            "(the batch stays the same), or stop.",
+            tooltip="When memory runs out. retry with less: the step is made again with gradient checkpointing (if that is on "
+            "auto), then with fewer pictures at a time; the batch stays the same.",
         ),
         io.Combo.Input(
             "on_bad_step",
@@ -332,7 +332,7 @@ def inputs() -> list[io.Input]:
             default=DEFAULTS.on_bad_step,
             optional=True,
             advanced=True,
-            tooltip="When a step's loss or gradients are not numbers: stop and save what was learned, or skip the step and go on. "
-            "Too many such steps stop the run all the same.",
+            tooltip="When a step's loss or gradients are not numbers. stop: the run ends and keeps what was learned. skip: the "
+            "step is left out; too many of them end the run too.",
         ),
     ]

@@ -1,4 +1,4 @@
-"""Memory that runs out in the middle of a run: the same step in smaller parts, nothing drawn twice, nothing held, nothing lost."""
+"""Memory that runs out in the middle of a run: the same step in smaller parts, nothing drawn twice, nothing lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lora2.engine import GraphEngine
 from lora2.memory import OutOfMemory, attempt, out_of_memory
-from lora2.network import AdaptiveNetwork
 from lora2.trainer import Trainer
 
 # Rounding: a batch's mean in one kernel, or of parts added up, and Adam divides gradients near zero by their own size.
@@ -303,8 +302,3 @@ def test_the_computer_s_own_message_is_recognised() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert out_of_memory(error.value)
-
-
-def test_a_network_that_finds_no_room_at_the_start_says_so() -> None:
-    """The library raises what torch raised; the host turns it into words (test_faults.py)."""
-    assert attempt(lambda: AdaptiveNetwork(Toy().layers(), trainer_of().settings))

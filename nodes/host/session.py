@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from ...lora2.format import LoraStateDict
 from ...lora2.live import live_picture
 from ...lora2.losses import EntropyProbe
 from ...lora2.memory import OutOfMemory, attempt, out_of_memory, release
-from ...lora2.network import AdaptiveNetwork, rank_limit
+from ...lora2.network import AdaptiveNetwork, initial_ranks, rank_limit
 from ...lora2.settings import PRECISIONS, TARGETS, TRISTATE, Settings
 from ...lora2.trainer import Progress, Trainer
 from .dataset import pictures
+from .kept import save, write_kept
 from .layers import cross_attention, family_of, file_prefixes, select_layers
 from .model import HostModel, empty_caption, training_dtype
-from .saving import DTYPES, FileInfo, Place, check_place, place_for, save
+from .saving import DTYPES, FileInfo, Place, check_place, place_for, room
 
 log = logging.getLogger("lora2")
 
@@ -87,6 +89,7 @@ def train(
     say: Callable[[str], None] = log.info,
 ) -> Trained:
     """Check everything, train, save. Whatever stops the training, what was learned until then is saved and said."""
+    write_kept(say)
     with torch.inference_mode(False), torch.enable_grad():
         try:
             return _train(patcher, latents, conditioning, settings, request, empty, say)
@@ -118,7 +121,10 @@ def _train(
     files = _file_info(host, layers, images, request)
     shapes = {name: module_shape(m) for name, m in layers.items()}
     settings = settings.with_file(files.overhead(shapes, place.stem, settings.to_dict()), files.dtype.itemsize)
-    check_place(place, _most_bytes(shapes, settings))
+    least, most = _bytes(shapes, settings)
+    check_place(place, least)
+    if room(place) < most:
+        say(f"Ranks may grow: the LoRA may become up to {most / 1e6:.1f} MB, and the disk has {room(place) / 1e6:.1f} MB free.")
     images = host.scale_latents(images)
     nothing = empty_caption(captions, empty)
     with host.training(images, captions, nothing, settings.batch_size, request.checkpointing):
@@ -127,7 +133,7 @@ def _train(
         say(f"Training {len(layers)} layers on {len(images)} pictures, {settings.steps} steps.")
         finish = _Finish(network, trainer.progress, files, place, settings, request, len(images))
         try:
-            trainer.run(_Live(network, files))
+            trainer.run(_Live(network, files, partial(_warn_of_disk, place, settings, say)))
         except BaseException as stopped:
             if not trainer.progress.learned:
                 raise
@@ -192,7 +198,8 @@ class _Finish:
 class _Live:
     """After every step: the progress bar, now and then a picture, and the host's request to stop."""
 
-    def __init__(self, network: AdaptiveNetwork, files: FileInfo) -> None:
+    def __init__(self, network: AdaptiveNetwork, files: FileInfo, warn_of_disk: Callable[[int], bool]) -> None:
+        self.warn_of_disk, self._warned = warn_of_disk, False
         self.bar = comfy.utils.ProgressBar(network.settings.steps)
         self.files = files
         self.costs = {files.prefixes[name]: a.cost for name, a in zip(network.names, network.adapters, strict=True)}
@@ -204,6 +211,8 @@ class _Live:
         preview: tuple[str, Image.Image, int] | None = None
         if now >= self._next_picture or progress.phase != self._phase or progress.step == progress.steps:
             picture = self._picture(progress)
+            parameters = sum(rank * self.costs[self.files.prefixes[name]] for name, rank in progress.ranks.items())
+            self._warned = self._warned or self.warn_of_disk(parameters)
             preview = ("JPEG", picture, max(picture.size))
             self._phase = progress.phase
             drawn = time.monotonic()
@@ -234,16 +243,32 @@ def _file_info(
     return FileInfo(prefixes, style, family, host.prediction, size, DTYPES[request.save_dtype])
 
 
-def _most_bytes(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> int:
-    """The file's size at most; raises LoraError for a target or budget that the layers cannot have."""
+def _bytes(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> tuple[int, int]:
+    """The file's size that has to fit, and the largest that it may grow to.
+
+    They differ only in the paper's own form without a budget, whose ranks end where they like: θ moves by its learning rate
+    at most, in every step. Raises LoraError for a target or budget that the layers cannot have.
+    """
     limits = [rank_limit(s, settings) for s in shapes.values()]
     costs = [cost(s) for s in shapes.values()]
     parameters = settings.budget(costs, limits)
-    if settings.settle_at >= 1:
-        parameters = max(
-            parameters, sum(c * min(limit, settings.initial_rank) for c, limit in zip(costs, limits, strict=True))
-        )
-    return settings.file_overhead + parameters * settings.bytes_per_parameter
+    most = parameters
+    if settings.settle_at >= 1 and not settings.budget_mb:
+        growth = math.exp(min(settings.rank_learning_rate * settings.steps, 20.0))
+        starts = initial_ranks(parameters / sum(costs), limits, settings)
+        parameters = max(parameters, sum(c * start for c, start in zip(costs, starts, strict=True)))
+        most = sum(c * min(limit, int(start * growth)) for c, limit, start in zip(costs, limits, starts, strict=True))
+    as_bytes = [settings.file_overhead + n * settings.bytes_per_parameter for n in (parameters, most)]
+    return as_bytes[0], max(as_bytes)
+
+
+def _warn_of_disk(place: Place, settings: Settings, say: Callable[[str], None], parameters: int) -> bool:
+    """Say when what has been learned so far would not fit the disk any more; whether it was said."""
+    size, free = settings.file_overhead + parameters * settings.bytes_per_parameter, room(place)
+    if size <= free or settings.settle_at < 1:
+        return False
+    say(f"The LoRA has grown to {size / 1e6:.1f} MB, but its disk has {free / 1e6:.1f} MB free: make room before the run ends.")
+    return True
 
 
 def _explained(stopped: BaseException, words: str) -> BaseException:
