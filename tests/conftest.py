@@ -23,6 +23,26 @@ host.import_comfy()
 torch.set_num_threads(1)
 
 
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run where there is a CUDA device; elsewhere they are not collected."""
+    if torch.cuda.is_available():
+        return
+    gone = [item for item in items if item.get_closest_marker("gpu")]
+    if gone:
+        items[:] = [item for item in items if item not in gone]
+        config.hook.pytest_deselected(items=gone)
+        config.stash[LEFT_OUT] = len(gone)
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """Say so."""
+    left_out = config.stash.get(LEFT_OUT, 0)
+    return [f"no CUDA device here: {left_out} tests that need one are left out"] if left_out else []
+
+
 @pytest.fixture(scope="session")
 def comfy() -> ModuleType:
     """The package `comfy` with `comfy.sd` loaded, on the CPU unless torch has CUDA."""
