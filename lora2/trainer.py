@@ -150,7 +150,7 @@ class Trainer:
                 self._settle_if_due()
                 self._step()
                 self._collect(0 if self._issued == self.settings.steps else self._ahead)
-                self.progress.seconds = time.monotonic() - start
+                self.progress.seconds = max(self.progress.seconds, time.monotonic() - start)  # a clock may jump back
                 if on_step is not None:
                     on_step(self.progress)
         return self.progress

@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_written_is_seen_before_training(
     model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asked of the system, since root, who runs some tests, may write everywhere."""
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folders / "loras")
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: Path(path) != folders / "loras")
     refused(model, r"may not write into its LoRA folder \(loras\). Allow it", folders)
 
 

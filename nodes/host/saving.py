@@ -87,7 +87,7 @@ def check_place(place: Place, most_bytes: int) -> None:
     existing = _existing(place)
     if not existing.is_dir():
         raise LoraError(f"{shown(existing.name)} in ComfyUI's LoRA folder is a file, not a folder. Choose another save_name.")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise LoraError(
             f"ComfyUI may not write into its LoRA folder ({shown(existing.name)}). Allow it, or choose a save_name with "
             "another subfolder."

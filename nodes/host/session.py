@@ -123,7 +123,7 @@ def _train(
     settings = settings.with_file(files.overhead(shapes, place.stem, settings.to_dict()), files.dtype.itemsize)
     least, most = _bytes(shapes, settings)
     check_place(place, least)
-    if room(place) < most:
+    if least < most and room(place) < most:
         say(f"Ranks may grow: the LoRA may become up to {most / 1e6:.1f} MB, and the disk has {room(place) / 1e6:.1f} MB free.")
     images = host.scale_latents(images)
     nothing = empty_caption(captions, empty)
@@ -203,20 +203,21 @@ class _Live:
         self.bar = comfy.utils.ProgressBar(network.settings.steps)
         self.files = files
         self.costs = {files.prefixes[name]: a.cost for name, a in zip(network.names, network.adapters, strict=True)}
-        self._next_picture = 0.0
+        self._next_picture = self._drawn = 0.0
         self._phase = ""
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         preview: tuple[str, Image.Image, int] | None = None
-        if now >= self._next_picture or progress.phase != self._phase or progress.step == progress.steps:
+        due = now >= self._next_picture or now < self._drawn  # the second: a clock that jumped back
+        if due or progress.phase != self._phase or progress.step == progress.steps:
             picture = self._picture(progress)
             parameters = sum(rank * self.costs[self.files.prefixes[name]] for name, rank in progress.ranks.items())
             self._warned = self._warned or self.warn_of_disk(parameters)
             preview = ("JPEG", picture, max(picture.size))
             self._phase = progress.phase
-            drawn = time.monotonic()
-            self._next_picture = drawn + max(0.5, (drawn - now) / PREVIEW_SHARE)
+            self._drawn = time.monotonic()
+            self._next_picture = self._drawn + max(0.5, (self._drawn - now) / PREVIEW_SHARE)
         self.bar.update_absolute(progress.step, progress.steps, preview)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
