@@ -1,5 +1,6 @@
 # make demo    train, load, sample and inspect on a real ComfyUI     make ui    leave that server on, for a browser
 # make test    every test       make lint    ruff and mypy           make bench figures of docs/
+# make soak    hours of faults: figures of docs/reliability.md
 
 SHELL := /bin/bash
 BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v python3.12) $(shell command -v python3)))
@@ -8,7 +9,7 @@ HOST := $(or $(COMFYUI_PYTHON),$(VENV))
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev demo ui test lint format bench clean
+.PHONY: setup setup-dev demo ui test soak lint format bench clean
 
 setup:
 	@$(BASE) dev/host.py
@@ -24,6 +25,9 @@ ui: setup
 
 test: setup-dev
 	@COMFYUI_PYTHON= $(VENV) -m pytest $(ARGS)
+
+soak: setup-dev
+	@COMFYUI_PYTHON= $(VENV) -m pytest tests/soak -o "python_files=soak_*.py" -o "pythonpath=tests/soak" -s $(ARGS)
 
 lint: setup-dev
 	@$(VENV) -m ruff check .

@@ -18,6 +18,7 @@ import torch  # noqa: E402
 
 from dev import assets, host  # noqa: E402
 from dev.server import ComfyServer  # noqa: E402
+from probing import probed  # noqa: E402
 
 host.import_comfy()
 torch.set_num_threads(1)
@@ -59,10 +60,8 @@ def small_model(comfy: ModuleType) -> Callable[[str], Any]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A running ComfyUI with the pack, the small SD1.x checkpoint and the pictures in input/mug."""
-    base = tmp_path_factory.mktemp("comfy")
-    with ComfyServer(base) as running:
-        assets.fill_base(base)
+    """A running ComfyUI with the pack, the small SD1.x checkpoint, the pictures in input/mug, and tests/probe."""
+    with probed(tmp_path_factory.mktemp("comfy")) as running:
         yield running
 
 
