@@ -20,7 +20,10 @@ POINTS = ("start", "step", "sync", "settling", "preview", "factors", "saving", "
 """Where tests/probe can hold training until the cancel has arrived."""
 
 STEPS = 10
-RUN = {"target_rank": 2, "initial_rank": 4, "learning_rate": 1e-3, "settle_at": 0.5, "rank_hold": 0.0, "exclude": "*input_blocks*\n*output_blocks*"}
+MIDDLE = "*input_blocks*\n*output_blocks*"
+"""To exclude, so that a step is short."""
+
+RUN = {"target_rank": 2, "initial_rank": 4, "learning_rate": 1e-3, "settle_at": 0.5, "rank_hold": 0.0, "exclude": MIDDLE}
 
 
 @dataclass
@@ -56,7 +59,7 @@ def cancel(
         server.post("/probe/arm", {"point": point, "skip": skip})
     with ThreadPoolExecutor(1) as thread:
         run = thread.submit(server.run, training(STEPS, **(RUN | {"save_name": name, "seed": seed})))
-        _await(lambda: run.done() or (_reached(server) if point else f"{STEPS} steps." in said(server, log)))
+        until(lambda: run.done() or (reached(server) if point else f"{STEPS} steps." in said(server, log)))
         if not point:
             time.sleep(skip / 100)
         start = time.monotonic()
@@ -93,17 +96,19 @@ def next_prompt_is_as_ever(server: ComfyServer, reference: np.ndarray, number: i
 
 def figures(server: ComfyServer) -> dict[str, Any]:
     """Of the server's process, once its worker is idle: memory, threads, open files, hooks, tensors."""
-    _await(lambda: server.get("/prompt")["exec_info"]["queue_remaining"] == 0)
+    until(lambda: server.get("/prompt")["exec_info"]["queue_remaining"] == 0)
     return dict(server.get("/probe/figures"))
 
 
-def _reached(server: ComfyServer) -> bool:
+def reached(server: ComfyServer) -> bool:
+    """Whether training waits at the point that was armed."""
     with contextlib.suppress(OSError):
         return bool(server.get("/probe/reached")["reached"])
     return False
 
 
-def _await(condition: Callable[[], bool], timeout: float = 60) -> None:
+def until(condition: Callable[[], bool], timeout: float = 60) -> None:
+    """Wait for something that must happen."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "the server took too long"

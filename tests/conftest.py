@@ -15,10 +15,10 @@ sys.path.append(str(ROOT))  # last: the pack's folder `nodes` must not hide Comf
 sys.path.append(str(ROOT / "tests"))
 
 import torch  # noqa: E402
+from probing import probed  # noqa: E402
 
 from dev import assets, host  # noqa: E402
 from dev.server import ComfyServer  # noqa: E402
-from probing import probed  # noqa: E402
 
 host.import_comfy()
 torch.set_num_threads(1)

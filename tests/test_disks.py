@@ -1,4 +1,4 @@
-"""Disks, folders and clocks that misbehave, for real where this system can: limits, permissions, files in the way, two at once."""
+"""Disks, folders and clocks that misbehave, for real where this system can: limits, rights, files in the way, two at once."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_folder_that_loses_its_permissions_while_training_runs(
     with unprivileged(), monkeypatch.context() as patch:
         (open_folders / "loras" / "t").mkdir()
         trouble_at(patch, model, 2, then(lambda: (open_folders / "loras" / "t").chmod(0o555)))
-        with pytest.raises(pack("lora2.errors").LoraError, match="No permission to write.*saved as output/loras/mug_00001"):
+        with pytest.raises(pack("lora2.errors").LoraError, match=r"No permission to write.*saved as output/loras/mug_00001"):
             train(model)
     assert files_in(open_folders) == {"output/loras/mug_00001.safetensors"}
 
@@ -183,7 +183,7 @@ def test_no_folder_with_permission_keeps_it_in_memory(
     lock_as_owner = then(lambda: as_owner(lock))
     with unprivileged(), monkeypatch.context() as patch:
         trouble_at(patch, model, 2, lock_as_owner)
-        with pytest.raises(pack("lora2.errors").LoraError, match="No permission to write.*kept in memory"):
+        with pytest.raises(pack("lora2.errors").LoraError, match=r"No permission to write.*kept in memory"):
             train(model)
     assert files_in(open_folders) == set()
 
@@ -212,7 +212,7 @@ def test_a_file_takes_the_folder_s_place_while_training_runs(
 ) -> None:
     with untouched(model), monkeypatch.context() as patch:
         trouble_at(patch, model, 2, then((folders / "loras" / "t").touch))
-        with pytest.raises(pack("lora2.errors").LoraError, match="Not a folder.*saved as output/loras/mug_00001"):
+        with pytest.raises(pack("lora2.errors").LoraError, match=r"Not a folder.*saved as output/loras/mug_00001"):
             train(model)
     assert files_in(folders) == {"loras/t", "output/loras/mug_00001.safetensors"}
 
@@ -230,7 +230,7 @@ def test_a_temporary_file_that_somebody_removes_is_an_error_that_loses_nothing(
 
     with untouched(model), monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(pack("lora2.errors").LoraError, match="No such file.*saved as output/loras/mug_00001"):
+        with pytest.raises(pack("lora2.errors").LoraError, match=r"No such file.*saved as output/loras/mug_00001"):
             train(model)
 
 
@@ -245,7 +245,7 @@ def test_what_this_system_cannot_be_made_to_do_is_simulated_at_the_call(
 
     with untouched(model), monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(pack("lora2.errors").LoraError, match="was not saved in.*kept in memory"):
+        with pytest.raises(pack("lora2.errors").LoraError, match=r"was not saved in.*kept in memory"):
             train(model)
     assert files_in(folders) == set()
 

@@ -59,7 +59,7 @@ class Fingerprint:
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "run", (), True
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"model": ("MODEL",), "number": ("INT", {"default": 0})}}
 
     def run(self, model: Any, number: int) -> dict[str, Any]:
@@ -84,12 +84,14 @@ class Points:
         self.skip = 0
         self.reached = threading.Event()
         self.placed = False
+        self.go = threading.Event()
 
     def arm(self, point: str, skip: int) -> None:
-        """The next time but `skip` that this point is reached, wait there until a cancel arrives."""
+        """The next time but `skip` that this point is reached, wait there until a cancel or a word to go on arrives."""
         if not self.placed:
             self.place()
         self.reached.clear()
+        self.go.clear()
         self.armed, self.skip = point, skip
 
     def here(self, point: str) -> None:
@@ -101,8 +103,9 @@ class Points:
         self.armed = ""
         self.reached.set()
         deadline = time.monotonic() + PATIENCE
-        while not management.processing_interrupted() and time.monotonic() < deadline:
+        while not (management.processing_interrupted() or self.go.is_set()) and time.monotonic() < deadline:
             time.sleep(0.005)
+        self.go.clear()
 
     def place(self) -> None:
         """Wrap the functions that are these points."""
@@ -142,6 +145,12 @@ async def _figures(_request: web.Request) -> web.Response:
 async def _arm(request: web.Request) -> web.Response:
     wanted = await request.json()
     POINTS.arm(wanted["point"], wanted.get("skip", 0))
+    return web.json_response({})
+
+
+@routes.post("/probe/go")
+async def _go(_request: web.Request) -> web.Response:
+    POINTS.go.set()
     return web.json_response({})
 
 
