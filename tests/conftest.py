@@ -24,26 +24,6 @@ host.import_comfy()
 torch.set_num_threads(1)
 
 
-LEFT_OUT = pytest.StashKey[int]()
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where there is a CUDA device; elsewhere they are not collected."""
-    if torch.cuda.is_available():
-        return
-    gone = [item for item in items if item.get_closest_marker("gpu")]
-    if gone:
-        items[:] = [item for item in items if item not in gone]
-        config.hook.pytest_deselected(items=gone)
-        config.stash[LEFT_OUT] = len(gone)
-
-
-def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
-    """Say so."""
-    left_out = config.stash.get(LEFT_OUT, 0)
-    return [f"no CUDA device here: {left_out} tests that need one are left out"] if left_out else []
-
-
 @pytest.fixture(scope="session")
 def comfy() -> ModuleType:
     """The package `comfy` with `comfy.sd` loaded, on the CPU unless torch has CUDA."""
@@ -87,3 +67,23 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
         return [r.getMessage() for r in caplog.records if r.name == "lora2"][-1].removeprefix("LoRA²: ")
 
     return last
+
+
+NEEDS_GPU = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run where there is one; elsewhere they are left out, and the summary says so."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+    config.stash[NEEDS_GPU] = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """One plain line."""
+    if count := config.stash.get(NEEDS_GPU, 0):
+        terminalreporter.write_line(f"{count} tests need a GPU and did not run: `make test-gpu` on a machine that has one.")
