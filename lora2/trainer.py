@@ -77,8 +77,8 @@ class Progress:
     """Where a run is.
 
     losses: one per finished step, NaN for one that was skipped. ranks: by layer, as of the last time the arrays followed
-    them. settled_at: the step before which the ranks settled, None while they adapt. skipped: the steps, counted from 1,
-    that were not taken. changes: what was changed on the way since memory ran out, in words.
+    them. settled_at: the step before which the ranks settled, None while they adapt. changes: what was changed on the way
+    since memory ran out, in words.
     """
 
     steps: int
@@ -87,8 +87,12 @@ class Progress:
     ranks: dict[str, int] = field(default_factory=dict)
     settled_at: int | None = None
     seconds: float = 0.0
-    skipped: list[int] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> list[int]:
+        """The steps, counted from 1, that were not taken."""
+        return [step for step, loss in enumerate(self.losses, 1) if math.isnan(loss)]
 
     @property
     def learned(self) -> int:
@@ -128,7 +132,7 @@ class Trainer:
         self._pending: list[Result] = []
         self._ahead = STEPS_AHEAD if network.device.type == "cuda" else 0
         self._say = say
-        self._judge = Judge(network, settings, self.progress, say)
+        self._judge = Judge(network, settings, say)
         self._most, self._largest = settings.batch_size, 0
 
     def run(self, on_step: Callable[[Progress], None] | None = None) -> Progress:
@@ -176,7 +180,7 @@ class Trainer:
         """Read the results of all but the last `ahead` steps; raises Diverged at the first step that may not be skipped."""
         while len(self._pending) > ahead:
             try:
-                self._judge(*self._pending.pop(0).read(), judge)
+                self._judge(self.progress, *self._pending.pop(0).read(), judge)
             except Diverged:
                 self._pending.clear()
                 raise

@@ -86,16 +86,13 @@ class LossWatch:
 class Judge:
     """Takes in the result of every step: counts it, skips it, or stops the run."""
 
-    def __init__(
-        self, network: AdaptiveNetwork, settings: Settings, progress: Progress, say: Callable[[str], None]
-    ) -> None:
-        self.network, self.settings, self.progress, self.say = network, settings, progress, say
+    def __init__(self, network: AdaptiveNetwork, settings: Settings, say: Callable[[str], None]) -> None:
+        self.network, self.settings, self.say = network, settings, say
         self.watch = LossWatch()
         self._in_a_row = 0
 
-    def __call__(self, loss: float, taken: bool, norms: Sequence[float], final: bool) -> None:
+    def __call__(self, progress: Progress, loss: float, taken: bool, norms: Sequence[float], final: bool) -> None:
         """Note a step. norms: of its gradients. final: whether it may stop the run, by Diverged."""
-        progress = self.progress
         if taken:
             self._in_a_row = 0
             progress.losses.append(loss)
@@ -103,30 +100,29 @@ class Judge:
             if words := self.watch.note(progress.step, loss):
                 self.say(words)
         elif self.settings.on_bad_step == "skip":
-            self._skip(self._fault(loss, norms), final)
+            self._skip(progress, self._fault(progress.step + 1, loss, norms), final)
         elif final:
-            raise Diverged(f"{self._fault(loss, norms)}, and the step was not taken: {self._advice}")
+            raise Diverged(f"{self._fault(progress.step + 1, loss, norms)}, and the step was not taken: {self._advice}")
 
-    def _skip(self, fault: str, final: bool) -> None:
-        progress = self.progress
+    def _skip(self, progress: Progress, fault: str, final: bool) -> None:
         self._in_a_row += 1
         progress.losses.append(math.nan)
         progress.step += 1
-        progress.skipped.append(progress.step)
         if self._in_a_row == 1:
             self.say(f"{fault}, and the step was skipped.")
         if not final:
             return
         if progress.step == progress.steps and not progress.learned:
             raise Diverged(f"{fault}, and not one of the {progress.steps} steps could be taken: {self._advice}")
-        if self._in_a_row >= MOST_IN_A_ROW or len(progress.skipped) > max(MOST_IN_A_ROW, MOST_SHARE * progress.steps):
-            raise Diverged(f"{fault}, and so were {len(progress.skipped)} steps in all, which is too many: {self._advice}")
+        skipped = len(progress.skipped)
+        if self._in_a_row >= MOST_IN_A_ROW or skipped > max(MOST_IN_A_ROW, MOST_SHARE * progress.steps):
+            raise Diverged(f"{fault}, and so were {skipped} steps in all, which is too many: {self._advice}")
 
-    def _fault(self, loss: float, norms: Sequence[float]) -> str:
-        """What is wrong with the step that comes next, and in which layers."""
+    def _fault(self, step: int, loss: float, norms: Sequence[float]) -> str:
+        """What is wrong with a step, and in which layers."""
         names = self.network.names
         what = "gradients are no longer numbers" if math.isfinite(loss) else f"loss became {loss}"
-        words = f"The {what} at step {self.progress.step + 1} ({in_words(bad_layers(names, norms), len(names))})"
+        words = f"The {what} at step {step} ({in_words(bad_layers(names, norms), len(names))})"
         broken = self.network.broken()
         return words + (f", the factors themselves are no longer numbers {in_words(broken, len(names))}" if broken else "")
 
