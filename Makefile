@@ -4,6 +4,7 @@
 # make test-oldest   the nodes' tests on the oldest ComfyUI that they work with
 # make fuzz    read mutated LoRA files for ten minutes, or ARGS="--seconds N"
 # make evidence   the experiments of docs/evidence/ at a reduced size: checks what they claim
+# make soak    hours of faults: figures of docs/reliability.md
 
 SHELL := /bin/bash
 BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v python3.12) $(shell command -v python3)))
@@ -14,7 +15,7 @@ OLDEST := server training load load_less inspect families bases cancel bad_files
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev demo ui test test-gpu test-oldest lint format bench evidence fuzz clean
+.PHONY: setup setup-dev demo ui test soak test-gpu test-oldest lint format bench evidence fuzz clean
 
 setup:
 	@$(BASE) dev/host.py
@@ -30,6 +31,9 @@ ui: setup
 
 test: setup-dev
 	@COMFYUI_PYTHON= $(VENV) -m pytest $(ARGS)
+
+soak: setup-dev
+	@COMFYUI_PYTHON= $(VENV) -m pytest tests/soak -o "python_files=soak_*.py" -o "pythonpath=tests/soak" -s $(ARGS)
 
 test-gpu: setup-dev
 	@$(HOST) -m dev.gpu_tests $(ARGS)

@@ -147,10 +147,9 @@ class Adapter:
         """
         keep = min(capacity, self.capacity)
         extra = capacity - keep
-        rows = self._new_rows(extra, generator)
-        self._replace("down", torch.cat([self.down.data[:keep], rows]), keep, optimizer)
+        down = torch.cat([self.down.data[:keep], self._new_rows(extra, generator)])
         up = torch.cat([self.up.data[:keep], self.up.data.new_zeros(extra, self.shape[0])])
-        self._replace("up", up, keep, optimizer)
+        self._replace({"down": down, "up": up}, keep, optimizer)
 
     def renew(self, start: int, generator: Generator, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Drop what the positions from `start` on have learned: fresh down rows, zero up rows and moments."""
@@ -178,37 +177,42 @@ class Adapter:
         """Take these factors as they are, at exactly their rank; moments start at zero."""
         down = (factors.down * factors.scale).to(self.down)
         up = factors.up.reshape(self.shape[0], -1).t().to(self.up)
-        self._replace("down", down.contiguous(), 0, optimizer)
-        self._replace("up", up.contiguous(), 0, optimizer)
+        self._replace({"down": down.contiguous(), "up": up.contiguous()}, 0, optimizer)
 
-    def factors(self, rank: int) -> Factors:
-        """The first `rank` positions with √Λ folded into both factors; float32 views or copies, detached."""
-        down, up = self.down.detach()[:rank], self.up.detach()[:rank]
+    def factors(self, rank: int, device: torch.device | None = None) -> Factors:
+        """The first `rank` positions with √Λ folded into both factors; float32 views or copies, detached.
+
+        device: where to work that out; the adapter's own if not given.
+        """
+        device = device or self.device
+        down, up = self.down.detach()[:rank].to(device), self.up.detach()[:rank].to(device)
         if self.importance is not None:
-            root = self.importance[:rank].sqrt()
+            root = self.importance[:rank].to(device).sqrt()
             down, up = down * root.view(-1, *(1,) * (down.ndim - 1)), up * root[:, None]
         tail = (1,) * (len(self.shape) - 2)
         return Factors(up=up.t().reshape(self.shape[0], rank, *tail), down=down, alpha=float(rank))
 
-    def _replace(self, name: str, data: Tensor, keep: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Put a new Parameter in the place of `name`, and in the optimizer's, whose moments keep their first rows.
+    def _replace(self, data: dict[str, Tensor], keep: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Put new Parameters in the places of these, and in the optimizer's, whose moments keep their first rows.
 
         A resized `.data` would do only while no graph of an earlier step is alive, since that one remembers the old shape.
+        All memory is asked for before anything is changed: where it runs out, the layer is as it was.
         """
-        old: nn.Parameter = getattr(self, name)
-        new = nn.Parameter(data)
-        setattr(self, name, new)
-        if optimizer is None:
-            return
-        for group in optimizer.param_groups:
-            group["params"] = [new if p is old else p for p in group["params"]]
-        moments = _moments(optimizer, old)
-        state = optimizer.state.pop(old, None)
-        if state is not None:
-            for key, moment in moments.items():
-                state[key] = torch.zeros_like(data)
-                state[key][:keep] = moment[:keep]
-            optimizer.state[new] = state
+        moments = {}
+        for name, values in data.items():
+            for key, moment in _moments(optimizer, getattr(self, name)).items():
+                moments[name, key] = torch.zeros_like(values)
+                moments[name, key][:keep] = moment[:keep]
+        for name, values in data.items():
+            old, new = getattr(self, name), nn.Parameter(values)
+            setattr(self, name, new)
+            if optimizer is None:
+                continue
+            for group in optimizer.param_groups:
+                group["params"] = [new if p is old else p for p in group["params"]]
+            state = optimizer.state.pop(old, None)
+            if state is not None:
+                optimizer.state[new] = state | {key: moment for (of, key), moment in moments.items() if of == name}
 
 
 def full_rank(shape: tuple[int, ...]) -> int:

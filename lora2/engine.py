@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import out_of_memory
 from .network import AdaptiveNetwork
 from .optimizer import Optimizer
 
@@ -55,13 +56,15 @@ class Engine:
     def step(self, parts: Iterable[Part], optimizer: Optimizer, rate: float, ranks_move: bool) -> Tensor:
         """One optimizer step over all samples.
 
-        Returns (2,) float32 on the device: the loss before the step, and 1 if the step was taken, 0 if it was not finite.
+        Returns (2 + 2 · layers,) float32 on the device: the loss before the step; 1 if the step was taken, 0 if it was not
+        finite; and the norms of the gradients, each layer's down factor before its up factor.
         """
         self.network.refresh()
         self.network.hold_gradients()
         optimizer.prepare(rate, ranks_move)
         loss = torch.stack([self.backward(part) for part in parts]).sum()
-        return torch.stack([loss, self.update(optimizer, loss).to(loss.dtype)])
+        taken = self.update(optimizer, loss)
+        return torch.cat([torch.stack([loss, taken.to(loss.dtype)]), optimizer.norms])
 
     def backward(self, part: Part) -> Tensor:
         """Forward and backward of a part of the step; its share of the loss."""
@@ -75,6 +78,10 @@ class Engine:
 
     def forget(self) -> None:
         """Call when parameters were replaced."""
+
+    def save_memory(self) -> str | None:
+        """Change something so that a step needs less memory; in words what, None where there is nothing."""
+        return None
 
 
 class GraphEngine(Engine):
@@ -126,6 +133,8 @@ class GraphEngine(Engine):
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = work()
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             # Recording stops at the first operation that a graph cannot hold; nothing of it has run.
             self.failed = True
             self.forget()
@@ -142,6 +151,14 @@ class GraphEngine(Engine):
         torch.cuda.empty_cache()
 
 
+    def save_memory(self) -> str | None:
+        """Record no more: what a graph works in is kept for it alone."""
+        if self.failed or self._pool is None:
+            return None
+        self.failed = True
+        return "steps run as written, which is slower, since recorded ones hold memory"
+
+
 class _Recorded:
     """A graph with the tensors that it reads and writes."""
 
@@ -153,6 +170,27 @@ class _Recorded:
     def replay(self) -> Tensor:
         self.graph.replay()
         return self.output
+
+
+class Result:
+    """A step's loss, whether it was taken, and its gradients' norms, on their way from the device."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values
+
+    def read(self) -> tuple[float, bool, list[float]]:
+        """All three, once the step is done."""
+        if self._event is not None:
+            self._event.synchronize()
+        loss, taken, *norms = self._values.tolist()
+        return loss, bool(taken), norms
 
 
 def engine_for(network: AdaptiveNetwork, loss: Loss, graphs: bool) -> Engine:

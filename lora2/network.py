@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .adapter import HEADROOM, Adapter, capacity_for, cost, full_rank, module_sh
 from .budget import fit, float32, next_pressure, scaled_ranks
 from .errors import LoraError
 from .factors import Factors
+from .memory import attempt
 from .packed import Block, Packed
 from .settings import Settings
 from .spectrum import singular_order
@@ -63,7 +65,7 @@ class AdaptiveNetwork:
         self._limits = [rank_limit(shape, settings) for shape in shapes]
         costs = [cost(shape) for shape in shapes]
         self.budget = settings.budget(costs, self._limits)
-        initial = self._initial_ranks(self.budget / sum(costs))
+        initial = initial_ranks(self.budget / sum(costs), self._limits, settings)
         energies = [imp.kept_energy(rank, imp.mass_constant(settings.q) / rank) for rank in initial]
         self.adapters = [
             Adapter(module, capacity_for(rank), _std(shape, rank, energy, settings), self.device, self.generator)
@@ -78,13 +80,11 @@ class AdaptiveNetwork:
         self._resized: list[int] = []
         """The syncs, counted from 1, at which arrays were resized."""
         self._syncs = 0
+        self._laid_out: list[int] = []
+        self._settling: dict[str, Factors] | None = None
         self._rebuild()
 
-    # -- start -------------------------------------------------------------------------------------------------------
-
-    def _initial_ranks(self, target: float) -> list[int]:
-        wanted = self.settings.initial_rank or max(SMALLEST_INITIAL, INITIAL_OVER_TARGET * math.ceil(target))
-        return [min(max(wanted, self.settings.min_rank), limit) for limit in self._limits]
+    # -- parameters and gradients --------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
         """The factors of every layer, down before up; without θ."""
@@ -137,14 +137,20 @@ class AdaptiveNetwork:
 
     def _rebuild(self) -> None:
         """Lay Λ's buffer and the working copies out anew after capacities changed."""
-        for adapter in self.adapters:
-            adapter.importance, adapter.working = None, None
         self._packed = None  # frees the old copies before there are new ones
+        for adapter in self.adapters:
+            adapter.working = None
+        if not self.settled:
+            self._lay_out_importance()
+        for row, adapter in enumerate(self.adapters):
+            adapter.importance = None if self.settled else self._importance[row]
+        # The largest last: where memory runs out in it, what was learned can still be read.
         if self.compute != torch.float32:
             self._packed = Packed(self.adapters, self.compute, self.device)
-        if self.settled:
-            self.refresh()
-            return
+        self.refresh()
+        self._laid_out = [a.capacity for a in self.adapters]
+
+    def _lay_out_importance(self) -> None:
         self._limit_theta = torch.tensor(self._limits, dtype=torch.float32, device=self.device).log()
         self._floor_theta = torch.tensor(
             [min(self.settings.min_rank, limit) for limit in self._limits], dtype=torch.float32, device=self.device
@@ -155,9 +161,6 @@ class AdaptiveNetwork:
         self._importance = torch.zeros(len(self.adapters), width, device=self.device)
         self._shares = torch.zeros_like(self._importance)
         self._peak = self._capacities.clone()
-        for row, adapter in zip(self._importance, self.adapters, strict=True):
-            adapter.importance = row
-        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -279,7 +282,7 @@ class AdaptiveNetwork:
         exactly: hold every rank that θ asks for, also where resizing would not pay.
         Positions that fell out of the rank since the last sync are dropped for good: if the rank returns, they start anew.
         Arrays are resized at most MOST_RESIZES times in a run, evenly spaced; a rank that outgrows its arrays before that waits
-        there.
+        there. Where memory runs out in it, nothing learned is lost, and a second call goes on.
         """
         if self.settled:
             return False
@@ -299,6 +302,7 @@ class AdaptiveNetwork:
         self._last_ranks = rho
         short = exactly and any(rank > a.capacity for a, rank in zip(self.adapters, wanted, strict=True))
         changed = short or (self._may_resize() and self._worth(capacities, wanted))
+        unfinished = self._laid_out != [a.capacity for a in self.adapters]
         if changed:
             self._resized.append(self._syncs)
             for adapter, capacity in zip(self.adapters, capacities, strict=True):
@@ -308,9 +312,9 @@ class AdaptiveNetwork:
             ratio = self.size() / self.budget
             self.pressure.fill_(next_pressure(float(self.pressure), ratio, self._last_ratio))
             self._last_ratio = ratio
-        if changed:
+        if changed or unfinished:
             self._rebuild()
-        return changed
+        return changed or unfinished
 
     @property
     def _syncs_between(self) -> int:
@@ -344,16 +348,17 @@ class AdaptiveNetwork:
         """Fold Λ, bring every layer into singular order, cut all together to the budget, go on as a plain LoRA.
 
         Without a cut the model's output changes by rounding only. Start a new optimizer afterwards: the old moments
-        belong to other directions.
+        belong to other directions. Where memory runs out in it, nothing learned is lost, and a second call goes on.
         """
-        factors = self.export(ordered=not cut)
-        if cut:
-            factors = fit(factors, self.budget, self.settings.min_rank)
+        if self._settling is None:
+            factors = self.export(ordered=not cut)
+            self._settling = fit(factors, self.budget, self.settings.min_rank) if cut else factors
         self.settled = True
         for name, adapter in zip(self.names, self.adapters, strict=True):
-            adapter.load(factors[name])
+            adapter.load(self._settling[name])
             adapter.revive(self.generator)
         self._rebuild()
+        self._settling = None
 
     @torch.no_grad()
     def export(self, ordered: bool | None = None) -> dict[str, Factors]:
@@ -361,14 +366,20 @@ class AdaptiveNetwork:
 
         ordered: singular order (the default once settled); otherwise positions stay in the order of Λ, as in the paper.
         """
+        if self._settling is not None:
+            return dict(self._settling)  # layers that were not reached yet hold more than that
         ranks = self.ranks()
         out = {}
         for name, adapter in zip(self.names, self.adapters, strict=True):
-            factors = adapter.factors(ranks[name])
-            if ordered or (ordered is None and self.settled):
-                factors = float32(singular_order(factors)[0])
-            out[name] = Factors(factors.up.cpu(), factors.down.cpu(), factors.alpha)
+            plain = partial(_plain, adapter, min(ranks[name], adapter.capacity), self.settled if ordered is None else ordered)
+            # A device that is full up to the last byte must not keep what was learned from being saved.
+            out[name] = (attempt(partial(plain, self.device)) or [plain(torch.device("cpu"))])[0]
         return out
+
+    def broken(self) -> list[str]:
+        """Layers whose factors are not finite."""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.parameters()])).view(-1, 2)
+        return [name for name, good in zip(self.names, torch.isfinite(norms).all(1).tolist(), strict=True) if not good]
 
     @torch.no_grad()
     def final_factors(self) -> tuple[dict[str, Factors], bool]:
@@ -426,11 +437,25 @@ def _in_place_of(adapter: Adapter) -> Iterator[None]:
         del module.forward
 
 
+def _plain(adapter: Adapter, rank: int, ordered: bool, device: torch.device) -> Factors:
+    """A layer's factors on the CPU, worked out on this device."""
+    factors = adapter.factors(rank, device)
+    if ordered:
+        factors = float32(singular_order(factors)[0])
+    return Factors(factors.up.cpu(), factors.down.cpu(), factors.alpha)
+
+
 def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return adapter.add(output, args[0])
 
     return add
+
+
+def initial_ranks(target: float, limits: Sequence[int], settings: Settings) -> list[int]:
+    """The ranks that layers start from. target: the mean rank to end with; limits: every layer's largest."""
+    wanted = settings.initial_rank or max(SMALLEST_INITIAL, INITIAL_OVER_TARGET * math.ceil(target))
+    return [min(max(wanted, settings.min_rank), limit) for limit in limits]
 
 
 def rank_limit(shape: tuple[int, ...], settings: Settings) -> int:

@@ -40,6 +40,10 @@ class Optimizer:
         self._parts: list[tuple[torch.nn.Parameter, str, Tensor]] = []
         self.theta = None if network.settled else self._make([network.theta], "adam", settings.rank_learning_rate, 0.0)
         self._hold = torch.zeros((), device=network.device)
+        self.norms = torch.zeros(0, device=network.device)
+        """Of the gradients last taken, in the order of the network's parameters."""
+        self.half_taken = False
+        """While a step that has begun to change parameters is not complete: it cannot be made again."""
 
     def _make(self, parameters: list[torch.nn.Parameter], kind: str, rate: float, decay: float) -> torch.optim.Optimizer:
         lr = torch.tensor(rate, device=self.network.device) if self._capturable else rate
@@ -62,6 +66,7 @@ class Optimizer:
 
     def prepare(self, rate: float, ranks_move: bool) -> None:
         """Set what the next `take` goes by."""
+        self.half_taken = False
         self._lay_out()
         for group in (*self.inner.param_groups, *self._whole.param_groups):
             if isinstance(group["lr"], Tensor):
@@ -110,15 +115,17 @@ class Optimizer:
     def take(self, loss: Tensor) -> Tensor:
         """`step` without setting anything: the same launches every time."""
         self.network.finish_gradients()
-        gradients = [p.grad for p in self.network.trained() if p.grad is not None]
-        norm = global_norm(gradients, loss)
+        self.norms = gradient_norms([p.grad for p in self.network.parameters() if p.grad is not None], loss)
+        norm = torch.linalg.vector_norm(self.norms)
         taken = torch.isfinite(norm) & torch.isfinite(loss)
         skip = (~taken).to(torch.float32)
         excess = (norm / self.settings.clip_norm).clamp(min=1.0) if self.settings.clip_norm > 0 else torch.ones_like(norm)
-        self._move(self._whole, gradients, excess, skip)
+        self._move(self._whole, [p.grad for p in self.network.trained() if p.grad is not None], excess, skip)
+        self.half_taken = True
         written = self.network.theta.grad
         if self.theta is not None and written is not None:
             self._move(self.theta, [written], torch.ones_like(norm), torch.maximum(skip, self._hold))
+        self.half_taken = False
         self.network.clear_gradients()
         return taken
 
@@ -128,12 +135,18 @@ class Optimizer:
             optimizer.grad_scale, optimizer.found_inf = excess.float(), skip.float()  # type: ignore[attr-defined]
             optimizer.step()
         elif not bool(skip):
+            self.half_taken = True
             torch._foreach_div_(gradients, excess)
             optimizer.step()
 
 
 def global_norm(gradients: list[Tensor], like: Tensor | None = None) -> Tensor:
     """√Σ‖g‖² over all tensors, a scalar on their device."""
+    return torch.linalg.vector_norm(gradient_norms(gradients, like))
+
+
+def gradient_norms(gradients: list[Tensor], like: Tensor | None = None) -> Tensor:
+    """‖g‖ of every tensor, (tensors,) on their device; where there are none, on that of `like`."""
     if not gradients:
-        return torch.zeros(()) if like is None else torch.zeros_like(like)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return torch.zeros(0) if like is None else like.new_zeros(0)
+    return torch.stack(torch._foreach_norm(gradients))

@@ -17,6 +17,8 @@ SAMPLINGS = ("auto", "uniform", "logit-normal", "shifted")
 INITS = ("fan-in", "paper")
 TRISTATE = ("auto", "on", "off")
 PRECISIONS = ("auto", "bf16", "fp32")
+OUT_OF_MEMORY = ("retry with less", "stop")
+BAD_STEPS = ("stop", "skip")
 SEEDS = 2**64
 """torch's generators take seeds below this, as ComfyUI's widget does."""
 
@@ -43,6 +45,7 @@ class Settings:
     q: the share of the importance mass that a rank holds. rank_weight, entropy_weight: λ_r and λ_e of the paper.
     bytes_per_parameter, file_overhead: how a number of parameters becomes a file's size; a host fills them in.
     min_snr_gamma: 0 = off. clip_norm: 0 = off. caption_dropout: share of captions replaced by the empty one.
+    on_out_of_memory: make the step again in smaller parts, or stop. on_bad_step: what to do where gradients are not finite.
     """
 
     steps: int = 600
@@ -71,6 +74,8 @@ class Settings:
     timestep_sampling: str = "auto"
     caption_dropout: float = 0.0
     seed: int = 0
+    on_out_of_memory: str = "retry with less"
+    on_bad_step: str = "stop"
     sync_every: int = 20
     bytes_per_parameter: int = 2
     file_overhead: int = 0
@@ -115,6 +120,8 @@ class Settings:
             ("optimizer", OPTIMIZERS),
             ("timestep_sampling", SAMPLINGS),
             ("init", INITS),
+            ("on_out_of_memory", OUT_OF_MEMORY),
+            ("on_bad_step", BAD_STEPS),
         ):
             self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
 from .data import Buckets
-from .engine import Part, engine_for
-from .errors import LoraError
+from .engine import Part, Result, engine_for
 from .losses import EntropyProbe, denoising_loss
+from .memory import OutOfMemory, advice, attempt, release
 from .network import AdaptiveNetwork
 from .optimizer import Optimizer
 from .schedule import learning_rate_factor, sample_times
 from .settings import SEEDS, Settings
+from .watch import Diverged, Judge
+
+__all__ = ["EMPTY_CAPTION", "Denoiser", "Diverged", "Progress", "Trainer"]
+
+log = logging.getLogger("lora2")
+
+T = TypeVar("T")
+Batch = tuple[Tensor, Tensor, Tensor, list[int]]
+"""Clean latents, noise, σ and captions, on the CPU."""
 
 STEPS_AHEAD = 1
 """Steps that a GPU may be given before the last one's loss is read: a cancel waits for them."""
@@ -58,13 +68,17 @@ class Denoiser(Protocol):
     def denoise(self, noisy: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         """The model's x0 prediction with every sample's own caption, with gradients."""
 
+    def save_memory(self) -> str | None:
+        """Change something so that a step needs less memory; in words what, None where there is nothing."""
+
 
 @dataclass
 class Progress:
     """Where a run is.
 
-    losses: one per finished step. ranks: by layer, as of the last time the arrays followed them. settled_at: the step
-    before which the ranks settled, None while they adapt.
+    losses: one per finished step, NaN for one that was skipped. ranks: by layer, as of the last time the arrays followed
+    them. settled_at: the step before which the ranks settled, None while they adapt. changes: what was changed on the way
+    since memory ran out, in words.
     """
 
     steps: int
@@ -73,36 +87,22 @@ class Progress:
     ranks: dict[str, int] = field(default_factory=dict)
     settled_at: int | None = None
     seconds: float = 0.0
+    changes: list[str] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> list[int]:
+        """The steps, counted from 1, that were not taken."""
+        return [step for step, loss in enumerate(self.losses, 1) if math.isnan(loss)]
+
+    @property
+    def learned(self) -> int:
+        """How many steps were taken."""
+        return self.step - len(self.skipped)
 
     @property
     def phase(self) -> str:
         """The phase: "adapting" until the ranks settle, then "settled"."""
         return "adapting" if self.settled_at is None else "settled"
-
-
-class _Result:
-    """A step's loss and whether it was taken, on their way from the device."""
-
-    def __init__(self, pair: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        if pair.is_cuda:
-            self._values = torch.empty(2, pin_memory=True)
-            self._values.copy_(pair, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._values = pair
-
-    def read(self) -> tuple[float, bool]:
-        """Both, once the step is done."""
-        if self._event is not None:
-            self._event.synchronize()
-        loss, taken = self._values.tolist()
-        return loss, bool(taken)
-
-
-class Diverged(LoraError):
-    """The loss is no longer a number. The network still holds the last good state."""
 
 
 class Trainer:
@@ -116,6 +116,7 @@ class Trainer:
         settings: Settings,
         entropy: EntropyProbe | None = None,
         graphs: bool = True,
+        say: Callable[[str], None] = log.info,
     ) -> None:
         self.network = network
         self.denoiser = denoiser
@@ -128,12 +129,17 @@ class Trainer:
         self.progress = Progress(settings.steps, ranks=network.ranks())
         self._since_settling = 0
         self._issued = 0
-        self._pending: list[_Result] = []
+        self._pending: list[Result] = []
         self._ahead = STEPS_AHEAD if network.device.type == "cuda" else 0
+        self._say = say
+        self._judge = Judge(network, settings, say)
+        self._most, self._largest = settings.batch_size, 0
 
     def run(self, on_step: Callable[[Progress], None] | None = None) -> Progress:
-        """Train to the end. on_step is called after every step and may raise to stop; raises Diverged on a NaN loss.
+        """Train to the end. on_step is called after every step and may raise to stop.
 
+        Raises Diverged where the loss or gradients are not finite (or, where such steps are skipped, are so too often), and
+        OutOfMemory.
         On a GPU the loop runs a little ahead: `progress` counts the steps that are known to be done.
         """
         start = time.monotonic() - self.progress.seconds
@@ -149,50 +155,109 @@ class Trainer:
                 self._rest_if_due()
                 self._step()
                 self._collect(0 if self._issued == self.settings.steps else self._ahead)
-                self.progress.seconds = time.monotonic() - start
+                self.progress.seconds = max(self.progress.seconds, time.monotonic() - start)  # a clock may jump back
                 if on_step is not None:
                     on_step(self.progress)
         return self.progress
 
     def _step(self) -> None:
         settings, step = self.settings, self._issued
-        result = self.engine.step(self._parts(), self.optimizer, self._rate(step), settings.ranks_move(step))
-        self._pending.append(_Result(result))
+        drawn: list[Batch] = []  # once: an attempt that failed is made again with the same samples
+        moves = settings.ranks_move(step)
+        result = self._relieved(
+            lambda: self.engine.step(self._parts(drawn), self.optimizer, self._rate(step), moves), self._less
+        )
+        self._pending.append(Result(result))
         self._issued += 1
         self._since_settling += 1
         if self._issued == settings.steps:
             self._note_ranks()  # without a sync: arrays that grew now would never be trained
         elif self._issued % settings.sync_every == 0:
-            if self.network.sync(self.optimizer.inner):
+            if self._relieved(lambda: self.network.sync(self.optimizer.inner), self._graphs_dropped()):
                 self.engine.forget()
             self._note_ranks()
 
     def _collect(self, ahead: int, judge: bool = True) -> None:
-        """Read the losses of all but the last `ahead` steps; raises Diverged at the first step that was not taken."""
+        """Read the results of all but the last `ahead` steps; raises Diverged at the first step that may not be skipped."""
         while len(self._pending) > ahead:
-            loss, taken = self._pending.pop(0).read()
-            if taken:
-                self.progress.losses.append(loss)
-                self.progress.step += 1
-            elif judge:
+            try:
+                self._judge(self.progress, *self._pending.pop(0).read(), judge)
+            except Diverged:
                 self._pending.clear()
-                what = "gradients are no longer numbers" if math.isfinite(loss) else f"loss became {loss}"
-                raise Diverged(
-                    f"The {what} at step {self.progress.step + 1}, and the step was not taken: lower the learning rate "
-                    f"(now {self.settings.learning_rate:g}), check the latents, or train in bf16 or fp32."
-                )
+                raise
 
-    def _parts(self) -> Iterator[Part]:
-        """The next step's samples, in parts that can run together."""
-        for _ in range(self.settings.accumulation):
-            clean, noise, sigma, captions = self.draw()
-            for members, conditioning in self.denoiser.conditions(captions, clean.shape):
-                share = len(members) / (len(captions) * self.settings.accumulation)
-                weight = torch.full((), share, device=clean.device)
-                if len(members) == len(captions):
-                    yield Part(clean, noise, sigma, conditioning, weight)
-                else:
-                    yield Part(clean[members], noise[members], sigma[members], conditioning, weight)
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def _relieved(self, work: Callable[[], T], change: Callable[[], str | None]) -> T:
+        """What `work` gives; where memory runs out, once more after every change that makes it need less.
+
+        change: makes one and says what, None where there is none left. Raises OutOfMemory then.
+        """
+        while not (done := attempt(work)):
+            words = None if self.optimizer.half_taken else change()
+            self._let_go()
+            if words is None:
+                raise OutOfMemory(f"Memory ran out at step {self._issued + 1}. {advice(self.settings, self.progress.changes)}")
+            if words:
+                self.progress.changes.append(words)
+                self._say(f"Memory ran out at step {self._issued + 1}: {words}, and the step is made again.")
+        return done[0]
+
+    def _let_go(self) -> None:
+        """Drop everything that a failed attempt left, on the device and here."""
+        if self.entropy is not None:
+            self.entropy.forget()
+        self.engine.forget()
+        self.network.forget_gradients()
+        release()
+
+    def _less(self) -> str | None:
+        """Make a step need less memory, with the same samples, noise and loss; in words what was changed."""
+        if self.settings.on_out_of_memory == "stop":
+            return None
+        if words := self.denoiser.save_memory():
+            return words
+        if self._largest > 1:
+            self._most = math.ceil(self._largest / 2)
+            return f"{self._most} of a batch's pictures at a time, not {self._largest}"
+        return self.engine.save_memory()
+
+    @staticmethod
+    def _graphs_dropped() -> Callable[[], str | None]:
+        """A change that can be made once: recorded steps hold memory, and `_let_go` drops them."""
+        once = [""]
+        return lambda: once.pop() if once else None
+
+    # -- samples ---------------------------------------------------------------------------------------------------
+
+    def _parts(self, drawn: list[Batch]) -> Iterator[Part]:
+        """A step's samples on the device, in parts that can run together, of as many samples as memory allows.
+
+        drawn: the step's batches so far; those that are missing are drawn and added.
+        """
+        device, count, self._largest = self.denoiser.device, self.settings.accumulation, 0
+        for index in range(count):
+            if index == len(drawn):
+                drawn.append(self.draw())
+            clean, noise, sigma, captions = drawn[index]
+            for members, conditioning in self._groups(captions, range(len(captions)), clean.shape):
+                self._largest = max(self._largest, len(members))
+                weight = torch.full((), len(members) / (len(captions) * count), device=device)
+                some: Any = slice(None) if len(members) == len(captions) else members
+                yield Part(clean[some].to(device), noise[some].to(device), sigma[some].to(device), conditioning, weight)
+
+    def _groups(
+        self, captions: Sequence[int], members: Sequence[int], shape: torch.Size
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Samples that can run together, no more at once than memory allows, with their conditioning."""
+        chosen = [captions[i] for i in members]
+        for places, conditioning in self.denoiser.conditions(chosen, torch.Size([len(chosen), *shape[1:]])):
+            group = [members[place] for place in places]
+            if len(group) <= self._most:
+                yield group, conditioning
+                continue
+            for start in range(0, len(group), self._most):
+                yield from self._groups(captions, group[start : start + self._most], shape)
 
     def _rate(self, step: int) -> float:
         """The learning rate's share now; after settling, the new optimizer's moments are warmed up as at the start."""
@@ -207,8 +272,8 @@ class Trainer:
             return
         self._collect(0)
         self.engine.forget()
-        self.network.sync()
-        self.network.settle()
+        self._relieved(self.network.sync, self._graphs_dropped())
+        self._relieved(self.network.settle, self._graphs_dropped())
         self.optimizer = Optimizer(self.network, self.settings)
         self._since_settling = 0
         self.progress.settled_at = self._issued
@@ -218,16 +283,16 @@ class Trainer:
         """In the paper's form, the moment from which ranks stand still."""
         if self._issued == self.settings.rest_step and self.settings.settle_at >= 1:
             self._collect(0)
-            if self.network.rest(self.optimizer.inner):
+            if self._relieved(lambda: self.network.rest(self.optimizer.inner), self._graphs_dropped()):
                 self.engine.forget()
             self._note_ranks()
 
     def _note_ranks(self) -> None:
         self.progress.ranks = self.network.ranks()
 
-    def draw(self) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    def draw(self) -> Batch:
         """Clean latents, noise, σ and captions of the next batch. Drawn on the CPU: a seed means the same everywhere."""
-        settings, device = self.settings, self.denoiser.device
+        settings = self.settings
         indices = self.data.next_batch()
         clean = self.data.stack(indices)
         noise = torch.randn(clean.shape, generator=self.generator)
@@ -236,7 +301,7 @@ class Trainer:
         sigma = self.denoiser.sigma(times, shifted=sampling in ("auto", "shifted"))
         dropped = torch.rand(len(indices), generator=self.generator) < settings.caption_dropout
         captions = [EMPTY_CAPTION if gone else i for i, gone in zip(indices, dropped.tolist(), strict=True)]
-        return clean.to(device), noise.to(device), sigma.to(device), captions
+        return clean, noise, sigma, captions
 
     def loss(self, clean: Tensor, noise: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         """The denoising loss plus λ_e times the entropy of cross-attention."""

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..lora2.settings import INITS, OPTIMIZERS, PRECISIONS, SAMPLINGS, SCHEDULES, TARGETS, TRISTATE, Settings
+from ..lora2.settings import (
+    BAD_STEPS,
+    INITS,
+    OPTIMIZERS,
+    OUT_OF_MEMORY,
+    PRECISIONS,
+    SAMPLINGS,
+    SCHEDULES,
+    TARGETS,
+    TRISTATE,
+    Settings,
+)
 
 DEFAULTS = Settings()
 SAVE_DTYPES = ["fp16", "bf16", "fp32"]
@@ -305,5 +316,23 @@ def inputs() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="What a dropped caption becomes; a caption of zeros if not connected.",
+        ),
+        io.Combo.Input(
+            "on_out_of_memory",
+            options=list(OUT_OF_MEMORY),
+            default=DEFAULTS.on_out_of_memory,
+            optional=True,
+            advanced=True,
+            tooltip="When memory runs out. retry with less: the step is made again with gradient checkpointing (if that is on "
+            "auto), then with fewer pictures at a time; the batch stays the same.",
+        ),
+        io.Combo.Input(
+            "on_bad_step",
+            options=list(BAD_STEPS),
+            default=DEFAULTS.on_bad_step,
+            optional=True,
+            advanced=True,
+            tooltip="When a step's loss or gradients are not numbers. stop: the run ends and keeps what was learned. skip: the "
+            "step is left out; too many of them end the run too.",
         ),
     ]

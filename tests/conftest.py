@@ -15,6 +15,7 @@ sys.path.append(str(ROOT))  # last: the pack's folder `nodes` must not hide Comf
 sys.path.append(str(ROOT / "tests"))
 
 import torch  # noqa: E402
+from probing import probed  # noqa: E402
 
 from dev import assets, host  # noqa: E402
 from dev.server import ComfyServer  # noqa: E402
@@ -39,10 +40,8 @@ def small_model(comfy: ModuleType) -> Callable[[str], Any]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A running ComfyUI with the pack, the small SD1.x checkpoint and the pictures in input/mug."""
-    base = tmp_path_factory.mktemp("comfy")
-    with ComfyServer(base) as running:
-        assets.fill_base(base)
+    """A running ComfyUI with the pack, the small SD1.x checkpoint, the pictures in input/mug, and tests/probe."""
+    with probed(tmp_path_factory.mktemp("comfy")) as running:
         yield running
 
 

@@ -18,7 +18,7 @@ MAYBE = ["initial_rank", "max_rank", "file_overhead"]
 POSITIVE = ["learning_rate", "rank_learning_rate"]
 NOT_NEGATIVE = ["rank_weight", "entropy_weight", "weight_decay", "clip_norm", "min_snr_gamma", "budget_mb"]
 SHARES = ["rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"]
-WORDS = ["schedule", "optimizer", "timestep_sampling", "init"]
+WORDS = ["schedule", "optimizer", "timestep_sampling", "init", "on_out_of_memory", "on_bad_step"]
 BAD = [
     *((name, value) for name in COUNTS for value in (0, -1, 2.5, NAN, INF, "3", None, True)),
     *((name, value) for name in MAYBE for value in (-1, 2.5, NAN, "3", None)),

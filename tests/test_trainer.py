@@ -43,6 +43,7 @@ class Toy(nn.Module):
         self.words = torch.randn(pictures + 1, 2, 12, generator=generator)  # the last one is the empty caption
         self.calls: list[dict[str, Any]] = []
         self.groups, self.forwards = 1, 0
+        self.savings: list[str] = []
 
     def layers(self) -> dict[str, nn.Module]:
         return {"into": self.into, "q": self.to_q, "k": self.to_k, "v": self.to_v, "out": self.out}
@@ -64,6 +65,9 @@ class Toy(nn.Module):
         """Captions of the same number modulo `groups` can run together."""
         kinds = [[at for at, c in enumerate(captions) if c % self.groups == kind] for kind in range(self.groups)]
         return [(places, [captions[at] for at in places]) for places in kinds if places]
+
+    def save_memory(self) -> str | None:
+        return self.savings.pop(0) if self.savings else None
 
     def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
         self.forwards += 1
@@ -284,7 +288,7 @@ def test_stopping_and_going_on_is_the_same_as_not_stopping(compute: torch.dtype)
 
 @types
 def test_a_model_that_fails_in_the_middle_of_a_step_leaves_no_half_gradients(compute: torch.dtype) -> None:
-    """The second of three micro-batches fails, as it may when memory runs out; then the run may go on."""
+    """The second of three micro-batches fails; then the run may go on."""
     trainer, plain = (trainer_of(accumulation=3, steps=1, settle_at=1.0, compute=compute) for _ in range(2))
     batches = [plain.draw() for _ in range(3)]
     plain.draw = iter(batches).__next__  # type: ignore[method-assign]
@@ -296,11 +300,11 @@ def test_a_model_that_fails_in_the_middle_of_a_step_leaves_no_half_gradients(com
     def denoise(*given: Any) -> Tensor:
         if toy.forwards == 1:
             toy.forwards = 2
-            raise torch.OutOfMemoryError("no memory")
+            raise RuntimeError("a kernel failed")
         return ordinary(*given)
 
     toy.denoise = denoise  # type: ignore[method-assign]
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="a kernel failed"):
         trainer.run()
     assert same(state(trainer), before)
     assert all(p.grad is None for p in trainer.network.parameters())
@@ -667,6 +671,9 @@ class Teachers(nn.Module):
 
     def conditions(self, captions: Sequence[int], shape: torch.Size) -> list[tuple[list[int], Any]]:
         return [(list(range(len(captions))), list(captions))]
+
+    def save_memory(self) -> str | None:
+        return None
 
     def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
         """The clean latent is zero, so what is put out is the error."""

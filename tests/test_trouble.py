@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_written_is_seen_before_training(
     model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asked of the system, since root, who runs some tests, may write everywhere."""
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folders / "loras")
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: Path(path) != folders / "loras")
     refused(model, r"may not write into its LoRA folder \(loras\). Allow it", folders)
 
 
@@ -149,7 +149,7 @@ def stops() -> dict[str, tuple[type[BaseException], str, Callable[[torch.Tensor]
         "NaN": (wrong, r"The loss became nan at step 3.*lower the learning rate.*saved as t/mug_00001", lambda x: x * math.nan),
         "infinity": (wrong, r"The loss became inf at step 3.*saved as t/mug_00001", lambda x: x / 0),
         "out of memory": (
-            wrong, r"ran out of memory.*checkpointing.*saved as t/mug_00001", raising(torch.OutOfMemoryError("no memory"))
+            wrong, r"Memory ran out at step 3.*checkpointing.*saved as t/mug_00001", raising(torch.OutOfMemoryError("no memory"))
         ),
         "an error": (RuntimeError, r"^a kernel failed$", raising(RuntimeError("a kernel failed"))),
         "cancelled": (InterruptProcessingException, "^$", cancelled),
@@ -172,6 +172,7 @@ def test_a_run_that_ends_early_keeps_what_it_learned(
     # ComfyUI looks for a cancel wherever it casts weights, which recomputed blocks do once more in the backward pass.
     done = 3 if (stop, checkpointing) == ("cancelled", "off") else 2
     more = {"steps": 5, "checkpointing": checkpointing, "precision": "bf16", "save_dtype": "fp32", "settle_at": 1.0}
+    more["on_out_of_memory"] = "stop"
     more |= {"schedule": "constant", "warmup": 0.0, "rank_hold": 0.0, "rank_learning_rate": 0.02, "initial_rank": 12}
     with untouched(model), monkeypatch.context() as patch, caplog.at_level("INFO", "lora2"):
         trouble_at(patch, model, 3, trouble)
@@ -195,7 +196,7 @@ def test_a_unet_is_left_as_it_was_too(
     error, words, trouble = stops()[stop]
     with torch.inference_mode():
         unet = small_model("sd15")
-    more = {"exclude": "*input_blocks*", "checkpointing": "on", "entropy_weight": 0.1}
+    more = {"exclude": "*input_blocks*", "checkpointing": "on", "entropy_weight": 0.1, "on_out_of_memory": "stop"}
     with untouched(unet, "sd15"), monkeypatch.context() as patch:
         trouble_at(patch, unet, 3, trouble)
         with pytest.raises(error, match=words):

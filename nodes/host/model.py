@@ -57,6 +57,7 @@ class HostModel:
         self._empty_source: Caption = []
         self._options: dict[str, Any] = {}
         self._sigmas: Tensor | None = None
+        self._may_checkpoint: ExitStack | None = None
 
     @property
     def latent_format(self) -> Any:
@@ -103,17 +104,20 @@ class HostModel:
         """While inside, the model is loaded, its weights are frozen ordinary tensors, and captions are encoded.
 
         latents: scaled, one per caption: sizes that the model is conditioned on come from each picture's own shape.
-        checkpointing: "auto" turns it on when memory is short.
+        checkpointing: "auto" turns it on when memory is short, here or later (`save_memory`).
         """
         shape = max((tuple(t.shape) for t in latents), key=math.prod)
         memory = self.model.memory_required([batch, *shape])
         with torch.inference_mode():  # as every other node: weights that are moved or patched stay inference tensors
             comfy.model_management.load_models_gpu([self.patcher], memory_required=memory * 2)
-        blocks = repeated_blocks(self.model.diffusion_model) if self._checkpoint(checkpointing, memory) else []
+        checkpoint = self._checkpoint(checkpointing, memory)
         was_training = comfy.model_management.in_training
         with ExitStack() as stack:
             stack.enter_context(trainable_weights(self.model))
-            stack.enter_context(checkpointed(blocks))
+            if checkpoint:
+                stack.enter_context(checkpointed(repeated_blocks(self.model.diffusion_model)))
+            elif checkpointing == "auto":
+                self._may_checkpoint = stack
             if "num_res_blocks" not in self.model.model_config.unet_config:
                 stack.enter_context(inputs_of_norms_kept(self.model.diffusion_model))
             stack.callback(self._release, was_training)
@@ -126,7 +130,7 @@ class HostModel:
 
     def _release(self, was_training: bool) -> None:
         comfy.model_management.in_training = was_training
-        self._captions, self._empty, self._options, self._sigmas = [], {}, {}, None
+        self._captions, self._empty, self._options, self._sigmas, self._may_checkpoint = [], {}, {}, None, None
         self.patcher.cleanup()
 
     def _checkpoint(self, choice: str, memory: float) -> bool:
@@ -141,6 +145,15 @@ class HostModel:
                 free / 1e9,
             )
         return bool(needed > free)
+
+    def save_memory(self) -> str | None:
+        """Turn gradient checkpointing on while `training`, where that is left to us and would change something."""
+        stack, self._may_checkpoint = self._may_checkpoint, None
+        blocks = repeated_blocks(self.model.diffusion_model) if stack else []
+        if stack is None or not blocks:
+            return None
+        stack.enter_context(checkpointed(blocks))
+        return "gradient checkpointing is on"
 
     def _transformer_options(self) -> dict[str, Any]:
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options).get(

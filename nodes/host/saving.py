@@ -19,7 +19,7 @@ from comfy.cli_args import args
 from ...lora2.adapter import full_rank
 from ...lora2.errors import LoraError
 from ...lora2.factors import Factors
-from ...lora2.format import LoraStateDict, to_state_dict, write_new
+from ...lora2.format import LoraStateDict, to_state_dict
 from ...lora2.info import Order
 from ...lora2.keys import shown
 from ...lora2.metadata import LayerInfo, build, layer_info, with_info
@@ -79,17 +79,26 @@ def _refuse(name: str, why: str) -> NoReturn:
     raise LoraError(f"save_name '{shown(name)}' {why}. Use a plain name, with a subfolder if you like: subjects/mug.")
 
 
+def room(place: Place) -> int:
+    """Bytes that are free on the disk of a place."""
+    return shutil.disk_usage(_existing(place)).free
+
+
+def _existing(place: Place) -> Path:
+    return next(p for p in (place.folder, *place.folder.parents) if p.exists())
+
+
 def check_place(place: Place, most_bytes: int) -> None:
     """Raise LoraError before training when the file could not be written in its place, or would not fit on the disk."""
-    existing = next(p for p in (place.folder, *place.folder.parents) if p.exists())
+    existing = _existing(place)
     if not existing.is_dir():
         raise LoraError(f"{shown(existing.name)} in ComfyUI's LoRA folder is a file, not a folder. Choose another save_name.")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise LoraError(
             f"ComfyUI may not write into its LoRA folder ({shown(existing.name)}). Allow it, or choose a save_name with "
             "another subfolder."
         )
-    free = shutil.disk_usage(existing).free
+    free = room(place)
     if free < most_bytes + (1 << 20):
         raise LoraError(
             f"The disk of ComfyUI's LoRA folder has {free / 1e6:.1f} MB free, but the LoRA may need {most_bytes / 1e6:.1f} MB. "
@@ -173,18 +182,3 @@ class FileInfo:
             about_run=not args.disable_metadata,
         )
         return LoraStateDict(tensors, metadata)
-
-
-def save(place: Place, lora: LoraStateDict) -> Path:
-    """Write the adapter under a new name in its place, or, where that fails, in the host's output folder."""
-    try:
-        return write_new(place.folder, place.stem, lora, lora.metadata)
-    except LoraError as error:
-        spare = Path(folder_paths.get_output_directory()) / "loras"
-        try:
-            path = write_new(spare, place.stem, lora, lora.metadata)
-        except LoraError:
-            raise error from None
-        raise LoraError(
-            f"{error} It was saved as output/loras/{path.name} instead; move it to your LoRA folder."
-        ) from None

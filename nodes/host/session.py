@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,22 @@ from ...lora2.errors import LoraError
 from ...lora2.format import LoraStateDict
 from ...lora2.live import live_picture
 from ...lora2.losses import EntropyProbe
-from ...lora2.network import AdaptiveNetwork, rank_limit
+from ...lora2.memory import OutOfMemory, attempt, out_of_memory, release
+from ...lora2.network import AdaptiveNetwork, initial_ranks, rank_limit
 from ...lora2.settings import PRECISIONS, TARGETS, TRISTATE, Settings
 from ...lora2.trainer import Progress, Trainer
 from .dataset import pictures
+from .kept import save, write_kept
 from .layers import cross_attention, family_of, file_prefixes, plain, select_layers
 from .model import HostModel, empty_caption, training_dtype
-from .saving import DTYPES, FileInfo, Place, check_place, place_for, save
+from .saving import DTYPES, FileInfo, Place, check_place, place_for, room
 
 log = logging.getLogger("lora2")
+
+NO_ROOM_TO_START = (
+    "Memory ran out before the first step, while the model was loaded and the LoRA laid out. Close other programs that use the "
+    "GPU, adapt fewer layers, or lower initial_rank or target_rank."
+)
 
 PREVIEW_SHARE = 0.03
 """Live pictures may take this share of the time."""
@@ -80,8 +89,19 @@ def train(
     say: Callable[[str], None] = log.info,
 ) -> Trained:
     """Check everything, train, save. Whatever stops the training, what was learned until then is saved and said."""
+    write_kept(say)
     with torch.inference_mode(False), torch.enable_grad():
-        return _train(patcher, latents, conditioning, settings, request, empty, say)
+        try:
+            return _train(patcher, latents, conditioning, settings, request, empty, say)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            words = str(error) if isinstance(error, LoraError) else NO_ROOM_TO_START
+    # Only now: what the failed attempt held went with its error. The host does the same when it sees one itself.
+    release()
+    with torch.inference_mode():  # as every other node: weights that are moved stay inference tensors
+        comfy.model_management.unload_all_models()
+    raise OutOfMemory(words)
 
 
 def _train(
@@ -101,30 +121,34 @@ def _train(
     files = _file_info(host, layers, images, request)
     shapes = {name: module_shape(m) for name, m in layers.items()}
     settings = settings.with_file(files.overhead(shapes, place.stem, settings.to_dict()), files.dtype.itemsize)
-    check_place(place, _most_bytes(shapes, settings))
+    least, most = _bytes(shapes, settings)
+    check_place(place, least)
+    if least < most and room(place) < most:
+        say(f"Ranks may grow: the LoRA may become up to {most / 1e6:.1f} MB, and the disk has {room(place) / 1e6:.1f} MB free.")
     images = host.scale_latents(images)
     nothing = empty_caption(captions, empty)
     with host.training(images, captions, nothing, settings.batch_size, request.checkpointing):
         network = AdaptiveNetwork(layers, settings, host.device, host.compute, plain)
-        trainer = Trainer(network, host, images, settings, EntropyProbe(cross_attention(host.model)))
+        trainer = Trainer(network, host, images, settings, EntropyProbe(cross_attention(host.model)), say=say)
         say(f"Training {len(layers)} layers on {len(images)} pictures, {settings.steps} steps.")
         finish = _Finish(network, trainer.progress, files, place, settings, request, len(images))
         try:
-            trainer.run(_Live(network, files))
+            trainer.run(_Live(network, files, partial(_warn_of_disk, place, settings, say)))
         except BaseException as stopped:
-            if trainer.progress.step == 0:
-                raise _explained(stopped, "") from stopped.__cause__
+            if not trainer.progress.learned:
+                raise
             done = f"Stopped after {trainer.progress.step} of {settings.steps} steps"
             try:
                 trained = finish()
             except LoraError as error:
                 reason = f"{stopped} " if isinstance(stopped, Exception) else ""
-                raise LoraError(f"{reason}{done}. {error}") from stopped
-            words = f"{done}; what was learned is saved as {trained.name}."
+                kind = OutOfMemory if out_of_memory(stopped) or out_of_memory(error) else LoraError
+                raise kind(f"{reason}{done}. {error}") from stopped
+            words = f"{done}; what was learned is saved as {trained.name}.{_notes(trainer.progress)}"
             say(words)
             raise _explained(stopped, " " + words) from stopped.__cause__
         trained = finish()
-        say(f"Saved as {trained.name}.")
+        say(f"Saved as {trained.name}.{_notes(trainer.progress)}")
         return trained
 
 
@@ -145,41 +169,55 @@ class _Finish:
         self.settings, self.request, self.pictures = settings, request, pictures
 
     def __call__(self) -> Trained:
+        """Save; a second time where memory ran out, with all given back that can be."""
+        if not (done := attempt(self._save)):
+            release()
+            done = attempt(self._save)
+        if not done:
+            raise OutOfMemory("Memory ran out while the LoRA was saved, twice: it is lost. Close other programs first.")
+        return done[0]
+
+    def _save(self) -> Trained:
         network, progress = self.network, self.progress
+        losses = [loss for loss in progress.losses if math.isfinite(loss)]
         training: dict[str, Any] = dict(
             self.settings.to_dict(),
             layers=self.request.target,
             pictures=self.pictures,
             steps_done=progress.step,
-            last_loss=progress.losses[-1],
+            last_loss=losses[-1],
             seconds=round(progress.seconds, 1),
         )
         factors, ordered = network.final_factors()
         rates = dict.fromkeys(factors) if ordered else network.rates()
         lora = self.files.state_dict(factors, self.place.stem, training, rates, network.target_rank)
         path = save(self.place, lora)
-        return Trained(lora, path, self.place.name_of(path), list(progress.losses))
+        return Trained(lora, path, self.place.name_of(path), losses)
 
 
 class _Live:
     """After every step: the progress bar, now and then a picture, and the host's request to stop."""
 
-    def __init__(self, network: AdaptiveNetwork, files: FileInfo) -> None:
+    def __init__(self, network: AdaptiveNetwork, files: FileInfo, warn_of_disk: Callable[[int], bool]) -> None:
+        self.warn_of_disk, self._warned = warn_of_disk, False
         self.bar = comfy.utils.ProgressBar(network.settings.steps)
         self.files = files
         self.costs = {files.prefixes[name]: a.cost for name, a in zip(network.names, network.adapters, strict=True)}
-        self._next_picture = 0.0
+        self._next_picture = self._drawn = 0.0
         self._phase = ""
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         preview: tuple[str, Image.Image, int] | None = None
-        if now >= self._next_picture or progress.phase != self._phase or progress.step == progress.steps:
+        due = now >= self._next_picture or now < self._drawn  # the second: a clock that jumped back
+        if due or progress.phase != self._phase or progress.step == progress.steps:
             picture = self._picture(progress)
+            parameters = sum(rank * self.costs[self.files.prefixes[name]] for name, rank in progress.ranks.items())
+            self._warned = self._warned or self.warn_of_disk(parameters)
             preview = ("JPEG", picture, max(picture.size))
             self._phase = progress.phase
-            drawn = time.monotonic()
-            self._next_picture = drawn + max(0.5, (drawn - now) / PREVIEW_SHARE)
+            self._drawn = time.monotonic()
+            self._next_picture = self._drawn + max(0.5, (self._drawn - now) / PREVIEW_SHARE)
         self.bar.update_absolute(progress.step, progress.steps, preview)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
@@ -206,25 +244,47 @@ def _file_info(
     return FileInfo(prefixes, style, family, host.prediction, size, DTYPES[request.save_dtype])
 
 
-def _most_bytes(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> int:
-    """The file's size at most; raises LoraError for a target or budget that the layers cannot have."""
+def _bytes(shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> tuple[int, int]:
+    """The file's size that has to fit, and the largest that it may grow to.
+
+    They differ only in the paper's own form without a budget, whose ranks end where they like: θ moves by its learning rate
+    at most, in every step. Raises LoraError for a target or budget that the layers cannot have.
+    """
     limits = [rank_limit(s, settings) for s in shapes.values()]
     costs = [cost(s) for s in shapes.values()]
     parameters = settings.budget(costs, limits)
-    if settings.settle_at >= 1:
-        parameters = max(
-            parameters, sum(c * min(limit, settings.initial_rank) for c, limit in zip(costs, limits, strict=True))
-        )
-    return settings.file_overhead + parameters * settings.bytes_per_parameter
+    most = parameters
+    if settings.settle_at >= 1 and not settings.budget_mb:
+        growth = math.exp(min(settings.rank_learning_rate * settings.steps, 20.0))
+        starts = initial_ranks(parameters / sum(costs), limits, settings)
+        parameters = max(parameters, sum(c * start for c, start in zip(costs, starts, strict=True)))
+        most = sum(c * min(limit, int(start * growth)) for c, limit, start in zip(costs, limits, starts, strict=True))
+    as_bytes = [settings.file_overhead + n * settings.bytes_per_parameter for n in (parameters, most)]
+    return as_bytes[0], max(as_bytes)
+
+
+def _warn_of_disk(place: Place, settings: Settings, say: Callable[[str], None], parameters: int) -> bool:
+    """Say when what has been learned so far would not fit the disk any more; whether it was said."""
+    size, free = settings.file_overhead + parameters * settings.bytes_per_parameter, room(place)
+    if size <= free or settings.settle_at < 1:
+        return False
+    say(f"The LoRA has grown to {size / 1e6:.1f} MB, but its disk has {free / 1e6:.1f} MB free: make room before the run ends.")
+    return True
 
 
 def _explained(stopped: BaseException, words: str) -> BaseException:
-    """The exception to go on with: the host's own for a cancel, ours with advice for what a person can change."""
-    if isinstance(stopped, torch.OutOfMemoryError):
-        return LoraError(
-            "The GPU ran out of memory. Turn checkpointing on, lower batch_size (and raise accumulation), train on smaller "
-            "pictures, or adapt fewer layers." + words
-        )
-    if isinstance(stopped, LoraError) and words:
-        return type(stopped)(f"{stopped}{words}")
-    return stopped
+    """The exception to go on with: the host's own for a cancel, ours with where the file lies."""
+    if out_of_memory(stopped) and not isinstance(stopped, LoraError):
+        return OutOfMemory(f"Memory ran out between two steps.{words}")
+    return type(stopped)(f"{stopped}{words}") if isinstance(stopped, LoraError) else stopped
+
+
+def _notes(progress: Progress) -> str:
+    """What a person should know of how a run went, beside its end."""
+    notes = ""
+    if progress.skipped:
+        steps = ", ".join(map(str, progress.skipped[:5])) + (" and others" if len(progress.skipped) > 5 else "")
+        notes += f" Steps that were skipped: {len(progress.skipped)} ({steps})."
+    if progress.changes:
+        notes += f" Memory ran out on the way: {'; '.join(progress.changes)}."
+    return notes

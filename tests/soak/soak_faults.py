@@ -1,0 +1,95 @@
+"""The tests bite: faults put back into a copy of the pack, one at a time, each caught by the test that is there for it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from recording import record
+
+from dev.host import HOST, ROOT, VENV
+
+FAULTS = {
+    "a hook left behind": (
+        "lora2/network.py",
+        "            for handle in handles:\n                handle.remove()",
+        "            for handle in handles[1:]:\n                handle.remove()",
+        "tests/test_training.py tests/test_trouble.py tests/test_cancel_anywhere.py",
+    ),
+    "an inference tensor kept": (
+        "nodes/host/weights.py",
+        "                if original is None:",
+        "                if original is None or slots is module._buffers:",
+        "tests/test_training.py tests/test_bases.py",
+    ),
+    "weights not given back after training": (
+        "nodes/host/weights.py",
+        "            if slots.get(name) is alias:\n                slots[name] = original",
+        "            pass",
+        "tests/test_training.py tests/test_trouble.py",
+    ),
+    "gradients of a failed attempt kept": (
+        "lora2/trainer.py",
+        "        self.engine.forget()\n        self.network.forget_gradients()\n        release()",
+        "        self.engine.forget()\n        release()",
+        "tests/test_memory.py",
+    ),
+    "a second draw for the second attempt": (
+        "lora2/trainer.py",
+        "            if index == len(drawn):\n                drawn.append(self.draw())",
+        "            drawn[index:] = [self.draw()]",
+        "tests/test_memory.py",
+    ),
+    "what a failed attempt held is kept": (
+        "lora2/memory.py",
+        "        if not out_of_memory(error):\n            raise\n        return []",
+        "        if not out_of_memory(error):\n            raise\n        attempt.kept = error\n        return []",
+        "tests/test_memory.py",
+    ),
+    "memory that ran out taken for a step that cannot be recorded": (
+        "lora2/engine.py",
+        "            if out_of_memory(error):\n                raise\n",
+        "",
+        "tests/test_memory.py",
+    ),
+    "a bad step counted as taken": (
+        "lora2/watch.py",
+        "        if taken:\n            self._in_a_row = 0",
+        "        if taken or self.settings.on_bad_step == 'skip':\n            self._in_a_row = 0",
+        "tests/test_watch.py",
+    ),
+    "a cancel that loses what was learned": (
+        "nodes/host/session.py",
+        "        except BaseException as stopped:",
+        "        except Exception as stopped:",
+        "tests/test_trouble.py tests/test_cancel_anywhere.py",
+    ),
+}
+"""What is wrong: the file, what stands there, what would stand there, and the tests of which one must fail at least."""
+
+
+def copied(folder: Path) -> Path:
+    """The repository without what is built; the set-up is shared."""
+    away = shutil.ignore_patterns(".git", ".host", ".venv", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, folder, ignore=away, symlinks=True)
+    (folder / ".host").symlink_to(HOST.resolve(), target_is_directory=True)
+    (folder / ".venv").symlink_to(VENV.resolve(), target_is_directory=True)
+    return folder
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_caught(fault: str, tmp_path: Path) -> None:
+    file, old, new, tests = FAULTS[fault]
+    folder = copied(tmp_path / "pack")
+    text = (folder / file).read_text()
+    assert text.count(old) == 1, "the code has changed: describe the fault anew"
+    (folder / file).write_text(text.replace(old, new))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests.split()]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    failed = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    assert done.returncode == 1, done.stdout[-3000:]
+    assert failed, done.stdout[-3000:]
+    record(f"fault: {fault}", {"caught by": failed[0]})
