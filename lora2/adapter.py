@@ -165,6 +165,12 @@ class Adapter:
         self._replace("down", down.contiguous(), 0, optimizer)
         self._replace("up", up.contiguous(), 0, optimizer)
 
+    def assume(self, down: Tensor, up: Tensor, std: float) -> None:
+        """Take these arrays, (capacity, …) and (capacity, d_out), and the deviation of new rows. Start a new optimizer then."""
+        self.std = std
+        self._replace("down", down.to(self.device, copy=True).contiguous(), 0, None)
+        self._replace("up", up.to(self.device, copy=True).contiguous(), 0, None)
+
     def factors(self, rank: int) -> Factors:
         """The first `rank` positions with √Λ folded into both factors; float32 views or copies, detached."""
         down, up = self.down.detach()[:rank], self.up.detach()[:rank]

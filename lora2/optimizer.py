@@ -5,14 +5,26 @@ All on the device: nothing here waits for a value, so that a step can be recorde
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from .errors import LoraError
+from .keys import shown
 from .network import AdaptiveNetwork
 from .settings import Settings
+from .state import State, damaged
 
 BETAS = (0.9, 0.99)
 """A run has hundreds of steps, not millions: β₂ = 0.999 would remember the start for all of it."""
+
+MOMENTS = {
+    "adam": ("step", "exp_avg", "exp_avg_sq"),
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+}
+"""What each kind remembers of a parameter."""
 
 FUSED = ("cuda", "cpu")
 """Devices whose fused optimizers skip a step, and unscale gradients, by a tensor on the device."""
@@ -24,6 +36,9 @@ class Optimizer:
     def __init__(self, network: AdaptiveNetwork, settings: Settings) -> None:
         self.network = network
         self.settings = settings
+        self._kind = settings.optimizer
+        self.broken = False
+        """Whether an error broke off while factors moved: some of them have, some have not."""
         self.fused = network.device.type in FUSED
         self._capturable = network.device.type == "cuda"
         self.inner = self._make(network.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay)
@@ -39,6 +54,41 @@ class Optimizer:
             return sgd
         cls = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
         return cls(parameters, lr=lr, betas=BETAS, weight_decay=decay, fused=self.fused, capturable=self._capturable)
+
+    def state(self) -> State:
+        """The moments and step counters of every parameter, under its place in the order; without any before the first step."""
+        return State({name: value for name, _, value in self._moments()}, {"kind": self._kind})
+
+    def restore(self, state: State) -> None:
+        """Take moments and counters of an optimizer over a network of the same shapes. Raises LoraError where they do not fit."""
+        names = MOMENTS[self._kind]
+        if MOMENTS.get(str(state.facts.get("kind"))) != names:
+            raise LoraError("The training state was made with another optimizer. Choose the one that it was made with.")
+        begun = bool(state.tensors)
+        for group, optimizer in self._groups():
+            for index, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+                kind = MOMENTS["adam"] if group == "theta" else names
+                if begun:
+                    optimizer.state[parameter] = {n: self._restored(state, f"{group}.{index}.{n}", n, parameter) for n in kind}
+
+    def _restored(self, state: State, key: str, name: str, parameter: torch.nn.Parameter) -> Tensor:
+        value = state.tensor(key, () if name == "step" else parameter.shape)
+        if name != "momentum_buffer" and bool((value < 0).any()) and name != "exp_avg":
+            damaged(f"{shown(key)} is negative")
+        waits = name == "step" and not (self.fused or self._capturable)
+        return value.to("cpu" if waits else parameter.device, copy=True)
+
+    def _groups(self) -> Iterator[tuple[str, torch.optim.Optimizer]]:
+        yield "factors", self.inner
+        if self.theta is not None:
+            yield "theta", self.theta
+
+    def _moments(self) -> Iterator[tuple[str, torch.nn.Parameter, Tensor]]:
+        for group, optimizer in self._groups():
+            for index, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+                for name, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        yield f"{group}.{index}.{name}", parameter, value
 
     def step(self, rate: float, ranks_move: bool, loss: Tensor) -> Tensor:
         """Take the accumulated gradients with `rate` times the learning rate and clear them.
@@ -61,6 +111,7 @@ class Optimizer:
     @torch.no_grad()
     def take(self, loss: Tensor) -> Tensor:
         """`step` without setting anything: the same launches every time."""
+        self.broken = True
         self.network.finish_gradients()
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = global_norm(gradients, loss)
@@ -72,6 +123,7 @@ class Optimizer:
             assert self.network.theta.grad is not None  # noqa: S101 (written just now)
             self._move(self.theta, [self.network.theta.grad], torch.ones_like(norm), torch.maximum(skip, self._hold))
         self.network.clear_gradients()
+        self.broken = False
         return taken
 
     def _move(self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], excess: Tensor, skip: Tensor) -> None:

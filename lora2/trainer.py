@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,9 +21,13 @@ from .network import AdaptiveNetwork
 from .optimizer import Optimizer
 from .schedule import learning_rate_factor, sample_times
 from .settings import SEEDS, Settings
+from .state import State, restore_generator
 
 STEPS_AHEAD = 1
 """Steps that a GPU may be given before the last one's loss is read: a cancel waits for them."""
+
+MOST_STEPS = 100_000_000
+"""More than any run has: what a state may claim."""
 
 EMPTY_CAPTION = -1
 """Stands for the empty caption where a picture's index stands for its caption."""
@@ -130,10 +135,18 @@ class Trainer:
         self._issued = 0
         self._pending: list[_Result] = []
         self._ahead = STEPS_AHEAD if network.device.type == "cuda" else 0
+        self._torn = False
+        self._marks: deque[tuple[int, State]] = deque(maxlen=STEPS_AHEAD + 2)
 
-    def run(self, on_step: Callable[[Progress], None] | None = None) -> Progress:
+    def run(
+        self,
+        on_step: Callable[[Progress], None] | None = None,
+        on_state: Callable[[State], object] | None = None,
+        state_every: int = 0,
+    ) -> Progress:
         """Train to the end. on_step is called after every step and may raise to stop; raises Diverged on a NaN loss.
 
+        on_state is called with the state after every `state_every` steps, but not after the last one; 0 = never.
         On a GPU the loop runs a little ahead: `progress` counts the steps that are known to be done.
         """
         start = time.monotonic() - self.progress.seconds
@@ -147,8 +160,12 @@ class Trainer:
             while self._issued < self.settings.steps:
                 self._settle_if_due()
                 self._step()
-                self._collect(0 if self._issued == self.settings.steps else self._ahead)
+                last = self._issued == self.settings.steps
+                due = on_state is not None and state_every > 0 and self._issued % state_every == 0 and not last
+                self._collect(0 if last or due else self._ahead)
                 self.progress.seconds = time.monotonic() - start
+                if due and on_state is not None:
+                    on_state(self.state())
                 if on_step is not None:
                     on_step(self.progress)
         return self.progress
@@ -156,6 +173,7 @@ class Trainer:
     def _step(self) -> None:
         settings, step = self.settings, self._issued
         ranks_move = step >= round(settings.steps * settings.rank_hold)
+        self._marks.append((step, self._drawing()))
         result = self.engine.step(self._parts(), self.optimizer, self._rate(step), ranks_move)
         self._pending.append(_Result(result))
         self._issued += 1
@@ -163,9 +181,20 @@ class Trainer:
         if self._issued == settings.steps:
             self._note_ranks()  # without a sync: arrays that grew now would never be trained
         elif self._issued % settings.sync_every == 0:
+            self._sync()
+
+    def _sync(self) -> None:
+        with self._changing():
             if self.network.sync(self.optimizer.inner):
                 self.engine.forget()
-            self._note_ranks()
+        self._note_ranks()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around what changes the network in several steps: an error in between leaves no state to go on from."""
+        self._torn = True
+        yield
+        self._torn = False
 
     def _collect(self, ahead: int, judge: bool = True) -> None:
         """Read the losses of all but the last `ahead` steps; raises Diverged at the first step that was not taken."""
@@ -207,11 +236,72 @@ class Trainer:
             return
         self._collect(0)
         self.engine.forget()
-        self.network.sync()
-        self.network.settle()
+        with self._changing():
+            self.network.sync()
+            self.network.settle()
+            self.optimizer = Optimizer(self.network, self.settings)
+            self._since_settling = 0
+            self.progress.settled_at = self._issued
+        self._note_ranks()
+
+    def _drawing(self) -> State:
+        """Where everything random of the next batches stands."""
+        return State.joined(data=self.data.state(), noise=State({"generator": self.generator.get_state()}, {}))
+
+    def state(self) -> State:
+        """All that the run needs to go on bit for bit from the last step that is done; waits for the device.
+
+        After an error in the middle of a step it is the state before that step. Raises LoraError where the error left the
+        factors half changed, and Diverged as `run` does.
+        """
+        self._collect(0)
+        if self._torn or self.optimizer.broken:
+            raise LoraError("The error came while the factors were changing, so there is no state to go on from.")
+        progress = self.progress
+        drawing = next((mark for step, mark in self._marks if step == progress.step), None)
+        facts = {
+            "step": progress.step,
+            "steps": progress.steps,
+            "settled_at": progress.settled_at,
+            "seconds": progress.seconds,
+            "since_settling": self._since_settling,
+            "sync_due": progress.step == self.settings.steps and progress.step % self.settings.sync_every == 0,
+        }
+        return State.joined(
+            run=State({"losses": torch.tensor(progress.losses, dtype=torch.float64)}, facts),
+            network=self.network.state(),
+            optimizer=self.optimizer.state(),
+            drawing=drawing or self._drawing(),
+            settings=State({}, self.settings.to_dict()),
+        )
+
+    def restore(self, state: State) -> None:
+        """Go on from a state of a run on the same layers and pictures; `settings` say how, their steps count from the start.
+
+        Raises LoraError where the state is damaged or of another run, or has all the steps already; the trainer is of no
+        use then.
+        """
+        run, drawing = state.part("run"), state.part("drawing")
+        step = run.whole("step", 1, MOST_STEPS)
+        if step >= self.settings.steps:
+            raise LoraError(
+                f"This training state has {step} steps behind it already. To go on, set steps above {step}: it counts from "
+                "the start of the run."
+            )
+        losses = run.tensor("losses", (step,), torch.float64)
+        self.network.restore(state.part("network"))
         self.optimizer = Optimizer(self.network, self.settings)
-        self._since_settling = 0
-        self.progress.settled_at = self._issued
+        self.optimizer.restore(state.part("optimizer"))
+        self.data.restore(drawing.part("data"))
+        restore_generator(self.generator, drawing.part("noise"), "generator")
+        settled_at = run.whole("settled_at", 0, step) if self.network.settled else None
+        self.progress = Progress(self.settings.steps, step, losses.tolist(), {}, settled_at, run.number("seconds", 0, 1e12))
+        self._since_settling = run.whole("since_settling", 0, step)
+        self._issued = step
+        self._marks.clear()
+        self.engine.forget()
+        if run.flag("sync_due"):
+            self._sync()
         self._note_ranks()
 
     def _note_ranks(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..lora2.settings import INITS, OPTIMIZERS, PRECISIONS, SAMPLINGS, SCHEDULES, TARGETS, TRISTATE, Settings
+from .host import states
+from .host.beginning import ON_DIFFERENCE
 
 DEFAULTS = Settings()
 SAVE_DTYPES = ["fp16", "bf16", "fp32"]
@@ -305,5 +307,41 @@ def inputs() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="What a dropped caption becomes; a caption of zeros if not connected.",
+        ),
+        io.Combo.Input(
+            "continue_from",
+            options=states.choices(),
+            default=states.NOTHING,
+            optional=True,
+            advanced=True,
+            tooltip="Go on where a training state stopped (steps counts from its start), or start from a LoRA file. newest "
+            "state: the last one of this save_name.",
+        ),
+        io.Combo.Input(
+            "on_difference",
+            options=list(ON_DIFFERENCE),
+            default=ON_DIFFERENCE[0],
+            optional=True,
+            advanced=True,
+            tooltip="When a state belongs to another model, other layers, another dataset or settings that cannot change: "
+            "refuse, or begin a new run with what it had learned.",
+        ),
+        io.Int.Input(
+            "state_every",
+            default=200,
+            min=0,
+            max=1_000_000,
+            optional=True,
+            advanced=True,
+            tooltip="Steps between two training states, so the most that a crash can cost. 0 = only when the run ends or stops.",
+        ),
+        io.Int.Input(
+            "states_kept",
+            default=2,
+            min=1,
+            max=1000,
+            optional=True,
+            advanced=True,
+            tooltip="How many states a run keeps while it trains, in output/lora2_states. A finished run keeps its last one.",
         ),
     ]
