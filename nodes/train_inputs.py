@@ -323,8 +323,8 @@ def inputs() -> list[io.Input]:
             default=ON_DIFFERENCE[0],
             optional=True,
             advanced=True,
-            tooltip="When a state belongs to another model, other layers, another dataset or settings that cannot change: "
-            "refuse, or begin a new run with what it had learned.",
+            tooltip="When a state is of another model, dataset, layers or fixed settings. refuse: say what differs. start from "
+            "its factors: a new run that begins with what it had learned.",
         ),
         io.Int.Input(
             "state_every",
@@ -333,7 +333,7 @@ def inputs() -> list[io.Input]:
             max=1_000_000,
             optional=True,
             advanced=True,
-            tooltip="Steps between two training states, so the most that a crash can cost. 0 = only when the run ends or stops.",
+            tooltip="Steps between two training states: the most that a crash costs. 0 = only when the run ends or is stopped.",
         ),
         io.Int.Input(
             "states_kept",

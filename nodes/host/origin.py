@@ -12,6 +12,7 @@ from ...lora2.origin import SAMPLES, Origin, Prints, digest_of, plain
 from .dataset import Caption
 from .layers import PREFIX, family_of
 from .model import HostModel
+from .weights import bypass_adapters
 
 PATCH_SAMPLES = 64
 """Numbers of each tensor of an applied LoRA that are looked at."""
@@ -59,15 +60,17 @@ def _readable(weight: Any, module: nn.Module) -> tuple[list[Tensor], str]:
 
 def _patches(patcher: Any) -> str:
     """A digest of all that is applied to the model's weights; empty without any."""
-    if not patcher.patches:
-        return ""
     tensors: list[Tensor] = []
     words: list[str] = []
+    for name, module in patcher.model.named_modules():
+        for adapter in bypass_adapters(module):
+            tensors.extend(_tensors(adapter.weights))
+            words.append(f"{name} {getattr(adapter, 'multiplier', '')}")
     for key in sorted(patcher.patches):
         for strength, patch, strength_model, *_ in patcher.patches[key]:
             tensors.extend(_tensors(getattr(patch, "weights", patch)))
             words.append(f"{key} {strength} {strength_model}")
-    return digest_of(tensors, "\n".join(words), PATCH_SAMPLES)
+    return digest_of(tensors, "\n".join(words), PATCH_SAMPLES) if words else ""
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
