@@ -261,10 +261,8 @@ class Trainer:
         drawing = next((mark for step, mark in self._marks if step == progress.step), None)
         facts = {
             "step": progress.step,
-            "steps": progress.steps,
             "settled_at": progress.settled_at,
             "seconds": progress.seconds,
-            "since_settling": self._since_settling,
             "sync_due": progress.step == self.settings.steps and progress.step % self.settings.sync_every == 0,
         }
         return State.joined(
@@ -296,7 +294,7 @@ class Trainer:
         restore_generator(self.generator, drawing.part("noise"), "generator")
         settled_at = run.whole("settled_at", 0, step) if self.network.settled else None
         self.progress = Progress(self.settings.steps, step, losses.tolist(), {}, settled_at, run.number("seconds", 0, 1e12))
-        self._since_settling = run.whole("since_settling", 0, step)
+        self._since_settling = step - (settled_at or 0)
         self._issued = step
         self._marks.clear()
         self.engine.forget()
