@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,11 +16,13 @@ from torch import Generator, Tensor
 from .data import Buckets
 from .engine import Part, engine_for
 from .errors import LoraError
+from .factors import Factors
 from .losses import EntropyProbe, denoising_loss
 from .network import AdaptiveNetwork
 from .optimizer import Optimizer
 from .schedule import learning_rate_factor, sample_times
 from .settings import SEEDS, Settings
+from .start import Started, start_from
 from .state import State, restore_generator
 
 STEPS_AHEAD = 1
@@ -301,6 +303,14 @@ class Trainer:
         if run.flag("sync_due"):
             self._sync()
         self._note_ranks()
+
+    def start_from(self, factors: Mapping[str, Factors]) -> Started:
+        """Begin with factors by layer instead of from nothing (start.py), before the first step."""
+        started = start_from(self.network, factors)
+        self.optimizer = Optimizer(self.network, self.settings)
+        self.engine.forget()
+        self._note_ranks()
+        return started
 
     def _note_ranks(self) -> None:
         self.progress.ranks = self.network.ranks()

@@ -173,7 +173,7 @@ def test_states_during_a_run_are_those_of_its_steps(tmp_path: Path) -> None:
 
 def test_every_tensor_of_a_state_matters(tmp_path: Path) -> None:
     """Another value in any of them gives another run, or is refused: nothing is stored that is not used, or used by chance."""
-    changes = {"steps": 16, **GROWING, "budget_mb": 0.015, "settle_at": 1.0, "accumulation": 2}
+    changes = {"steps": 12, **GROWING, "budget_mb": 0.015, "settle_at": 1.0, "accumulation": 2}
     found = kept(stopped(made(**changes), 8), tmp_path)
     whole = gone_on(found, **changes)
     for name, tensor in found.tensors.items():
@@ -409,13 +409,13 @@ def test_what_is_no_state_or_too_large_is_refused(tmp_path: Path, sound: State) 
 
 
 def test_bytes_changed_at_random_never_break_anything_but_the_state(tmp_path: Path, sound: State) -> None:
-    """400 seeded mutations of the file: each is read as some state, or refused in our words."""
+    """200 seeded mutations of the file: each is read as some state, or refused in our words."""
     chance = random.Random(5)
     whole = write_new(tmp_path, "state", sound.tensors, sound.metadata()).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     path = tmp_path / "broken.safetensors"
     refused = 0
-    for round_ in range(400):
+    for round_ in range(200):
         data = bytearray(whole)
         for _ in range(chance.choice((1, 1, 3, 30))):
             # Half of them in the facts and the layout, where they can do harm.
@@ -425,7 +425,7 @@ def test_bytes_changed_at_random_never_break_anything_but_the_state(tmp_path: Pa
             trainer_of(**RICH).restore(read_state(path, MOST))
         except LoraError:
             refused += 1
-    assert refused > 150
+    assert refused > 75
 
 
 def test_a_state_of_other_layers_is_refused(sound: State) -> None:

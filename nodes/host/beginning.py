@@ -13,11 +13,10 @@ from ...lora2.adapter import capacity_for, cost, full_rank, module_shape
 from ...lora2.errors import LoraError
 from ...lora2.factors import Factors
 from ...lora2.keys import shown
-from ...lora2.network import AdaptiveNetwork
 from ...lora2.origin import Origin
 from ...lora2.resume import compare, merged, settings_of
 from ...lora2.settings import Settings
-from ...lora2.start import factors_of, start_from
+from ...lora2.start import factors_of
 from ...lora2.state import State, read_state
 from ...lora2.trainer import Trainer
 from .borrowed import Borrowed, factors_for
@@ -51,7 +50,7 @@ class Beginning:
             step = trainer.progress.step
             self.words.insert(0, f"Goes on after step {step} of {shown(self.name)}.")
         elif self.borrowed is not None:
-            self.words[:0] = _start(trainer.network, self.borrowed, self.name)
+            self.words[:0] = _start(trainer, self.borrowed, self.name)
         self.state = None  # it may be large
 
 
@@ -94,9 +93,9 @@ def beginning(
     return Beginning(settings, borrowed=borrowed, name=source.name, words=[f"A new run, since {'; '.join(wrong)}."])
 
 
-def _start(network: AdaptiveNetwork, borrowed: Borrowed, name: str) -> list[str]:
-    started = start_from(network, borrowed.factors)
-    words = [f"Starts from {shown(name)}: {len(started.taken)} of {len(network.names)} layers taken."]
+def _start(trainer: Trainer, borrowed: Borrowed, name: str) -> list[str]:
+    started = trainer.start_from(borrowed.factors)
+    words = [f"Starts from {shown(name)}: {len(started.taken)} of {len(trainer.network.names)} layers taken."]
     if started.cut:
         words.append(f"{_named(started.cut)} cut to max_rank.")
     if started.fresh:
