@@ -61,15 +61,17 @@ class State:
         start = f"{name}."
         return State._over({k.removeprefix(start): t for k, t in self.tensors.items() if k.startswith(start)}, facts)
 
-    def tensor(self, name: str, shape: Sequence[int | None], dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor of this shape (None: any size) and type, all its values finite; raises LoraError for another."""
+    def tensor(
+        self, name: str, shape: Sequence[int | None], dtype: torch.dtype = torch.float32, finite: bool = True
+    ) -> Tensor:
+        """A tensor of this shape (None: any size) and type, its values finite if asked; raises LoraError for another."""
         tensor = self.tensors.get(name)
         if tensor is None:
             damaged(f"{shown(name)} is missing")
         fits = len(shape) == tensor.ndim and all(s in (None, n) for s, n in zip(shape, tensor.shape, strict=True))
         if not fits or tensor.dtype != dtype:
             damaged(f"{shown(name)} has the shape {list(tensor.shape)} and the type {tensor.dtype}")
-        if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+        if finite and dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
             damaged(f"{shown(name)} holds NaN or infinity")
         return tensor
 

@@ -127,7 +127,7 @@ def test_more_steps_can_be_asked_for(model: Any, folders: Path, said: Callable[[
     assert steps_of(folders) == [16]
     ranks = [{k: v.shape for k, v in r[0].items() if v.ndim} for r in (first, longer)]
     assert ranks[0] == ranks[1]
-    with pytest.raises(pack("lora2.errors").LoraError, match="has 16 steps behind it already. To go on, set steps above 16"):
+    with pytest.raises(pack("lora2.errors").LoraError, match=r"has 16 steps behind it already\. To go on, set steps above 16"):
         train(model, **{**LONG, "steps": 16}, continue_from="newest state")
 
 
@@ -333,13 +333,13 @@ def mixed_lora(model: Any, style: str = "") -> dict[str, Tensor]:
     return tensors
 
 
-def assert_starts_as(model: Any, name: str, family: str, layers: int, **inputs: Any) -> None:
+def assert_starts_as(model: Any, name: str, family: str, count: int, **inputs: Any) -> None:
     """Training begins where ComfyUI's own loader puts the model with this file at strength 1."""
     seen = begun(model, family, **inputs, continue_from=f"LoRA: {name}")
     loaded = stock(model, name)[0]
     keys = sorted(loaded.patches)
     before, after = patched_weights(model, keys), patched_weights(loaded)
-    assert len(keys) == layers
+    assert len(keys) == count
     for key in keys:
         wanted = after[key].double() - before[key].double()
         got = seen[key.removeprefix("diffusion_model.").removesuffix(".weight")]
@@ -356,29 +356,38 @@ def test_any_plain_file_is_where_training_starts(style: str, model: Any, folders
     assert said() == "Training 12 layers on 3 pictures, 3 steps. Starts from start.safetensors: 12 of 12 layers taken."
 
 
-def test_a_unet_starts_from_names_of_diffusers(small_model: SmallModel, folders: Path) -> None:
-    """unet.….to_q.lora_A.weight, as PEFT saves them, and convolutions in kohya's names."""
+@pytest.fixture
+def unet(small_model: SmallModel, folders: Path) -> Any:
+    """The small SD1.x."""
     with torch.inference_mode():
-        unet = small_model("sd15")
-    import comfy.lora
+        return small_model("sd15")
 
-    keys = comfy.lora.model_lora_keys_unet(unet.model, {})
-    names = {target: name for name, target in keys.items() if name.startswith("unet.") and "processor" not in name}
+
+@pytest.mark.parametrize("start", ["unet.", "base_model.model."])
+@pytest.mark.parametrize("style", ["peft", "diffusers-processor"])
+def test_a_unet_starts_from_the_names_of_diffusers(start: str, style: str, unet: Any, folders: Path) -> None:
+    """unet.….to_q.lora_A.weight: the host's loader knows only the older form, so a file in kohya's names is the measure."""
+    import comfy.utils
+
+    diffusers = comfy.utils.unet_to_diffusers(unet.model.model_config.unet_config)
+    names = {"lora_unet_" + k.removesuffix(".weight").replace(".", "_"): k.removesuffix(".weight") for k in diffusers}
     kohya, tensors = random_lora(unet, 3), {}
     for key, tensor in kohya.items():
-        stem = key.split(".")[0]
-        tensors[names[keys[stem]] + key.removeprefix(stem).replace("lora_up", "lora_B").replace("lora_down", "lora_A")] = tensor
-    write_lora(folders, "peft.safetensors", tensors)
-    assert_starts_as(unet, "peft.safetensors", "sd15", len(kohya) // 3)
-    write_lora(folders, "convolutions.safetensors", mixed_lora_of_everything(unet))
-    assert_starts_as(unet, "convolutions.safetensors", "sd15", len(mixed_lora_of_everything(unet)) // 3, **EVERYTHING)
+        stem, ending = key.split(".", 1)
+        ending = dict(zip((e[1:] for e in STYLES["kohya"]), STYLES[style], strict=True)).get(ending, f".{ending}")
+        tensors[start + names[stem] + ending] = tensor
+    write_lora(folders, "diffusers.safetensors", tensors)
+    write_lora(folders, "kohya.safetensors", kohya)
+    assert_starts_as(unet, "kohya.safetensors", "sd15", len(kohya) // 3)
+    one, other = (begun(unet, "sd15", continue_from=f"LoRA: {name}.safetensors") for name in ("diffusers", "kohya"))
+    assert_same(one, other)
 
 
-EVERYTHING = {"layers": "all linear + convolution"}
-
-
-def mixed_lora_of_everything(unet: Any) -> dict[str, Tensor]:
-    return random_lora(unet, 2, EVERYTHING["layers"])
+def test_convolutions_start_from_a_file_too(unet: Any, folders: Path) -> None:
+    everything = {"layers": "all linear + convolution"}
+    tensors = random_lora(unet, 2, everything["layers"])
+    write_lora(folders, "convolutions.safetensors", tensors)
+    assert_starts_as(unet, "convolutions.safetensors", "sd15", len(tensors) // 3, **everything)
 
 
 def test_parts_of_a_fused_projection_are_put_together(model: Any, folders: Path, said: Callable[[], str]) -> None:
@@ -493,7 +502,7 @@ def test_a_run_cancelled_in_the_server_goes_on_to_the_same_adapter(server: Comfy
     one, other = (read(server.base / f"models/loras/resume/{n}.safetensors") for n in ("whole_00001", "mug_00002"))
     assert_same(one.state_dict(), other.state_dict())
     # The finished run has one state, and what is gone is refused in words.
-    assert [c for c in state_choices(server) if "/mug/" in c][0].endswith("step_000014.safetensors")
+    assert [c.endswith("step_000014.safetensors") for c in state_choices(server) if "/mug/" in c] == [True]
     with pytest.raises(PromptError, match="is not there any more: a run keeps its last states only"):
         server.run(training(14, **more, save_name="resume/mug", continue_from=offered[0]))
     with pytest.raises(PromptError, match="has 14 steps behind it already"):

@@ -48,7 +48,7 @@ def factors_for(document: LoraDocument, model: Any, layers: Mapping[str, nn.Modu
     Parts of a fused projection (q, k and v in files of other trainers) are put together: their ranks add up.
     """
     document = renamed(document)
-    keys: dict[str, Any] = comfy.lora.model_lora_keys_unet(model, {})
+    keys = _with_peft_names(comfy.lora.model_lora_keys_unet(model, {}))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     borrowed = Borrowed({})
     for name in other_layers(document):
@@ -81,6 +81,17 @@ def factors_for(document: LoraDocument, model: Any, layers: Mapping[str, nn.Modu
             "belongs to, or other layers."
         )
     return borrowed
+
+
+def _with_peft_names(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The host's names of layers, and what diffusers and PEFT call them now: without `processor`, or below a prefix."""
+    more: dict[str, Any] = {}
+    for name, target in keys.items():
+        if ".processor." in name:
+            short = name.replace(".processor.", ".")
+            for alias in (short, f"{short}.0") if short.endswith("to_out") else (short,):
+                more |= {alias: target, f"base_model.model.{alias}": target}
+    return {**more, **keys}
 
 
 def _placed(factors: Factors, shape: tuple[int, ...], part: list[Any]) -> Factors | None:

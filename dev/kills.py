@@ -1,0 +1,330 @@
+"""Kills a training process (SIGKILL) at random moments and goes on from its newest state: `python -m dev.kills`.
+
+A run is started through the node on a real model, killed, continued from its newest state, killed again, until it is done; then
+the next one. After every kill each state that is listed must load, and the newest must be at most `state_every` steps behind
+the last step that was reported. A run that was killed many times must end in the adapter of an unbroken one, bit for bit.
+
+Most kills hit a process that is forked from this one with the model in memory, some a whole ComfyUI server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import select
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dev import assets, host
+from dev.packs import pack
+from dev.server import ComfyServer, PromptError
+
+ROOT = Path(__file__).resolve().parent.parent
+EVERY = 3
+"""Steps between two states."""
+
+SETTINGS: dict[str, Any] = {
+    "steps": 60, "learning_rate": 1e-2, "target_rank": 24, "initial_rank": 64, "save_dtype": "fp32", "state_every": EVERY,
+    "caption_dropout": 0.3, "batch_size": 2, "layers": "all linear",
+}  # fmt: skip
+"""Large states for the small model: about a third of the time goes into writing them."""
+
+
+@dataclass
+class Figures:
+    """What came of it. lost: steps between the last one that was reported and the newest state, after each kill."""
+
+    kills: int = 0
+    server_kills: int = 0
+    during_writes: int = 0
+    runs_finished: int = 0
+    finished_before_kill: int = 0
+    states_loaded: int = 0
+    lost: list[int] = field(default_factory=list)
+
+
+class Failed(AssertionError):
+    """A promise that was not kept."""
+
+
+def require(condition: object, words: str) -> None:
+    """Raise Failed unless the condition holds."""
+    if not condition:
+        raise Failed(words)
+
+
+# -- what must hold after a kill --------------------------------------------------------------------------------------
+
+
+def check_states(output: Path, reported: int, figures: Figures) -> int:
+    """Look at what a killed run left; returns the newest state's step, 0 without one."""
+    keeper, state = pack("lora2.keeper"), pack("lora2.state")
+    listed = keeper.states_below(output / "lora2_states")
+    for each in listed:
+        found = state.read_state(each.path, 1 << 32)
+        require(found.part("run").facts["step"] == each.step, f"{each.path.name} holds another step than its name says")
+        figures.states_loaded += 1
+    newest = listed[0].step if listed else 0
+    halves = [p for p in output.rglob("*.partial")]
+    figures.during_writes += bool(halves)
+    # The step that was running, and those reported since the last state: a report comes after the state of its step.
+    figures.lost.append(max(0, reported - newest))
+    require(reported - newest <= EVERY, f"{reported - newest} steps are lost after a kill at step {reported}")
+    return newest
+
+
+def check_loras(folder: Path) -> None:
+    """Every LoRA that is listed is a whole one."""
+    for path in folder.rglob("*.safetensors"):
+        pack("lora2.format").read(path)
+
+
+# -- a process with the model in memory -------------------------------------------------------------------------------
+
+
+class Direct:
+    """Runs of the node in forked processes, on the small Flux."""
+
+    def __init__(self, base: Path) -> None:
+        import folder_paths
+
+        self.base = base
+        (base / "loras").mkdir(parents=True)
+        folder_paths.folder_names_and_paths["loras"] = ([str(base / "loras")], {".safetensors"})
+        folder_paths.output_directory = str(base / "output")
+        folder_paths.temp_directory = str(base / "temp")
+        import comfy.sd
+        import torch
+
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            self.model = comfy.sd.load_diffusion_model(str(assets.family("flux")))
+        g = torch.Generator().manual_seed(1)
+        shapes = ((8, 8), (8, 8), (8, 12))
+        self.latents = [{"samples": torch.randn(1, 16, h, w, generator=g)} for h, w in shapes]
+        self.captions = [
+            [[torch.randn(1, 7, 4096, generator=g), {"pooled_output": torch.randn(1, 768, generator=g)}]] for _ in shapes
+        ]
+        self.kill_seed = 0
+
+    def train(self, name: str, seed: int, continue_from: str, report: Callable[[int], None]) -> Path:
+        """One run here; report is called with every step that is done."""
+        import torch
+
+        session, settings = pack("nodes.host.session"), pack("lora2.settings")
+        values = {**SETTINGS, "seed": seed}
+        request = session.Request(
+            save_name=name,
+            target=values.pop("layers"),
+            save_dtype=values.pop("save_dtype"),
+            state_every=values.pop("state_every"),
+            continue_from=continue_from,
+        )
+        live = session._Live
+        real = live.__call__
+
+        def call(self: Any, progress: Any) -> None:
+            real(self, progress)
+            report(progress.step)
+
+        live.__call__ = call
+        try:
+            with torch.inference_mode():
+                trained = session.train(self.model, self.latents, self.captions, settings.Settings(**values), request)
+        finally:
+            live.__call__ = real
+        return Path(trained.path)
+
+    def killed(self, name: str, seed: int, continue_from: str, after: float, chance: random.Random) -> tuple[int, bool]:
+        """A run in a process of its own that is killed some seconds after its first step: the last step it reported, if done."""
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            code = 1
+            try:
+                os.dup2(os.open(self.base / "child.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+                self.train(name, seed, continue_from, lambda step: _tell(writing, step))
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(writing)
+        try:
+            return self._follow(child, reading, after)
+        finally:
+            os.close(reading)
+
+    def _follow(self, child: int, reading: int, after: float) -> tuple[int, bool]:
+        told, deadline, last = b"", time.monotonic() + 120, 0
+        while time.monotonic() < deadline:
+            ready, _, _ = select.select([reading], [], [], max(0.0, min(1.0, deadline - time.monotonic())))
+            if ready:
+                data = os.read(reading, 1 << 16)
+                if not data:
+                    break
+                if not told:  # its first step: from here the clock runs
+                    deadline = time.monotonic() + after
+                told += data
+        os.kill(child, signal.SIGKILL)
+        while data := os.read(reading, 1 << 16):
+            told += data
+        _, status = os.waitpid(child, 0)
+        last = max((int(line) for line in told.split()), default=0)
+        done = os.WIFEXITED(status)
+        require(not done or os.WEXITSTATUS(status) == 0, f"the run failed: {(self.base / 'child.log').read_text()[-2000:]}")
+        return last, done
+
+
+def _tell(pipe: int, step: int) -> None:
+    os.write(pipe, f"{step}\n".encode())
+
+
+def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
+    """Kill forked runs until there were so many kills, then let the last one end."""
+    import torch
+
+    direct, chance = Direct(base), random.Random(seed)  # noqa: S311 (moments, not secrets)
+    run_seed, limit = 0, figures.kills + kills
+    whole = _tensors(direct.train("whole/x", run_seed, "nothing", lambda _: None))
+    began = time.monotonic()
+    direct.train("timing/x", run_seed, "nothing", lambda _: None)
+    length = time.monotonic() - began
+    name, kills_of_run = "killed/0", 0
+    while True:
+        folder = base / "output" / "lora2_states" / name
+        source = "newest state" if pack("lora2.keeper").states_in(folder) else "nothing"
+        finishing = figures.kills >= limit
+        moment = 1e9 if finishing else chance.uniform(0, length / 4)
+        step, done = direct.killed(name, run_seed, source, moment, chance)
+        check_loras(base / "loras")
+        if not done:
+            figures.kills += 1
+            kills_of_run += 1
+            newest = check_states_of(base / "output", name, step, figures)
+            print(f"kill {figures.kills}: at step {step} after {moment:.2f} s, newest state {newest}", flush=True)
+            continue
+        figures.runs_finished += 1
+        figures.finished_before_kill += not finishing
+        found = _tensors(max((base / "loras" / "killed").rglob(f"{name.split('/')[1]}_*.safetensors")))
+        same = found.keys() == whole.keys() and all(torch.equal(found[k], whole[k]) for k in whole)
+        require(same, f"{name}, killed {kills_of_run} times, is not the unbroken run")
+        print(f"{name}: killed {kills_of_run} times, and the same adapter bit for bit", flush=True)
+        if finishing:
+            return
+        name, kills_of_run = f"killed/{figures.runs_finished}", 0
+
+
+def check_states_of(output: Path, name: str, reported: int, figures: Figures) -> int:
+    """As check_states, for the newest state of one name."""
+    states = pack("lora2.keeper").states_in(output / "lora2_states" / name)
+    newest = states[0].step if states else 0
+    check_states(output, newest, figures)
+    figures.lost[-1] = max(0, reported - newest)
+    require(reported - newest <= EVERY, f"{reported - newest} steps of {name} are lost after a kill at step {reported}")
+    return newest
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    return dict(pack("lora2.format").read(path).state_dict())
+
+
+# -- whole servers ---------------------------------------------------------------------------------------------------
+
+
+def kill_servers(base: Path, kills: int, seed: int, figures: Figures) -> None:
+    """Start ComfyUI, train, kill the server, start it again and go on, until the run is done; compare with an unbroken one."""
+    import torch
+
+    chance, limit = random.Random(seed), figures.server_kills + kills  # noqa: S311
+    output, step = base / "output", 0
+    with ComfyServer(base) as server:
+        assets.fill_base(base)
+        server.run(_graph("whole/x", "nothing"))
+    while True:
+        with ComfyServer(base) as server:
+            folder = output / "lora2_states" / "server" / "x"
+            source = "newest state" if pack("lora2.keeper").states_in(folder) else "nothing"
+            if figures.server_kills >= limit:
+                server.run(_graph("server/x", source))
+                break
+            step = _killed_server(server, source, chance.uniform(0, 4.0), figures)
+        newest = check_states_of(output, "server/x", step, figures)
+        check_loras(base / "models" / "loras")
+        print(f"server kill {figures.server_kills}: at step {step}, newest state {newest}", flush=True)
+    one, other = (_tensors(base / "models" / "loras" / name / "x_00001.safetensors") for name in ("whole", "server"))
+    require(all(torch.equal(one[k], other[k]) for k in one), "the run of the killed servers is not the unbroken one")
+    figures.runs_finished += 1
+
+
+def _killed_server(server: ComfyServer, source: str, after: float, figures: Figures) -> int:
+    """The last step that the server reported before it was killed, some seconds after the first."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(server.run, _graph("server/x", source))
+        deadline = time.monotonic() + 120
+        while not _steps(server) and not run.done() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(after)
+        server.kill()
+        figures.server_kills += 1
+        figures.kills += 1
+        try:
+            run.result(60)
+        except (PromptError, OSError):
+            pass
+        else:
+            raise Failed("the run had ended before the server was killed: give it more steps")
+    return max(_steps(server), default=0)
+
+
+def _steps(server: ComfyServer) -> list[int]:
+    return [e["data"]["value"] for e in list(server.events) if e["type"] == "progress" and e["data"].get("node") == "4"]
+
+
+def _graph(save_name: str, continue_from: str) -> dict[str, Any]:
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs}
+
+    settings = {
+        "steps": 60, "learning_rate": 1e-3, "batch_size": 1, "target_rank": 4, "budget_mb": 0.0, "layers": "attention", "seed": 1,
+        "exclude": "*input_blocks* *output_blocks*", "save_dtype": "fp32", "state_every": EVERY,
+    }  # fmt: skip
+    data = {"model": ["1", 0], "latents": ["3", 0], "conditioning": ["3", 1]}
+    return {
+        "1": node("CheckpointLoaderSimple", ckpt_name=assets.CHECKPOINT),
+        "2": node("LoadImageTextDataSetFromFolder", folder="mug"),
+        "3": node("MakeTrainingDataset", images=["2", 0], texts=["2", 1], vae=["1", 2], clip=["1", 1]),
+        "4": node("LoRA2_TrainAdaptiveLora", **settings, **data, save_name=save_name, continue_from=continue_from),
+        "5": node("LossGraphNode", loss=["4", 3], filename_prefix="loss"),
+    }
+
+
+def main() -> None:
+    """Kill as often as asked; prints the figures as JSON at the end, and ends with 1 where a promise was not kept."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50, help="of forked processes")
+    parser.add_argument("--server-kills", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=1)
+    asked = parser.parse_args()
+    host.import_comfy()
+    figures = Figures()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        if asked.server_kills:
+            kill_servers(Path(folder) / "server", asked.server_kills, asked.seed, figures)
+        if asked.kills:
+            kill_direct(Path(folder) / "direct", asked.kills, asked.seed, figures)
+    print(json.dumps({**asdict(figures), "worst": max(figures.lost), "seconds": round(time.monotonic() - began)}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
