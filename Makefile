@@ -1,5 +1,6 @@
 # make demo    train, load, sample and inspect on a real ComfyUI     make ui    leave that server on, for a browser
 # make test    every test       make lint    ruff and mypy           make bench figures of docs/
+# make soak    what takes longer: kills at random moments
 
 SHELL := /bin/bash
 BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v python3.12) $(shell command -v python3)))
@@ -8,7 +9,7 @@ HOST := $(or $(COMFYUI_PYTHON),$(VENV))
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev demo ui test lint format bench clean
+.PHONY: setup setup-dev demo ui test soak lint format bench clean
 
 setup:
 	@$(BASE) dev/host.py
@@ -33,6 +34,9 @@ lint: setup-dev
 
 format: setup-dev
 	@$(VENV) -m ruff check --fix .
+
+soak: setup-dev
+	@COMFYUI_PYTHON= $(VENV) -m dev.kills $(ARGS)
 
 bench: setup-dev
 	@$(VENV) -m benchmarks.speed $(ARGS)

@@ -15,7 +15,6 @@ import os
 import random
 import select
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +26,6 @@ from dev import assets, host
 from dev.packs import pack
 from dev.server import ComfyServer, PromptError
 
-ROOT = Path(__file__).resolve().parent.parent
 EVERY = 3
 """Steps between two states."""
 
@@ -40,7 +38,9 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass
 class Figures:
-    """What came of it. lost: steps between the last one that was reported and the newest state, after each kill."""
+    """What came of it. during_writes: kills that left a half-written temporary file. lost: after each kill, the steps
+    between the last one that was reported and the newest state.
+    """
 
     kills: int = 0
     server_kills: int = 0
@@ -49,6 +49,13 @@ class Figures:
     finished_before_kill: int = 0
     states_loaded: int = 0
     lost: list[int] = field(default_factory=list)
+    halves: set[str] = field(default_factory=set)
+
+    def report(self) -> dict[str, Any]:
+        """As plain values."""
+        values = asdict(self)
+        del values["halves"]
+        return {**values, "worst": max(self.lost)}
 
 
 class Failed(AssertionError):
@@ -64,20 +71,21 @@ def require(condition: object, words: str) -> None:
 # -- what must hold after a kill --------------------------------------------------------------------------------------
 
 
-def check_states(output: Path, reported: int, figures: Figures) -> int:
-    """Look at what a killed run left; returns the newest state's step, 0 without one."""
+def check_states(output: Path, name: str, reported: int, figures: Figures) -> int:
+    """Look at what a killed run left; returns the step of the newest state of its name, 0 without one."""
     keeper, state = pack("lora2.keeper"), pack("lora2.state")
     listed = keeper.states_below(output / "lora2_states")
     for each in listed:
         found = state.read_state(each.path, 1 << 32)
         require(found.part("run").facts["step"] == each.step, f"{each.path.name} holds another step than its name says")
         figures.states_loaded += 1
-    newest = listed[0].step if listed else 0
-    halves = [p for p in output.rglob("*.partial")]
-    figures.during_writes += bool(halves)
-    # The step that was running, and those reported since the last state: a report comes after the state of its step.
+    mine = keeper.states_in(output / "lora2_states" / name)
+    newest = mine[0].step if mine else 0
     figures.lost.append(max(0, reported - newest))
-    require(reported - newest <= EVERY, f"{reported - newest} steps are lost after a kill at step {reported}")
+    require(reported - newest <= EVERY, f"{reported - newest} steps of {name} are lost after a kill at step {reported}")
+    halves = {p.name for p in output.rglob("*.partial")}  # those of kills before go with the run's next state
+    figures.during_writes += bool(halves - figures.halves)
+    figures.halves |= halves
     return newest
 
 
@@ -113,7 +121,6 @@ class Direct:
         self.captions = [
             [[torch.randn(1, 7, 4096, generator=g), {"pooled_output": torch.randn(1, 768, generator=g)}]] for _ in shapes
         ]
-        self.kill_seed = 0
 
     def train(self, name: str, seed: int, continue_from: str, report: Callable[[int], None]) -> Path:
         """One run here; report is called with every step that is done."""
@@ -143,7 +150,7 @@ class Direct:
             live.__call__ = real
         return Path(trained.path)
 
-    def killed(self, name: str, seed: int, continue_from: str, after: float, chance: random.Random) -> tuple[int, bool]:
+    def killed(self, name: str, seed: int, continue_from: str, after: float) -> tuple[int, bool]:
         """A run in a process of its own that is killed some seconds after its first step: the last step it reported, if done."""
         reading, writing = os.pipe()
         child = os.fork()
@@ -203,12 +210,12 @@ def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
         source = "newest state" if pack("lora2.keeper").states_in(folder) else "nothing"
         finishing = figures.kills >= limit
         moment = 1e9 if finishing else chance.uniform(0, length / 4)
-        step, done = direct.killed(name, run_seed, source, moment, chance)
+        step, done = direct.killed(name, run_seed, source, moment)
         check_loras(base / "loras")
         if not done:
             figures.kills += 1
             kills_of_run += 1
-            newest = check_states_of(base / "output", name, step, figures)
+            newest = check_states(base / "output", name, step, figures)
             print(f"kill {figures.kills}: at step {step} after {moment:.2f} s, newest state {newest}", flush=True)
             continue
         figures.runs_finished += 1
@@ -220,16 +227,6 @@ def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
         if finishing:
             return
         name, kills_of_run = f"killed/{figures.runs_finished}", 0
-
-
-def check_states_of(output: Path, name: str, reported: int, figures: Figures) -> int:
-    """As check_states, for the newest state of one name."""
-    states = pack("lora2.keeper").states_in(output / "lora2_states" / name)
-    newest = states[0].step if states else 0
-    check_states(output, newest, figures)
-    figures.lost[-1] = max(0, reported - newest)
-    require(reported - newest <= EVERY, f"{reported - newest} steps of {name} are lost after a kill at step {reported}")
-    return newest
 
 
 def _tensors(path: Path) -> dict[str, Any]:
@@ -256,7 +253,7 @@ def kill_servers(base: Path, kills: int, seed: int, figures: Figures) -> None:
                 server.run(_graph("server/x", source))
                 break
             step = _killed_server(server, source, chance.uniform(0, 4.0), figures)
-        newest = check_states_of(output, "server/x", step, figures)
+        newest = check_states(output, "server/x", step, figures)
         check_loras(base / "models" / "loras")
         print(f"server kill {figures.server_kills}: at step {step}, newest state {newest}", flush=True)
     one, other = (_tensors(base / "models" / "loras" / name / "x_00001.safetensors") for name in ("whole", "server"))
@@ -323,8 +320,8 @@ def main() -> None:
             kill_servers(Path(folder) / "server", asked.server_kills, asked.seed, figures)
         if asked.kills:
             kill_direct(Path(folder) / "direct", asked.kills, asked.seed, figures)
-    print(json.dumps({**asdict(figures), "worst": max(figures.lost), "seconds": round(time.monotonic() - began)}))
+    print(json.dumps({**figures.report(), "seconds": round(time.monotonic() - began)}))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
