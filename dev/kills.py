@@ -1,7 +1,7 @@
 """Kills a training process (SIGKILL) at random moments and goes on from its newest state: `python -m dev.kills`.
 
-A run is started through the node on a real model, killed, continued from its newest state, killed again, until it is done; then
-the next one. After every kill each state that is listed must load, and the newest must be at most `state_every` steps behind
+A run is started through the host bridge on a real model, killed, continued from its newest state, killed again, until it is
+done; then the next one. Every third kill is aimed at a state that is being written, on a disk made slow for it. After every kill each state that is listed must load, and the newest must be at most `state_every` steps behind
 the last step that was reported. A run that was killed many times must end in the adapter of an unbroken one, bit for bit.
 
 Most kills hit a process that is forked from this one with the model in memory, some a whole ComfyUI server.
@@ -17,7 +17,7 @@ import select
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from dev.server import ComfyServer, PromptError
 
 EVERY = 3
 """Steps between two states."""
+
+WRITE_SECONDS = 0.4
+"""About what a state takes to write on the disk that was made slow."""
 
 SETTINGS: dict[str, Any] = {
     "steps": 60, "learning_rate": 1e-2, "target_rank": 24, "initial_rank": 64, "save_dtype": "fp32", "state_every": EVERY,
@@ -122,17 +125,18 @@ class Direct:
             [[torch.randn(1, 7, 4096, generator=g), {"pooled_output": torch.randn(1, 768, generator=g)}]] for _ in shapes
         ]
 
-    def train(self, name: str, seed: int, continue_from: str, report: Callable[[int], None]) -> Path:
-        """One run here; report is called with every step that is done."""
+    def train(self, name: str, seed: int, continue_from: str, report: Callable[[int], None], **changes: Any) -> Path:
+        """One run here, with other settings than SETTINGS if given; report is called with every step that is done."""
         import torch
 
         session, settings = pack("nodes.host.session"), pack("lora2.settings")
-        values = {**SETTINGS, "seed": seed}
+        values = {**SETTINGS, "seed": seed, **changes}
         request = session.Request(
             save_name=name,
             target=values.pop("layers"),
             save_dtype=values.pop("save_dtype"),
             state_every=values.pop("state_every"),
+            precision=values.pop("precision", "auto"),
             continue_from=continue_from,
         )
         live = session._Live
@@ -150,8 +154,11 @@ class Direct:
             live.__call__ = real
         return Path(trained.path)
 
-    def killed(self, name: str, seed: int, continue_from: str, after: float) -> tuple[int, bool]:
-        """A run in a process of its own that is killed some seconds after its first step: the last step it reported, if done."""
+    def killed(self, name: str, seed: int, continue_from: str, after: float, write: int = 0) -> tuple[int, bool]:
+        """A run in a process of its own that is killed some seconds after its first step: the last step it reported, if done.
+
+        write: kill it after so many seconds of writing its state of this number instead, 0 = no.
+        """
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
@@ -159,39 +166,55 @@ class Direct:
             code = 1
             try:
                 os.dup2(os.open(self.base / "child.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-                self.train(name, seed, continue_from, lambda step: _tell(writing, step))
+                if write:
+                    _slow_disk(writing)
+                self.train(name, seed, continue_from, lambda step: _tell(writing, str(step)))
                 code = 0
             finally:
                 os._exit(code)
         os.close(writing)
         try:
-            return self._follow(child, reading, after)
+            return self._follow(child, reading, after, b"w" * write)
         finally:
             os.close(reading)
 
-    def _follow(self, child: int, reading: int, after: float) -> tuple[int, bool]:
-        told, deadline, last = b"", time.monotonic() + 120, 0
+    def _follow(self, child: int, reading: int, after: float, writes: bytes) -> tuple[int, bool]:
+        told, deadline, counting = b"", time.monotonic() + 120, False
         while time.monotonic() < deadline:
             ready, _, _ = select.select([reading], [], [], max(0.0, min(1.0, deadline - time.monotonic())))
             if ready:
                 data = os.read(reading, 1 << 16)
                 if not data:
                     break
-                if not told:  # its first step: from here the clock runs
-                    deadline = time.monotonic() + after
                 told += data
+                if not counting and told.count(b"w") >= len(writes):  # from here the clock runs
+                    deadline, counting = time.monotonic() + after, True
         os.kill(child, signal.SIGKILL)
         while data := os.read(reading, 1 << 16):
             told += data
         _, status = os.waitpid(child, 0)
-        last = max((int(line) for line in told.split()), default=0)
+        last = max((int(line) for line in told.split() if line != b"w"), default=0)
         done = os.WIFEXITED(status)
         require(not done or os.WEXITSTATUS(status) == 0, f"the run failed: {(self.base / 'child.log').read_text()[-2000:]}")
         return last, done
 
 
-def _tell(pipe: int, step: int) -> None:
-    os.write(pipe, f"{step}\n".encode())
+def _tell(pipe: int, words: str) -> None:
+    os.write(pipe, f"{words}\n".encode())
+
+
+def _slow_disk(pipe: int) -> None:
+    """From now on every tensor takes a millisecond to write, and the pipe is told when a file is begun."""
+    writer = pack("lora2.writer")
+    real = writer.data
+
+    def data(tensors: Any) -> Iterator[Any]:
+        _tell(pipe, "w")
+        for piece in real(tensors):
+            time.sleep(0.001)
+            yield piece
+
+    writer.data = data
 
 
 def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
@@ -200,7 +223,7 @@ def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
 
     direct, chance = Direct(base), random.Random(seed)  # noqa: S311 (moments, not secrets)
     run_seed, limit = 0, figures.kills + kills
-    whole = _tensors(direct.train("whole/x", run_seed, "nothing", lambda _: None))
+    whole = tensors_of(direct.train("whole/x", run_seed, "nothing", lambda _: None))
     began = time.monotonic()
     direct.train("timing/x", run_seed, "nothing", lambda _: None)
     length = time.monotonic() - began
@@ -209,8 +232,9 @@ def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
         folder = base / "output" / "lora2_states" / name
         source = "newest state" if pack("lora2.keeper").states_in(folder) else "nothing"
         finishing = figures.kills >= limit
-        moment = 1e9 if finishing else chance.uniform(0, length / 4)
-        step, done = direct.killed(name, run_seed, source, moment)
+        write = chance.randrange(1, 4) if figures.kills % 3 == 2 and not finishing else 0
+        moment = 1e9 if finishing else chance.uniform(0, WRITE_SECONDS if write else length / 4)
+        step, done = direct.killed(name, run_seed, source, moment, write)
         check_loras(base / "loras")
         if not done:
             figures.kills += 1
@@ -220,7 +244,7 @@ def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
             continue
         figures.runs_finished += 1
         figures.finished_before_kill += not finishing
-        found = _tensors(max((base / "loras" / "killed").rglob(f"{name.split('/')[1]}_*.safetensors")))
+        found = tensors_of(max((base / "loras" / "killed").rglob(f"{name.split('/')[1]}_*.safetensors")))
         same = found.keys() == whole.keys() and all(torch.equal(found[k], whole[k]) for k in whole)
         require(same, f"{name}, killed {kills_of_run} times, is not the unbroken run")
         print(f"{name}: killed {kills_of_run} times, and the same adapter bit for bit", flush=True)
@@ -229,7 +253,8 @@ def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
         name, kills_of_run = f"killed/{figures.runs_finished}", 0
 
 
-def _tensors(path: Path) -> dict[str, Any]:
+def tensors_of(path: Path) -> dict[str, Any]:
+    """A LoRA file's tensors."""
     return dict(pack("lora2.format").read(path).state_dict())
 
 
@@ -256,7 +281,7 @@ def kill_servers(base: Path, kills: int, seed: int, figures: Figures) -> None:
         newest = check_states(output, "server/x", step, figures)
         check_loras(base / "models" / "loras")
         print(f"server kill {figures.server_kills}: at step {step}, newest state {newest}", flush=True)
-    one, other = (_tensors(base / "models" / "loras" / name / "x_00001.safetensors") for name in ("whole", "server"))
+    one, other = (tensors_of(base / "models" / "loras" / name / "x_00001.safetensors") for name in ("whole", "server"))
     require(all(torch.equal(one[k], other[k]) for k in one), "the run of the killed servers is not the unbroken one")
     figures.runs_finished += 1
 

@@ -143,12 +143,12 @@ class Trainer:
     def run(
         self,
         on_step: Callable[[Progress], None] | None = None,
-        on_state: Callable[[State], object] | None = None,
+        on_state: Callable[[], object] | None = None,
         state_every: int = 0,
     ) -> Progress:
         """Train to the end. on_step is called after every step and may raise to stop; raises Diverged on a NaN loss.
 
-        on_state is called with the state after every `state_every` steps, but not after the last one; 0 = never.
+        on_state is called after every `state_every` steps, but not after the last one, to take `state`; 0 = never.
         On a GPU the loop runs a little ahead: `progress` counts the steps that are known to be done.
         """
         start = time.monotonic() - self.progress.seconds
@@ -167,7 +167,7 @@ class Trainer:
                 self._collect(0 if last or due else self._ahead)
                 self.progress.seconds = time.monotonic() - start
                 if due and on_state is not None:
-                    on_state(self.state())
+                    on_state()
                 if on_step is not None:
                     on_step(self.progress)
         return self.progress

@@ -158,7 +158,7 @@ def test_taking_states_changes_nothing(form: str) -> None:
     plain, watched = made(**FORMS[form]), made(**FORMS[form])
     plain.run()
     steps: list[int] = []
-    watched.run(None, lambda s: steps.append(s.part("run").facts["step"]), 2)
+    watched.run(None, lambda: steps.append(watched.state().part("run").facts["step"]), 2)
     assert steps == [2, 4, 6, 8, 10], "not after the last step: that one is asked for when the file is written"
     assert_same_run(watched, plain)
 
@@ -166,7 +166,7 @@ def test_taking_states_changes_nothing(form: str) -> None:
 def test_states_during_a_run_are_those_of_its_steps(tmp_path: Path) -> None:
     found: list[State] = []
     whole = trainer_of(**RICH)
-    whole.run(None, found.append, 3)
+    whole.run(None, lambda: found.append(whole.state()), 3)
     for each in found:
         assert_same_run(gone_on(kept(each, tmp_path), **RICH), whole)
 

@@ -14,6 +14,9 @@ from .layers import PREFIX, family_of
 from .model import HostModel
 from .weights import bypass_adapters
 
+TEXT_SAMPLES = 1 << 18
+"""Numbers of a caption that are looked at: one word changes them everywhere after it, and there may be thousands of captions."""
+
 PATCH_SAMPLES = 64
 """Numbers of each tensor of an applied LoRA that are looked at."""
 
@@ -37,8 +40,8 @@ def origin_of(
         weights=Prints.of((_readable(weights[name], module) for name, module in layers.items()), SAMPLES),
         patches=_patches(host.patcher),
         pictures=Prints.of(([image], "") for image in images),
-        captions=Prints.of(_caption(c) for c in captions),
-        empty=Prints.of([_caption(empty)] if empty is not None else []),
+        captions=Prints.of((_caption(c) for c in captions), TEXT_SAMPLES),
+        empty=Prints.of([_caption(empty)] if empty is not None else [], TEXT_SAMPLES),
     )
 
 

@@ -25,7 +25,7 @@ from ...lora2.losses import EntropyProbe
 from ...lora2.network import AdaptiveNetwork, rank_limit
 from ...lora2.settings import PRECISIONS, TARGETS, TRISTATE, Settings
 from ...lora2.state import State
-from ...lora2.trainer import Progress, Trainer
+from ...lora2.trainer import Diverged, Progress, Trainer
 from .beginning import ON_DIFFERENCE, REFUSE, about_run, beginning
 from .dataset import pictures
 from .layers import cross_attention, family_of, file_prefixes, select_layers
@@ -148,12 +148,12 @@ def _train(
                 reason = f"{stopped} " if isinstance(stopped, Exception) else ""
                 raise LoraError(f"{reason}{done}. {error}") from stopped
             words = f"{done}; what was learned is saved as {trained.name}."
-            if states.save_last():
+            if states.save():
                 words += f" To go on, choose '{NEWEST}' in continue_from."
             say(words)
             raise _explained(stopped, " " + words) from stopped.__cause__
         trained = finish()
-        if states.save_last():
+        if states.save():
             keeper.prune(1)
         say(f"Saved as {trained.name}.")
         return trained
@@ -166,25 +166,20 @@ class _States:
         self.trainer, self.keeper, self.made_of, self.say = trainer, keeper, made_of, say
         self._written = 0
 
-    def save(self, state: State) -> bool:
-        """Write a state; whether it is on the disk."""
-        try:
-            self.keeper.save(State.having(state, **{name: self.made_of.part(name) for name in self.made_of.facts}))
-        except LoraError as error:
-            self.say(str(error))
-            return False
-        self._written = self.trainer.progress.step
-        return True
-
-    def save_last(self) -> bool:
-        """Write the state that the run stopped in, unless it is written; whether it is on the disk."""
+    def save(self) -> bool:
+        """Write the state that the run is in, unless it is written; whether it is on the disk."""
         if self._written == self.trainer.progress.step:
             return True
         try:
-            return self.save(self.trainer.state())
-        except (LoraError, RuntimeError, MemoryError) as error:
-            log.warning("LoRA²: there is no training state of the last steps: %s", error)
+            state = self.trainer.state()
+            self.keeper.save(state.having(**{name: self.made_of.part(name) for name in self.made_of.facts}))
+        except Diverged:
+            raise
+        except (LoraError, OSError, RuntimeError, MemoryError) as error:
+            self.say(str(error) if isinstance(error, LoraError) else f"The training state was not saved: {error}")
             return False
+        self._written = self.trainer.progress.step
+        return True
 
 
 class _Finish:
