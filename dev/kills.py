@@ -1,8 +1,9 @@
 """Kills a training process (SIGKILL) at random moments and goes on from its newest state: `python -m dev.kills`.
 
 A run is started through the host bridge on a real model, killed, continued from its newest state, killed again, until it is
-done; then the next one. Every third kill is aimed at a state that is being written, on a disk made slow for it. After every kill each state that is listed must load, and the newest must be at most `state_every` steps behind
-the last step that was reported. A run that was killed many times must end in the adapter of an unbroken one, bit for bit.
+done; then the next one. Every third kill is aimed at a state that is being written, on a disk made slow for it. After every kill
+each state that is listed must load, and the newest must be at most `state_every` steps behind the last step that was reported.
+A run that was killed many times must end in the adapter of an unbroken one, bit for bit.
 
 Most kills hit a process that is forked from this one with the model in memory, some a whole ComfyUI server.
 """

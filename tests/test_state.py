@@ -173,7 +173,7 @@ def test_states_during_a_run_are_those_of_its_steps(tmp_path: Path) -> None:
 
 def test_every_tensor_of_a_state_matters(tmp_path: Path) -> None:
     """Another value in any of them gives another run, or is refused: nothing is stored that is not used, or used by chance."""
-    changes = {"steps": 12, **GROWING, "budget_mb": 0.015, "settle_at": 1.0, "accumulation": 2}
+    changes = {"steps": 16, **GROWING, "budget_mb": 0.015, "settle_at": 1.0, "accumulation": 2}
     found = kept(stopped(made(**changes), 8), tmp_path)
     whole = gone_on(found, **changes)
     for name, tensor in found.tensors.items():
