@@ -288,7 +288,7 @@ class Trainer:
                 f"This training state has {step} steps behind it already. To go on, set steps above {step}: it counts from "
                 "the start of the run."
             )
-        losses = run.tensor("losses", (step,), torch.float64)
+        losses = run.tensor("losses", (step,), torch.float64, finite=False)
         self.network.restore(state.part("network"))
         self.optimizer = Optimizer(self.network, self.settings)
         self.optimizer.restore(state.part("optimizer"))

@@ -258,13 +258,13 @@ def test_an_error_while_factors_change_leaves_no_state(where: str, monkeypatch: 
     trainer = made(**GROWING)
 
     def fail(*_: Any, **__: Any) -> None:
-        raise MemoryError
+        raise ArithmeticError
 
     part = {"sync": trainer.network, "settle": trainer.network.adapters[2], "update": trainer.network}[where]
     name = {"sync": "_rebuild", "settle": "load", "update": "clear_gradients"}[where]
     with monkeypatch.context() as patch:
         patch.setattr(part, name, fail)
-        with pytest.raises(MemoryError):
+        with pytest.raises(ArithmeticError):
             trainer.run()
     with pytest.raises(LoraError, match="came while the factors were changing"):
         trainer.state()
@@ -283,7 +283,7 @@ def test_each_tensor_is_needed_and_checked(sound: State) -> None:
     """Missing, of another shape, of another type, or not finite: our error each time."""
     for name, tensor in sound.tensors.items():
         wrong: list[Tensor | None] = [None, tensor[None], torch.cat([tensor.reshape(-1)] * 2), tensor.to(torch.int16)]
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and name != "run.losses":
             wrong += [tensor * float("nan"), tensor * 0 + float("inf")]
         for value in wrong:
             broken = State(sound.tensors, sound.facts)
