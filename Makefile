@@ -47,6 +47,9 @@ lint: setup-dev
 format: setup-dev
 	@$(VENV) -m ruff check --fix .
 
+soak: setup-dev
+	@COMFYUI_PYTHON= $(VENV) -m dev.kills $(ARGS)
+
 bench: setup-dev
 	@$(VENV) -m benchmarks.speed $(ARGS)
 

@@ -28,7 +28,7 @@ HELP = ROOT / "web" / "docs"
 LOCALES = ROOT / "locales"
 ENGLISH = ROOT / "tests" / "english.json"
 BLOCK = re.compile(r"(<!-- (inputs|advanced|outputs) (LoRA2_\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-FILES = ("lora_name",)
+FILES = ("lora_name", "continue_from")
 """Lists that depend on the machine."""
 
 

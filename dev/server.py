@@ -108,6 +108,13 @@ class ComfyServer:
             self._process.wait()
         self._process = None
 
+    def kill(self) -> None:
+        """Ends the server at once, as a crash or a power cut would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
     def wait(self) -> None:
         """Blocks until the server ends by itself."""
         if self._process is not None:

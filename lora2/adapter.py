@@ -179,6 +179,12 @@ class Adapter:
         up = factors.up.reshape(self.shape[0], -1).t().to(self.up)
         self._replace({"down": down.contiguous(), "up": up.contiguous()}, 0, optimizer)
 
+    def assume(self, down: Tensor, up: Tensor, std: float) -> None:
+        """Take these arrays, (capacity, …) and (capacity, d_out), and the deviation of new rows. Start a new optimizer then."""
+        self.std = std
+        arrays = {"down": down.to(self.device, copy=True).contiguous(), "up": up.to(self.device, copy=True).contiguous()}
+        self._replace(arrays, 0, None)
+
     def factors(self, rank: int, device: torch.device | None = None) -> Factors:
         """The first `rank` positions with √Λ folded into both factors; float32 views or copies, detached.
 

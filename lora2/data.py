@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from .errors import LoraError
+from .state import State, damaged, restore_generator
 
 
 class Buckets:
@@ -40,6 +41,19 @@ class Buckets:
             deck.extend(self.members[shape][i] for i in order)
         batch, self._decks[shape] = deck[: self.batch_size], deck[self.batch_size :]
         return batch
+
+    def state(self) -> State:
+        """Where the order is: the generator, and what is left of every deck."""
+        return State({"generator": self.generator.get_state()}, {"decks": [list(deck) for deck in self._decks.values()]})
+
+    def restore(self, state: State) -> None:
+        """Go on in the order of a state over the same pictures. Raises LoraError where it is of others, or damaged."""
+        decks = state.items("decks", list, len(self.members))
+        for deck, members in zip(decks, self.members.values(), strict=True):
+            if len(deck) > len(members) or not all(type(i) is int for i in deck) or not set(deck) <= set(members):
+                damaged("a deck holds pictures that are not there")
+        restore_generator(self.generator, state, "generator")
+        self._decks = {shape: list(deck) for shape, deck in zip(self.members, decks, strict=True)}
 
     def stack(self, indices: Sequence[int]) -> Tensor:
         """(batch, channels, …) latents of these pictures."""

@@ -12,14 +12,16 @@ import torch
 from torch import Generator, Tensor, nn
 
 from . import importance as imp
-from .adapter import HEADROOM, Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
+from .adapter import GRANULE, HEADROOM, Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
 from .budget import fit, float32, next_pressure, scaled_ranks
 from .errors import LoraError
 from .factors import Factors
+from .keys import shown
 from .memory import attempt
 from .packed import Block, Packed
 from .settings import Settings
 from .spectrum import singular_order
+from .state import State, damaged, restore_generator
 
 INITIAL_OVER_TARGET = 4
 SMALLEST_INITIAL = 16
@@ -29,6 +31,9 @@ PRESSED_SHARE, FREED_SHARE = 0.02, 0.05
 
 MOST_RESIZES = 4
 """How often they follow in a run: a recorded step has to be recorded again after it (engine.py)."""
+
+MOST_SYNCS = 100_000_000
+"""More than any run has: what a state may claim."""
 
 FASTEST = 2.5
 """A growing layer gets room for this many times its rank at most."""
@@ -66,10 +71,9 @@ class AdaptiveNetwork:
         costs = [cost(shape) for shape in shapes]
         self.budget = settings.budget(costs, self._limits)
         initial = initial_ranks(self.budget / sum(costs), self._limits, settings)
-        energies = [imp.kept_energy(rank, imp.mass_constant(settings.q) / rank) for rank in initial]
         self.adapters = [
-            Adapter(module, capacity_for(rank), _std(shape, rank, energy, settings), self.device, self.generator)
-            for module, shape, rank, energy in zip(layers.values(), shapes, initial, energies, strict=True)
+            Adapter(module, capacity_for(rank), down_deviation(shape, rank, settings), self.device, self.generator)
+            for module, shape, rank in zip(layers.values(), shapes, initial, strict=True)
         ]
         self.settled = False
         self.theta = nn.Parameter(torch.tensor(initial, dtype=torch.float64).log().float().to(self.device))
@@ -85,6 +89,11 @@ class AdaptiveNetwork:
         self._rebuild()
 
     # -- parameters and gradients --------------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> list[int]:
+        """The largest rank that each layer may have."""
+        return self._limits
 
     def parameters(self) -> list[nn.Parameter]:
         """The factors of every layer, down before up; without θ."""
@@ -400,6 +409,68 @@ class AdaptiveNetwork:
         self.refresh()
         return dict(zip(self.names, imp.rate(self.theta.detach(), self.settings.q).tolist(), strict=True))
 
+    # -- going on ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def assume(self, theta: Tensor, arrays: Sequence[tuple[Tensor, Tensor]], stds: Sequence[float]) -> None:
+        """Take these log ranks, (layers,), and these arrays of every layer, down before up, as they are."""
+        self.theta.data.copy_(theta)
+        for adapter, (down, up), std in zip(self.adapters, arrays, stds, strict=True):
+            adapter.assume(down, up, std)
+        self._rebuild()
+
+    def state(self) -> State:
+        """All that a network of the same layers and settings needs to go on as this one; see `restore`."""
+        tensors = {"theta": self.theta, "pressure": self.pressure, "peak": self._peak, "generator": self.generator.get_state()}
+        for index, adapter in enumerate(self.adapters):
+            tensors |= {f"{index}.down": adapter.down, f"{index}.up": adapter.up}
+        return State(
+            tensors,
+            {
+                "layers": self.names,
+                "settled": self.settled,
+                "last_ratio": self._last_ratio,
+                "deviations": [a.std for a in self.adapters],
+                "last_ranks": self._last_ranks,
+                "resized": self._resized,
+                "syncs": self._syncs,
+            },
+        )
+
+    def restore(self, state: State) -> None:
+        """Become what `state` was taken of. Raises LoraError where it is of other layers, or damaged."""
+        if state.items("layers", str) != self.names:
+            raise LoraError("The training state is of other layers. Adapt the layers that it was made with.")
+        settled, count = state.flag("settled"), len(self.adapters)
+        deviations = state.items("deviations", float, count)
+        arrays = []
+        for index, adapter in enumerate(self.adapters):
+            down = state.tensor(f"{index}.down", (None, *adapter.shape[1:]))
+            up = state.tensor(f"{index}.up", (down.shape[0], adapter.shape[0]))
+            # Working copies (packed.py) are laid out for capacities in whole granules while ranks adapt.
+            uneven = not settled and (len(down) % GRANULE or not len(down))
+            if uneven or len(down) > capacity_for(full_rank(adapter.shape)):
+                damaged(f"layer {shown(self.names[index])} holds {len(down)} positions")
+            if not 0 < deviations[index] < math.inf:
+                damaged("a deviation is not positive")
+            arrays.append((down, up))
+        peak = state.tensor("peak", (count,))
+        pressure = state.tensor("pressure", ())
+        if not settled and bool(((peak < 0) | (peak > peak.new_tensor([len(d) for d, _ in arrays]))).any()):
+            damaged("a rank was above its arrays")
+        if not 1e-6 <= float(pressure) <= 1e6:
+            damaged("the budget's multiplier is out of bounds")
+        self.settled = settled
+        self._last_ratio = state.number("last_ratio", 0.0, 1e12)
+        self._last_ranks = state.items("last_ranks", float, count)
+        self._syncs, self._resized = state.whole("syncs", 0, MOST_SYNCS), state.items("resized", int)
+        if not all(0 < rank < MOST_SYNCS for rank in self._last_ranks) or any(s > self._syncs for s in self._resized):
+            damaged("ranks or resizes are out of bounds")
+        self.assume(state.tensor("theta", (count,)), arrays, deviations)
+        restore_generator(self.generator, state, "generator")
+        self.pressure.copy_(pressure)
+        self._peak.copy_(peak)
+
     # -- attaching -----------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -464,7 +535,9 @@ def rank_limit(shape: tuple[int, ...], settings: Settings) -> int:
     return min(most, settings.max_rank) if settings.max_rank else most
 
 
-def _std(shape: tuple[int, ...], rank: int, energy: float, settings: Settings) -> float:
+def down_deviation(shape: tuple[int, ...], rank: int, settings: Settings) -> float:
+    """σ of new down rows in a layer of this shape that starts at this rank."""
+    energy = imp.kept_energy(rank, imp.mass_constant(settings.q) / rank)
     if settings.init == "paper":
         return imp.paper_down_std(energy)
     return imp.down_std(rank, cost(shape) - shape[0], energy)

@@ -5,18 +5,22 @@ All on the device: nothing here waits for a value, so that a step can be recorde
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from .errors import LoraError
+from .keys import shown
 from .network import AdaptiveNetwork
 from .settings import Settings
+from .state import State, damaged
 
 BETAS = (0.9, 0.99)
 """A run has hundreds of steps, not millions: β₂ = 0.999 would remember the start for all of it."""
 
 FUSED = ("cuda", "cpu")
 """Devices whose fused optimizers skip a step, and unscale gradients, by a tensor on the device."""
-
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 """What each optimizer remembers of every number."""
@@ -33,6 +37,7 @@ class Optimizer:
     def __init__(self, network: AdaptiveNetwork, settings: Settings) -> None:
         self.network = network
         self.settings = settings
+        self._kind = settings.optimizer
         self.fused = network.device.type in FUSED
         self._capturable = network.device.type == "cuda"
         self.inner = self._make(network.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay)
@@ -54,6 +59,41 @@ class Optimizer:
             return sgd
         cls = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
         return cls(parameters, lr=lr, betas=BETAS, weight_decay=decay, fused=self.fused, capturable=self._capturable)
+
+    def state(self) -> State:
+        """The moments and step counters of every parameter, under its place in the order; without any before the first step."""
+        return State({name: value for name, _, value in self._moments()}, {"kind": self._kind})
+
+    def restore(self, state: State) -> None:
+        """Take moments and counters of an optimizer over a network of the same shapes. Raises LoraError where they do not fit."""
+        names = _remembered(self._kind)
+        if _remembered(str(state.facts.get("kind"))) != names:
+            raise LoraError("The training state was made with another optimizer. Choose the one that it was made with.")
+        begun = bool(state.tensors)
+        for group, optimizer in self._groups():
+            for index, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+                kind = _remembered("adam") if group == "theta" else names
+                if begun:
+                    optimizer.state[parameter] = {n: self._restored(state, f"{group}.{index}.{n}", n, parameter) for n in kind}
+
+    def _restored(self, state: State, key: str, name: str, parameter: torch.nn.Parameter) -> Tensor:
+        value = state.tensor(key, () if name == "step" else parameter.shape)
+        if name != "momentum_buffer" and bool((value < 0).any()) and name != "exp_avg":
+            damaged(f"{shown(key)} is negative")
+        waits = name == "step" and not (self.fused or self._capturable)
+        return value.to("cpu" if waits else parameter.device, copy=True)
+
+    def _groups(self) -> Iterator[tuple[str, torch.optim.Optimizer]]:
+        yield "factors", self.inner
+        if self.theta is not None:
+            yield "theta", self.theta
+
+    def _moments(self) -> Iterator[tuple[str, torch.nn.Parameter, Tensor]]:
+        for group, optimizer in self._groups():
+            for index, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+                for name, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        yield f"{group}.{index}.{name}", parameter, value
 
     def step(self, rate: float, ranks_move: bool, loss: Tensor) -> Tensor:
         """Take the accumulated gradients with `rate` times the learning rate and clear them.
@@ -138,6 +178,12 @@ class Optimizer:
             self.half_taken = True
             torch._foreach_div_(gradients, excess)
             optimizer.step()
+
+
+def _remembered(kind: str) -> tuple[str, ...]:
+    """All that an optimizer keeps for a parameter; nothing for a kind that is not known."""
+    moments = MOMENTS.get(kind, ())
+    return moments if kind == "sgd" or not moments else ("step", *moments)
 
 
 def global_norm(gradients: list[Tensor], like: Tensor | None = None) -> Tensor:

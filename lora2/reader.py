@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,9 +32,22 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises LoraError, naming the file and what is wrong with it, where it is missing, truncated, no
     safetensors file, or where its header contradicts itself.
     """
-    try:
+    with _explained(path):
         metadata = _checked_header(path)
         return dict(load_file(path)), metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone; the header is checked, and errors are raised, as by `read_file`."""
+    with _explained(path):
+        return _checked_header(path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What the system or safetensors raises inside, as a LoraError that names the file."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise LoraError(f"{shown(path.name)} does not exist.") from error
     except OSError as error:  # whose own words hold the whole path

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -15,12 +16,16 @@ from torch import Generator, Tensor
 
 from .data import Buckets
 from .engine import Part, Result, engine_for
+from .errors import LoraError
+from .factors import Factors
 from .losses import EntropyProbe, denoising_loss
 from .memory import OutOfMemory, advice, attempt, release
 from .network import AdaptiveNetwork
 from .optimizer import Optimizer
 from .schedule import learning_rate_factor, sample_times
 from .settings import SEEDS, Settings
+from .start import Started, start_from
+from .state import State, restore_generator
 from .watch import Diverged, Judge
 
 __all__ = ["EMPTY_CAPTION", "Denoiser", "Diverged", "Progress", "Trainer"]
@@ -33,6 +38,9 @@ Batch = tuple[Tensor, Tensor, Tensor, list[int]]
 
 STEPS_AHEAD = 1
 """Steps that a GPU may be given before the last one's loss is read: a cancel waits for them."""
+
+MOST_STEPS = 100_000_000
+"""More than any run has: what a state may claim."""
 
 EMPTY_CAPTION = -1
 """Stands for the empty caption where a picture's index stands for its caption."""
@@ -134,12 +142,20 @@ class Trainer:
         self._say = say
         self._judge = Judge(network, settings, say)
         self._most, self._largest = settings.batch_size, 0
+        self._torn = False
+        self._marks: deque[tuple[int, State]] = deque(maxlen=STEPS_AHEAD + 2)
 
-    def run(self, on_step: Callable[[Progress], None] | None = None) -> Progress:
+    def run(
+        self,
+        on_step: Callable[[Progress], None] | None = None,
+        on_state: Callable[[], object] | None = None,
+        state_every: int = 0,
+    ) -> Progress:
         """Train to the end. on_step is called after every step and may raise to stop.
 
         Raises Diverged where the loss or gradients are not finite (or, where such steps are skipped, are so too often), and
         OutOfMemory.
+        on_state is called after every `state_every` steps, but not after the last one, to take `state`; 0 = never.
         On a GPU the loop runs a little ahead: `progress` counts the steps that are known to be done.
         """
         start = time.monotonic() - self.progress.seconds
@@ -154,8 +170,12 @@ class Trainer:
                 self._settle_if_due()
                 self._rest_if_due()
                 self._step()
-                self._collect(0 if self._issued == self.settings.steps else self._ahead)
+                last = self._issued == self.settings.steps
+                due = on_state is not None and state_every > 0 and self._issued % state_every == 0 and not last
+                self._collect(0 if last or due else self._ahead)
                 self.progress.seconds = max(self.progress.seconds, time.monotonic() - start)  # a clock may jump back
+                if due and on_state is not None:
+                    on_state()
                 if on_step is not None:
                     on_step(self.progress)
         return self.progress
@@ -164,6 +184,7 @@ class Trainer:
         settings, step = self.settings, self._issued
         drawn: list[Batch] = []  # once: an attempt that failed is made again with the same samples
         moves = settings.ranks_move(step)
+        self._marks.append((step, self._drawing()))
         result = self._relieved(
             lambda: self.engine.step(self._parts(drawn), self.optimizer, self._rate(step), moves), self._less
         )
@@ -173,9 +194,20 @@ class Trainer:
         if self._issued == settings.steps:
             self._note_ranks()  # without a sync: arrays that grew now would never be trained
         elif self._issued % settings.sync_every == 0:
+            self._sync()
+
+    def _sync(self) -> None:
+        with self._changing():
             if self._relieved(lambda: self.network.sync(self.optimizer.inner), self._graphs_dropped()):
                 self.engine.forget()
-            self._note_ranks()
+        self._note_ranks()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around what changes the network in several steps: an error in between leaves no state to go on from."""
+        self._torn = True
+        yield
+        self._torn = False
 
     def _collect(self, ahead: int, judge: bool = True) -> None:
         """Read the results of all but the last `ahead` steps; raises Diverged at the first step that may not be skipped."""
@@ -272,20 +304,93 @@ class Trainer:
             return
         self._collect(0)
         self.engine.forget()
-        self._relieved(self.network.sync, self._graphs_dropped())
-        self._relieved(self.network.settle, self._graphs_dropped())
-        self.optimizer = Optimizer(self.network, self.settings)
-        self._since_settling = 0
-        self.progress.settled_at = self._issued
+        with self._changing():
+            self._relieved(self.network.sync, self._graphs_dropped())
+            self._relieved(self.network.settle, self._graphs_dropped())
+            self.optimizer = Optimizer(self.network, self.settings)
+            self._since_settling = 0
+            self.progress.settled_at = self._issued
         self._note_ranks()
 
     def _rest_if_due(self) -> None:
         """In the paper's form, the moment from which ranks stand still."""
         if self._issued == self.settings.rest_step and self.settings.settle_at >= 1:
             self._collect(0)
-            if self._relieved(lambda: self.network.rest(self.optimizer.inner), self._graphs_dropped()):
-                self.engine.forget()
+            with self._changing():
+                if self._relieved(lambda: self.network.rest(self.optimizer.inner), self._graphs_dropped()):
+                    self.engine.forget()
             self._note_ranks()
+
+    def _drawing(self) -> State:
+        """Where everything random of the next batches stands."""
+        return State.joined(data=self.data.state(), noise=State({"generator": self.generator.get_state()}, {}))
+
+    def state(self) -> State:
+        """All that the run needs to go on bit for bit from the last step that is done; waits for the device.
+
+        After an error in the middle of a step it is the state before that step. Raises LoraError where the error left the
+        factors half changed, and Diverged as `run` does.
+        """
+        self._collect(0)
+        if self._torn or self.optimizer.half_taken:
+            raise LoraError("The error came while the factors were changing, so there is no state to go on from.")
+        progress = self.progress
+        drawing = next((mark for step, mark in self._marks if step == progress.step), None)
+        facts = {
+            "step": progress.step,
+            "settled_at": progress.settled_at,
+            "seconds": progress.seconds,
+            "changes": progress.changes,
+            "most": self._most,
+            "sync_due": progress.step == self.settings.steps and progress.step % self.settings.sync_every == 0,
+        }
+        return State.joined(
+            run=State({"losses": torch.tensor(progress.losses, dtype=torch.float64)}, facts),
+            network=self.network.state(),
+            optimizer=self.optimizer.state(),
+            drawing=drawing or self._drawing(),
+            settings=State({}, self.settings.to_dict()),
+        )
+
+    def restore(self, state: State) -> None:
+        """Go on from a state of a run on the same layers and pictures; `settings` say how, their steps count from the start.
+
+        Raises LoraError where the state is damaged or of another run, or has all the steps already; the trainer is of no
+        use then.
+        """
+        run, drawing = state.part("run"), state.part("drawing")
+        step = run.whole("step", 1, MOST_STEPS)
+        if step >= self.settings.steps:
+            raise LoraError(
+                f"This training state has {step} steps behind it already. To go on, set steps above {step}: it counts from "
+                "the start of the run."
+            )
+        losses = run.tensor("losses", (step,), torch.float64, finite=False)
+        self.network.restore(state.part("network"))
+        self.optimizer = Optimizer(self.network, self.settings)
+        self.optimizer.restore(state.part("optimizer"))
+        self.data.restore(drawing.part("data"))
+        restore_generator(self.generator, drawing.part("noise"), "generator")
+        settled_at = run.whole("settled_at", 0, step) if self.network.settled else None
+        seconds, changes = run.number("seconds", 0, 1e12), run.items("changes", str)
+        self.progress = Progress(self.settings.steps, step, losses.tolist(), {}, settled_at, seconds, changes)
+        self._judge.remember(self.progress.losses)
+        self._most = min(self._most, run.whole("most", 1, MOST_STEPS))
+        self._since_settling = step - (settled_at or 0)
+        self._issued = step
+        self._marks.clear()
+        self.engine.forget()
+        if run.flag("sync_due"):
+            self._sync()
+        self._note_ranks()
+
+    def start_from(self, factors: Mapping[str, Factors]) -> Started:
+        """Begin with factors by layer instead of from nothing (start.py), before the first step."""
+        started = start_from(self.network, factors)
+        self.optimizer = Optimizer(self.network, self.settings)
+        self.engine.forget()
+        self._note_ranks()
+        return started
 
     def _note_ranks(self) -> None:
         self.progress.ranks = self.network.ranks()

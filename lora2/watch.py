@@ -104,6 +104,13 @@ class Judge:
         elif final:
             raise Diverged(f"{self._fault(progress.step + 1, loss, norms)}, and the step was not taken: {self._advice}")
 
+    def remember(self, losses: Sequence[float]) -> None:
+        """Know what a run that goes on has seen; nothing is said."""
+        for step, loss in enumerate(losses, 1):
+            self._in_a_row = self._in_a_row + 1 if math.isnan(loss) else 0
+            if not math.isnan(loss):
+                self.watch.note(step, loss)
+
     def _skip(self, progress: Progress, fault: str, final: bool) -> None:
         self._in_a_row += 1
         progress.losses.append(math.nan)

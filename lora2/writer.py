@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -88,8 +88,24 @@ def write_new(folder: Path, stem: str, tensors: Mapping[str, Tensor], metadata: 
     """
     if stem in ("", ".", "..") or any(character in stem for character in "/\\:\0"):
         raise LoraError(f"'{shown(stem)}' is not a file name. Give a name without folders, such as my_lora.")
+    return write_whole(folder, tensors, metadata, lambda temporary: _publish(temporary, folder, stem))
+
+
+def write_whole(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    publish: Callable[[Path], Path],
+    what: str = "LoRA",
+    token: str = "",
+) -> Path:
+    """Write a file under a temporary name and flush it to the disk, then let `publish` give it its own; returns that path.
+
+    what: what a message calls it. token: up to 15 hexadecimal digits that the temporary name begins with. Raises LoraError as
+    `write_new` does; nothing is left behind then.
+    """
     first = header(tensors, metadata)
-    temporary = folder / f".lora2-{secrets.token_hex(8)}.partial"
+    temporary = folder / f".lora2-{token}{secrets.token_hex(8)[len(token) :]}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder)
@@ -100,13 +116,13 @@ def write_new(folder: Path, stem: str, tensors: Mapping[str, Tensor], metadata: 
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
-            path = _publish(temporary, folder, stem)
+            path = publish(temporary)
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(folder)
     except OSError as error:
         size = len(first) + sum(t.numel() * t.element_size() for t in tensors.values())
-        raise LoraError(_explain(error, folder, size)) from error
+        raise LoraError(_explain(error, folder, size, what)) from error
     return path
 
 
@@ -119,13 +135,13 @@ def _publish(temporary: Path, folder: Path, stem: str) -> Path:
         number += 1
         path = folder / f"{stem}_{number:05d}.safetensors"
         try:
-            _claim(temporary, path)
+            claim(temporary, path)
         except FileExistsError:
             continue
         return path
 
 
-def _claim(temporary: Path, path: Path) -> None:
+def claim(temporary: Path, path: Path) -> None:
     """Give the file its name in one step; FileExistsError where something has that name."""
     try:
         os.link(temporary, path)
@@ -167,17 +183,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _explain(error: OSError, folder: Path, size: int) -> str:
+def _explain(error: OSError, folder: Path, size: int, what: str) -> str:
     """What went wrong with the disk, and what to do."""
     where = f"the folder {shown(folder.name)} ({size / 1e6:.1f} MB to write)"
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
-        return f"The disk is full: the LoRA was not saved in {where}. Free some space or change the folder."
+        return f"The disk is full: the {what} was not saved in {where}. Free some space or change the folder."
     if error.errno == errno.EFBIG:
-        return f"The file is larger than the disk or the system allows: the LoRA was not saved in {where}."
+        return f"The file is larger than the disk or the system allows: the {what} was not saved in {where}."
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"No permission to write: the LoRA was not saved in {where}. Choose a folder that can be written."
+        return f"No permission to write: the {what} was not saved in {where}. Choose a folder that can be written."
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"Not a folder: the LoRA was not saved in {where}. Choose another name or folder."
+        return f"Not a folder: the {what} was not saved in {where}. Choose another name or folder."
     if error.errno == errno.ENAMETOOLONG:
-        return f"The name is too long for the disk: the LoRA was not saved in {where}. Choose a shorter name."
-    return f"The LoRA was not saved in {where}: {error.strerror or error}."
+        return f"The name is too long for the disk: the {what} was not saved in {where}. Choose a shorter name."
+    return f"The {what} was not saved in {where}: {error.strerror or error}."

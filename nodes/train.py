@@ -11,6 +11,7 @@ from ..lora2.format import parse
 from ..lora2.report import build
 from ..lora2.settings import Settings
 from .guard import guarded
+from .host import files, states
 from .host.loading import apply
 from .host.progress import show, teller
 from .host.session import Request, train
@@ -20,6 +21,15 @@ from .train_inputs import inputs
 Ranks = io.Custom("LORA2_RANKS")
 LossMap = io.Custom("LOSS_MAP")
 LoraModel = io.Custom("LORA_MODEL")
+REQUESTED = (
+    "checkpointing",
+    "precision",
+    "save_dtype",
+    "continue_from",
+    "on_difference",
+    "state_every",
+    "states_kept",
+)
 
 
 class TrainAdaptiveLora(io.ComfyNode):
@@ -53,6 +63,19 @@ class TrainAdaptiveLora(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, continue_from: Any = None) -> bool | str:
+        """In the place of the host's own check, which only says that a state is not in the list; the rest it checks itself."""
+        values = continue_from if isinstance(continue_from, list) else [continue_from or states.NOTHING]
+        return next((words for value in values if (words := states.trouble_with(value))), True)
+
+    @classmethod
+    def fingerprint_inputs(cls, continue_from: Any = None, **_: Any) -> str:
+        """A LoRA file that changed is read again. A state never changes, and what is newest now must not train anew by itself."""
+        values = continue_from if isinstance(continue_from, list) else [continue_from]
+        names = [v.removeprefix(states.LORA) for v in values if isinstance(v, str) and v.startswith(states.LORA)]
+        return " ".join(files.lora_fingerprint(name) for name in names)
+
+    @classmethod
     @guarded
     def execute(
         cls, latents: list[Any], conditioning: list[Any], empty_caption: list[Any] | None = None, **lists: Any
@@ -65,7 +88,7 @@ class TrainAdaptiveLora(io.ComfyNode):
             target=values.pop("layers"),
             include=values.pop("include", "").split(),
             exclude=values.pop("exclude", "").split(),
-            **{name: values.pop(name) for name in ("checkpointing", "precision", "save_dtype") if name in values},
+            **{name: values.pop(name) for name in REQUESTED if name in values},
         )
         trained = train(
             model, latents, conditioning, Settings(**values), request, empty_caption, teller(cls.hidden.unique_id)

@@ -16,6 +16,8 @@ from ..lora2.settings import (
     TRISTATE,
     Settings,
 )
+from .host import states
+from .host.beginning import ON_DIFFERENCE
 
 DEFAULTS = Settings()
 SAVE_DTYPES = ["fp16", "bf16", "fp32"]
@@ -316,6 +318,42 @@ def inputs() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="What a dropped caption becomes; a caption of zeros if not connected.",
+        ),
+        io.Combo.Input(
+            "continue_from",
+            options=states.choices(),
+            default=states.NOTHING,
+            optional=True,
+            advanced=True,
+            tooltip="Go on where a training state stopped (steps counts from its start), or start from a LoRA file. newest "
+            "state: the last one of this save_name.",
+        ),
+        io.Combo.Input(
+            "on_difference",
+            options=list(ON_DIFFERENCE),
+            default=ON_DIFFERENCE[0],
+            optional=True,
+            advanced=True,
+            tooltip="When a state is of another model, dataset, layers or fixed settings. refuse: say what differs. start from "
+            "its factors: a new run that begins with what it had learned.",
+        ),
+        io.Int.Input(
+            "state_every",
+            default=200,
+            min=0,
+            max=1_000_000,
+            optional=True,
+            advanced=True,
+            tooltip="Steps between two training states: the most that a crash costs. 0 = only when the run ends or is stopped.",
+        ),
+        io.Int.Input(
+            "states_kept",
+            default=2,
+            min=1,
+            max=1000,
+            optional=True,
+            advanced=True,
+            tooltip="How many states a run keeps while it trains, in output/lora2_states. A finished run keeps its last one.",
         ),
         io.Combo.Input(
             "on_out_of_memory",

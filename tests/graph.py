@@ -121,9 +121,13 @@ def updates(patched: Any) -> dict[str, Tensor]:
     return found
 
 
-def files_in(folder: Path) -> set[str]:
-    """Every file below a folder."""
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+STATES = "output/lora2_states/"
+
+
+def files_in(folder: Path, states: bool = False) -> set[str]:
+    """Every file below a folder, but for the training states in ComfyUI's output folder: those alone if `states`."""
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    return {name for name in found if name.startswith(STATES) == states}
 
 
 def refused(model: Any, words: str, folders: Path, family: str = "flux", **inputs: Any) -> str:

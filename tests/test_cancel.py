@@ -105,7 +105,10 @@ def test_what_was_learned_is_saved_and_said(server: ComfyServer, cancelled: dict
     document = pack("lora2.format").read(server.base / "models/loras/cancel/mug_00001.safetensors")
     done = document.info["training"]["steps_done"]
     assert done >= 2
-    words = f"Stopped after {done} of 100000 steps; what was learned is saved as cancel/mug_00001.safetensors."
+    words = (
+        f"Stopped after {done} of 100000 steps; what was learned is saved as cancel/mug_00001.safetensors. "
+        "To go on, choose 'newest state' in continue_from."
+    )
     assert cancelled["texts"][-1] == words
     assert words in server.logs()
     assert len(document.layers) == 8

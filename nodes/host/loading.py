@@ -60,11 +60,11 @@ def match(document: LoraDocument, model: Any, clip: Any) -> Match:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
         modules.append(clip.cond_stage_model)
     shapes = {name: tuple(p.shape) for module in modules for name, p in module.named_parameters()}
-    document = _renamed(document)
+    document = renamed(document)
     fitting: list[str] = []
     others: dict[str, list[str]] = {}
-    for name in (*document.layers, *_other_layers(document)):
-        reason = _misfit(name, keys, shapes, document.layers.get(name), clip)
+    for name in (*document.layers, *other_layers(document)):
+        reason = misfit(name, keys, shapes, document.layers.get(name), clip)
         (others.setdefault(reason, []) if reason else fitting).append(name)
     result = Match(fitting, others)
     width = text_width(document.layers)
@@ -78,13 +78,13 @@ def match(document: LoraDocument, model: Any, clip: Any) -> Match:
     return result
 
 
-def _renamed(document: LoraDocument) -> LoraDocument:
+def renamed(document: LoraDocument) -> LoraDocument:
     """The document under the names that the host gives to layers of some trainers."""
     converted = comfy.lora_convert.convert_lora(dict(document.state_dict()))
     return document if converted.keys() == document.state_dict().keys() else parse(converted)
 
 
-def _other_layers(document: LoraDocument) -> list[str]:
+def other_layers(document: LoraDocument) -> list[str]:
     """Layers of other kinds, such as LoKr or pairs of whole numbers, by prefix; tensors that belong to nothing, by key."""
     pairs = {
         prefix + suffix: prefix
@@ -97,7 +97,7 @@ def _other_layers(document: LoraDocument) -> list[str]:
     return [name for name in dict.fromkeys(names) if not any(stem in document.layers for stem in stems(name))]
 
 
-def _misfit(
+def misfit(
     name: str, keys: dict[str, Any], shapes: dict[str, tuple[int, ...]], factors: Factors | None, clip: Any
 ) -> str:
     """Why the host will not apply a layer; empty when it will."""

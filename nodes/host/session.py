@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,22 @@ from torch import Tensor, nn
 from ...lora2.adapter import cost, module_shape
 from ...lora2.errors import LoraError
 from ...lora2.format import LoraStateDict
+from ...lora2.keeper import Keeper
 from ...lora2.live import live_picture
 from ...lora2.losses import EntropyProbe
 from ...lora2.memory import OutOfMemory, attempt, out_of_memory, release
 from ...lora2.network import AdaptiveNetwork, initial_ranks, rank_limit
 from ...lora2.settings import PRECISIONS, TARGETS, TRISTATE, Settings
-from ...lora2.trainer import Progress, Trainer
+from ...lora2.state import State
+from ...lora2.trainer import Diverged, Progress, Trainer
+from .beginning import ON_DIFFERENCE, REFUSE, about_run, beginning
 from .dataset import pictures
 from .kept import save, write_kept
 from .layers import cross_attention, family_of, file_prefixes, plain, select_layers
 from .model import HostModel, empty_caption, training_dtype
+from .origin import origin_of
 from .saving import DTYPES, FileInfo, Place, check_place, place_for, room
+from .states import NEWEST, NOTHING, StateSource, chosen, states_folder
 
 log = logging.getLogger("lora2")
 
@@ -54,6 +59,10 @@ class Request:
     checkpointing: str = "auto"
     precision: str = "auto"
     save_dtype: str = "fp16"
+    continue_from: str = NOTHING
+    on_difference: str = REFUSE
+    state_every: int = 200
+    states_kept: int = 2
 
     def __post_init__(self) -> None:
         if not isinstance(self.save_name, str):
@@ -63,10 +72,15 @@ class Request:
             ("checkpointing", TRISTATE),
             ("precision", PRECISIONS),
             ("save_dtype", tuple(DTYPES)),
+            ("on_difference", ON_DIFFERENCE),
         ):
             if getattr(self, name) not in choices:
                 label = "layers" if name == "target" else name
                 raise LoraError(f"{label} = {getattr(self, name)!r} must be one of {', '.join(choices)}.")
+        for name, least in (("state_every", 0), ("states_kept", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise LoraError(f"{name} = {value!r} must be a whole number, at least {least}.")
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,8 @@ def _train(
     say: Callable[[str], None],
 ) -> Trained:
     place = place_for(request.save_name)
+    folder = states_folder(place)
+    source = chosen(request.continue_from, place)
     images, captions = pictures(latents, conditioning)
     host = HostModel(patcher, training_dtype(patcher, request.precision))
     host.check_latents(images)
@@ -125,31 +141,71 @@ def _train(
     check_place(place, least)
     if least < most and room(place) < most:
         say(f"Ranks may grow: the LoRA may become up to {most / 1e6:.1f} MB, and the disk has {room(place) / 1e6:.1f} MB free.")
-    images = host.scale_latents(images)
+    given, images = images, host.scale_latents(images)
     nothing = empty_caption(captions, empty)
     with host.training(images, captions, nothing, settings.batch_size, request.checkpointing):
+        dropped = nothing if settings.caption_dropout > 0 else None
+        about, made_of = about_run(host.device, host.compute), cache(partial(origin_of, host, layers, given, captions, dropped))
+        begin = beginning(source, request.on_difference, settings, host.model, layers, made_of, about)
+        settings = begin.settings
         network = AdaptiveNetwork(layers, settings, host.device, host.compute, plain)
         trainer = Trainer(network, host, images, settings, EntropyProbe(cross_attention(host.model)), say=say)
-        say(f"Training {len(layers)} layers on {len(images)} pictures, {settings.steps} steps.")
+        begin.apply(trainer)
+        begun = trainer.progress.learned
+        say(" ".join([f"Training {len(layers)} layers on {len(images)} pictures, {settings.steps} steps.", *begin.words]))
         finish = _Finish(network, trainer.progress, files, place, settings, request, len(images))
+        goes_on = source.path if begun and isinstance(source, StateSource) else None
+        keeper = Keeper(folder, request.states_kept, least, goes_on)
+        states = _States(trainer, keeper, State.joined(origin=made_of().state(), about=State({}, about)), say)
         try:
-            trainer.run(_Live(network, files, partial(_warn_of_disk, place, settings, say)))
+            trainer.run(
+                _Live(network, files, partial(_warn_of_disk, place, settings, say)), states.save, request.state_every
+            )
         except BaseException as stopped:
-            if not trainer.progress.learned:
+            if trainer.progress.learned == begun:
                 raise
             done = f"Stopped after {trainer.progress.step} of {settings.steps} steps"
             try:
                 trained = finish()
             except LoraError as error:
                 reason = f"{stopped} " if isinstance(stopped, Exception) else ""
+                if states.save():
+                    reason += f"The training state is kept: choose '{NEWEST}' in continue_from to go on. "
                 kind = OutOfMemory if out_of_memory(stopped) or out_of_memory(error) else LoraError
                 raise kind(f"{reason}{done}. {error}") from stopped
             words = f"{done}; what was learned is saved as {trained.name}.{_notes(trainer.progress)}"
+            if states.save():
+                words += f" To go on, choose '{NEWEST}' in continue_from."
             say(words)
             raise _explained(stopped, " " + words) from stopped.__cause__
         trained = finish()
+        if states.save():
+            keeper.prune(1)
         say(f"Saved as {trained.name}.{_notes(trainer.progress)}")
         return trained
+
+
+class _States:
+    """Writes the run's states, with what the run is made of; one that cannot be written is said, and costs nothing else."""
+
+    def __init__(self, trainer: Trainer, keeper: Keeper, made_of: State, say: Callable[[str], None]) -> None:
+        self.trainer, self.keeper, self.made_of, self.say = trainer, keeper, made_of, say
+        self._written = 0
+
+    def save(self) -> bool:
+        """Write the state that the run is in, unless it is written; whether it is on the disk."""
+        if self._written == self.trainer.progress.step:
+            return True
+        try:
+            state = self.trainer.state()
+            self.keeper.save(state.having(**{name: self.made_of.part(name) for name in self.made_of.facts}))
+        except Diverged:
+            raise
+        except (LoraError, OSError, RuntimeError, MemoryError) as error:
+            self.say(str(error) if isinstance(error, LoraError) else f"The training state was not saved: {error}")
+            return False
+        self._written = self.trainer.progress.step
+        return True
 
 
 class _Finish:

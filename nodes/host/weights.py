@@ -28,7 +28,7 @@ def trainable_weights(model: nn.Module) -> Iterator[None]:
                     continue
                 alias = ordinary(original)
                 swapped.append((slots, name, original, alias))  # type: ignore[arg-type]
-    bypasses = [(adapter, adapter.weights) for module in model.modules() for adapter in _bypass_adapters(module)]
+    bypasses = [(adapter, adapter.weights) for module in model.modules() for adapter in bypass_adapters(module)]
     try:
         for slots, name, _, alias in swapped:
             slots[name] = alias
@@ -43,7 +43,7 @@ def trainable_weights(model: nn.Module) -> Iterator[None]:
                 slots[name] = original
 
 
-def _bypass_adapters(module: nn.Module) -> Iterator[Any]:
+def bypass_adapters(module: nn.Module) -> Iterator[Any]:
     """The host's adapters around a module's forward (comfy/weight_adapter/bypass.py), from the outermost one in."""
     forward = vars(module).get("forward")
     while (hook := getattr(forward, "__self__", None)) is not None and hasattr(hook, "original_forward"):
