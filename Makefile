@@ -34,6 +34,7 @@ test: setup-dev
 
 soak: setup-dev
 	@COMFYUI_PYTHON= $(VENV) -m pytest tests/soak -o "python_files=soak_*.py" -o "pythonpath=tests/soak" -s $(ARGS)
+	@COMFYUI_PYTHON= $(VENV) -m dev.kills
 
 test-gpu: setup-dev
 	@$(HOST) -m dev.gpu_tests $(ARGS)
@@ -46,9 +47,6 @@ lint: setup-dev
 
 format: setup-dev
 	@$(VENV) -m ruff check --fix .
-
-soak: setup-dev
-	@COMFYUI_PYTHON= $(VENV) -m dev.kills $(ARGS)
 
 bench: setup-dev
 	@$(VENV) -m benchmarks.speed $(ARGS)

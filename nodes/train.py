@@ -73,7 +73,7 @@ class TrainAdaptiveLora(io.ComfyNode):
         """A LoRA file that changed is read again. A state never changes, and what is newest now must not train anew by itself."""
         values = continue_from if isinstance(continue_from, list) else [continue_from]
         names = [v.removeprefix(states.LORA) for v in values if isinstance(v, str) and v.startswith(states.LORA)]
-        return " ".join(files.lora_fingerprint(name) for name in names)
+        return " ".join(str(files.lora_fingerprint(name)) for name in names)
 
     @classmethod
     @guarded

@@ -67,6 +67,9 @@ class Teachers:
         out = self._scale * torch.cat(errors, 1) + self._unexplained * unexplained
         return F.pad(out, (0, self.size - out.shape[1]))[:, None]
 
+    def save_memory(self) -> None:
+        """Nothing here could need less."""
+
 
 def spectrum(rank: int, decay: float) -> Tensor:
     """Singular values from 1 down to 1 / decay, in equal ratios; (rank,) float64."""
