@@ -165,8 +165,8 @@ class Optimizer:
         written = self.network.theta.grad
         if self.theta is not None and written is not None:
             self._move(self.theta, [written], torch.ones_like(norm), torch.maximum(skip, self._hold))
-        self.half_taken = False
         self.network.clear_gradients()
+        self.half_taken = False
         return taken
 
     def _move(self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], excess: Tensor, skip: Tensor) -> None:

@@ -142,7 +142,7 @@ class Trainer:
         self._say = say
         self._judge = Judge(network, settings, say)
         self._most, self._largest = settings.batch_size, 0
-        self._torn = False
+        self._torn = self._rested = False
         self._marks: deque[tuple[int, State]] = deque(maxlen=STEPS_AHEAD + 2)
 
     def run(
@@ -183,7 +183,7 @@ class Trainer:
     def _step(self) -> None:
         settings, step = self.settings, self._issued
         drawn: list[Batch] = []  # once: an attempt that failed is made again with the same samples
-        moves = settings.ranks_move(step)
+        moves = settings.ranks_move(step) and not self._rested
         self._marks.append((step, self._drawing()))
         result = self._relieved(
             lambda: self.engine.step(self._parts(drawn), self.optimizer, self._rate(step), moves), self._less
@@ -314,11 +314,12 @@ class Trainer:
 
     def _rest_if_due(self) -> None:
         """In the paper's form, the moment from which ranks stand still."""
-        if self._issued == self.settings.rest_step and self.settings.settle_at >= 1:
+        if self._issued >= self.settings.rest_step and self.settings.settle_at >= 1 and not self._rested:
             self._collect(0)
             with self._changing():
                 if self._relieved(lambda: self.network.rest(self.optimizer.inner), self._graphs_dropped()):
                     self.engine.forget()
+                self._rested = True
             self._note_ranks()
 
     def _drawing(self) -> State:
@@ -342,6 +343,7 @@ class Trainer:
             "seconds": progress.seconds,
             "changes": progress.changes,
             "most": self._most,
+            "rested": self._rested,
             "sync_due": progress.step == self.settings.steps and progress.step % self.settings.sync_every == 0,
         }
         return State.joined(
@@ -375,6 +377,7 @@ class Trainer:
         seconds, changes = run.number("seconds", 0, 1e12), run.items("changes", str)
         self.progress = Progress(self.settings.steps, step, losses.tolist(), {}, settled_at, seconds, changes)
         self._judge.remember(self.progress.losses)
+        self._rested = run.flag("rested")
         self._most = min(self._most, run.whole("most", 1, MOST_STEPS))
         self._since_settling = step - (settled_at or 0)
         self._issued = step
