@@ -22,10 +22,14 @@ class OutOfMemory(LoraError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: torch's own kind, or a library's by its words."""
+    """Whether an error means that memory ran out: torch's own kind, a library's by its words, or one on the way out of such."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
+    if not isinstance(error, RuntimeError):
+        return False
+    if any(words in str(error).lower() for words in _WORDS):
+        return True
+    return error.__context__ is not None and out_of_memory(error.__context__)  # a recording that cannot be ended well, say
 
 
 def release() -> None:

@@ -266,10 +266,23 @@ class _Graph:
     def __exit__(self, *_: object) -> None: ...
 
 
-def test_no_memory_to_record_a_step_is_not_a_step_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Spoiled(_Graph):
+    """One that ends with another error, as a recording that was broken off may."""
+
+    def __enter__(self) -> None:
+        try:
+            super().__enter__()
+        except torch.OutOfMemoryError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+
+
+@pytest.mark.parametrize("graph", [_Graph, _Spoiled])
+def test_no_memory_to_record_a_step_is_not_a_step_that_cannot_be_recorded(
+    graph: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is handled like any other: first saved elsewhere, and only at the end is recording given up."""
-    monkeypatch.setattr(torch.cuda, "graph", _Graph)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1), raising=False)
     plain, trainer = (trainer_of(steps=9, batch_size=2) for _ in range(2))
     engine = trainer.engine = GraphEngine(trainer.network, trainer.engine.loss)
