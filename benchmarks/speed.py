@@ -3,6 +3,17 @@
 On a GPU: SDXL's UNet and a Flux of 12 B parameters with random weights. On a CPU: the small models of the tests. Every row is
 written as soon as it is measured; a section that fails is reported, and the others go on. `--merge FILE` measures nothing: it
 takes the rows of a run into docs/benchmarks/speed.json and writes speed.md and README's table anew.
+
+A whole run on a GPU takes longer than ten minutes; in parts, of which each keeps its own folder:
+
+    python -m benchmarks.speed --out DIR/step --only step trainlora buckets falling
+    python -m benchmarks.speed --out DIR/rest --only loading batch eight flat
+    python -m benchmarks.speed --out DIR/last --only peft flux
+    python -m benchmarks.speed --out DIR/kernels --only profile
+    python -m benchmarks.speed --merge DIR/step/speed.json
+
+Without --out a run on a GPU writes the repository's own pages, and --merge does so for each part. PEFT's section needs `peft` and
+`diffusers`.
 """
 
 from __future__ import annotations
@@ -68,7 +79,7 @@ def publish(rows: list[table.Row]) -> None:
 def main() -> None:
     """Measure, print, write."""
     usual = [name for name in sections.SECTIONS if name != "profile"]
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md; on a GPU the repository's own by default")
     parser.add_argument("--only", nargs="+", choices=list(sections.SECTIONS), default=usual, help="sections to run, in order")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no section after this time")

@@ -131,9 +131,11 @@ def _means(rows: Sequence[Row], works: dict[str, str]) -> list[str]:
     if not said:
         return []
     first = next(r for r in rows if r["work"] in works.values())
+    notes = {head: next((r["note"] for r in rows if r["work"] == work and "note" in r), None) for head, work in works.items()}
     return [
         f"Median steps, on one {first['device']}, torch {first['torch']}, {first['date']}. While ranks move, the step has to be",
         f"recorded anew now and then; counting that, the mean was {' and '.join(said)}.",
+        *(f"{head.capitalize()} was {note}." for head, note in notes.items() if note),
     ]
 
 

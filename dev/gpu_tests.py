@@ -1,4 +1,8 @@
-"""The tests that need a GPU: `make test-gpu`. What they said goes into gpu-tests.json in --out, or docs/benchmarks."""
+"""The tests that need a GPU: `make test-gpu`. What they said goes into gpu-tests.json in --out, or docs/benchmarks.
+
+Only the files that hold such tests are collected: others import tools, a browser among them, that a GPU machine need not have.
+By hand, with the host's Python: `python -m dev.gpu_tests --out DIR`; a part of them: `python -m dev.gpu_tests -k memory`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ import pytest
 from dev.host import ROOT, import_comfy
 
 DOCS = ROOT / "docs" / "benchmarks"
+MARK = "pytest.mark.gpu"
 
 
 class Record:
@@ -31,9 +36,14 @@ class Record:
             test["why"] = str(report.longrepr).strip().splitlines()[-1][:300]
 
 
+def files() -> list[Path]:
+    """The test files that name the mark."""
+    return [path for path in sorted((ROOT / "tests").glob("test_*.py")) if MARK in path.read_text(encoding="utf-8")]
+
+
 def main() -> None:
     """Run, record."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DOCS)
     told, more = parser.parse_known_args()
     import_comfy()
@@ -42,7 +52,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("These tests need an NVIDIA GPU that torch can use, and there is none here.")
     record = Record()
-    code = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", str(ROOT / "tests"), *more], plugins=[record])
+    code = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", *map(str, files()), *more], plugins=[record])
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -22,6 +22,9 @@ BETAS = (0.9, 0.99)
 FUSED = ("cuda", "cpu")
 """Devices whose fused optimizers skip a step, and unscale gradients, by a tensor on the device."""
 
+CAPTURABLE = ("cuda",)
+"""Devices whose steps may be recorded: learning rates are then tensors, which a replay reads anew."""
+
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 """What each optimizer remembers of every number."""
 
@@ -39,7 +42,7 @@ class Optimizer:
         self.settings = settings
         self._kind = settings.optimizer
         self.fused = network.device.type in FUSED
-        self._capturable = network.device.type == "cuda"
+        self._capturable = network.device.type in CAPTURABLE
         self.inner = self._make(network.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay)
         self._whole = self.inner
         self._parts: list[tuple[torch.nn.Parameter, str, Tensor]] = []

@@ -13,10 +13,11 @@ _LINKS = re.compile(r"(?i)(www)\.|:(?=//)|(mailto|xmpp):|@")
 def clean(text: object, limit: int = 120) -> str:
     """One line of at most `limit` characters without control, direction or invisible characters."""
     # Cut before the work as well: a header may hold megabytes under one key.
-    raw = str(text)[: 4 * limit]
-    shown = "".join(
-        " " if c.isspace() else c for c in raw if c.isspace() or unicodedata.category(c)[0] not in "CZ"
-    )
+    shown = str(text)[: 4 * limit]
+    if not (shown.isascii() and shown.isprintable()):
+        shown = "".join(
+            " " if c.isspace() else c for c in shown if c.isspace() or unicodedata.category(c)[0] not in "CZ"
+        )
     line = " ".join(shown.split())
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 

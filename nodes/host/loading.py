@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
@@ -17,6 +19,8 @@ from ...lora2.factors import Factors
 from ...lora2.family import family_in, family_of_width, text_width
 from ...lora2.format import LoraDocument, parse
 from ...lora2.keys import STYLES, shown, stems
+
+log = logging.getLogger("lora2")
 
 NAMED = 5
 """How many layers a message names."""
@@ -37,10 +41,14 @@ def is_clip(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Match:
-    """Layers of a file that fit the model or the text encoder, and those that do not: by reason, their names."""
+    """Layers of a file that fit the model or the text encoder, and those that do not: by reason, their names.
+
+    keys: the host's names for the weights of the model and the text encoder.
+    """
 
     fitting: list[str]
     others: dict[str, list[str]]
+    keys: dict[str, Any] = field(default_factory=dict)
 
     def words(self) -> str:
         """One sentence: how many fit, and for each reason how many do not, with the first names."""
@@ -66,7 +74,7 @@ def match(document: LoraDocument, model: Any, clip: Any) -> Match:
     for name in (*document.layers, *other_layers(document)):
         reason = misfit(name, keys, shapes, document.layers.get(name), clip)
         (others.setdefault(reason, []) if reason else fitting).append(name)
-    result = Match(fitting, others)
+    result = Match(fitting, others, keys)
     width = text_width(document.layers)
     own_width = model.model.model_config.unet_config.get("context_dim")
     foreign = width is not None and isinstance(own_width, int) and width != own_width
@@ -141,11 +149,44 @@ def apply(
     strength_model: float,
     strength_clip: float,
     metadata: dict[str, str] | None = None,
+    keys: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
-    """The model and text encoder with these tensors applied by the host's own loader."""
+    """The model and text encoder with these tensors applied as the host's own loader does it.
+
+    keys: the host's names, of `match`. Where every tensor belongs to one of them, the host is asked for those alone: its own
+    loader makes all names anew and looks for each in ten kinds of layers, which takes longer than all the rest.
+    """
     load = comfy.sd.load_lora_for_models
-    more = {"lora_metadata": metadata} if "lora_metadata" in signature(load).parameters else {}  # older hosts take none
-    return load(model, clip, tensors, strength_model, strength_clip, **more)
+    if "lora_metadata" not in signature(load).parameters:  # older hosts take none
+        return load(model, clip, tensors, strength_model, strength_clip)
+    converted = comfy.lora_convert.convert_lora(tensors)
+    named = None if keys is None else _named(converted, keys)
+    if named is None:
+        return load(model, clip, tensors, strength_model, strength_clip, lora_metadata=metadata)
+    loaded = comfy.lora.load_lora(converted, named)
+    new_model, new_clip = model.clone(), None if clip is None else clip.clone()
+    known = set(new_model.add_patches(loaded, strength_model))
+    if metadata:
+        new_model.set_attachments("lora_metadata", metadata)
+    if new_clip is not None:
+        known |= set(new_clip.add_patches(loaded, strength_clip))
+        if metadata:
+            new_clip.patcher.set_attachments("lora_metadata", metadata)
+    for target in loaded:
+        if target not in known:
+            log.warning("NOT LOADED %s", target)
+    return new_model, new_clip
+
+
+def _named(tensors: Mapping[str, Tensor], keys: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The host's names that tensors' keys begin with, in its own order; None if a tensor belongs to none of them."""
+    found: set[str] = set()
+    for key in tensors:
+        mine = [stem for stem in stems(key) if stem in keys]
+        if not mine:
+            return None
+        found.update(mine)
+    return {name: target for name, target in keys.items() if name in found}
 
 
 def absent(why: str) -> ExecutionBlocker:
