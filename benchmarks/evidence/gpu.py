@@ -9,7 +9,7 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.evidence import ablations, pareto
+from benchmarks.evidence import comparison, variants
 from benchmarks.evidence.pool import Pool
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("records", type=Path)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--tuning", nargs="+", default=pareto.tuning_names(), metavar="SUBJECT", help="to tune on")
+    parser.add_argument("--tuning", nargs="+", default=comparison.tuning_names(), metavar="SUBJECT", help="to tune on")
     options = parser.parse_args()
     start = time.monotonic()
     pool = Pool(options.records, options.processes, options.seconds)
@@ -28,15 +28,15 @@ def main() -> None:
         print(f"{time.monotonic() - start:6.0f} s  {len(pool.records)} records  {words}", flush=True)
 
     try:
-        tuned = pareto.tune(pool, pareto.configs(), options.tuning)
+        tuned = comparison.tune(pool, comparison.configs(), options.tuning)
         say("tuned" if tuned else "not all tuned")
         for config, choice in tuned.items():
             print("   ", config, f"rate {choice[0]:.1e}, step {choice[1]}", flush=True)
-        pool.run(pareto.reported(tuned, pareto.SEEDS[:1]))
+        pool.run(comparison.reported(tuned, comparison.SEEDS[:1]))
         say("first seed")
-        pool.run(ablations.jobs(tuned))
+        pool.run(variants.jobs(tuned))
         say("ablations")
-        pool.run(pareto.reported(tuned, pareto.SEEDS))
+        pool.run(comparison.reported(tuned, comparison.SEEDS))
         say("all seeds")
     finally:
         pool.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.evidence.pareto import Config, job, tuning_names
+from benchmarks.evidence.comparison import Config, job, tuning_names
 from benchmarks.evidence.personal import PAPER, SETTLING, Job
 
 RANK, PICTURES = 4, 24
