@@ -15,8 +15,8 @@ from dev.host import HOST, ROOT, VENV
 FAULTS = {
     "a hook left behind": (
         "lora2/network.py",
-        "            for handle in handles:\n                handle.remove()",
-        "            for handle in handles[1:]:\n                handle.remove()",
+        "stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)",
+        "adapter.module.register_forward_hook(_hook(adapter))",
         "tests/test_training.py tests/test_trouble.py tests/test_cancel_anywhere.py",
     ),
     "an inference tensor kept": (
@@ -24,6 +24,31 @@ FAULTS = {
         "                alias = ordinary(original)",
         "                alias = original if original.ndim == 1 else ordinary(original)",
         "tests/test_training.py tests/test_bases.py",
+    ),
+    "a missing moment in the state": (
+        "lora2/optimizer.py",
+        "return State({name: value for name, _, value in self._moments()}",
+        "return State({name: value for name, _, value in self._moments() if 'exp_avg_sq' not in name}",
+        "tests/test_state.py",
+    ),
+    "a non-atomic write": (
+        "lora2/writer.py",
+        "                for piece in data(tensors):\n                    file.write(piece)\n                file.flush()\n"
+        "                os.fsync(file.fileno())\n            path = publish(temporary)",
+        "                path = publish(temporary)\n                for piece in data(tensors):\n                    file.write(piece)",
+        "tests/test_keeper.py tests/test_writer.py",
+    ),
+    "an unchecked path to read": (
+        "nodes/host/files.py",
+        'if not name or "\\0" in name or ".." in parts or PureWindowsPath(name).anchor or PurePosixPath(name).is_absolute():',
+        "if not name:",
+        "tests/test_requests.py",
+    ),
+    "an unchecked path to write": (
+        "nodes/host/saving.py",
+        "if not folder.resolve().is_relative_to(root.resolve()):",
+        "if not root:",
+        "tests/test_bad_input.py tests/test_requests.py",
     ),
     "weights not given back after training": (
         "nodes/host/weights.py",
