@@ -35,6 +35,10 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+PROMPT = "a photo of a big sks mug in a field of flowers, left"
+"""In the words of the subject's captions, at a place where it was never seen."""
+
+
 def template(name: str) -> dict[str, Any]:
     """A shipped workflow, as saved by the frontend."""
     return dict(json.loads((WORKFLOWS / f"{name}.json").read_text()))
@@ -43,7 +47,12 @@ def template(name: str) -> dict[str, Any]:
 def adapt(workflow: dict[str, Any], info: dict[str, Any], **names: str) -> tuple[dict[str, Any], list[str]]:
     """A copy of a workflow for the small model, and what changed. lora_name: the file to load or inspect."""
     result, loaders = copy.deepcopy(workflow), ("LoRA2_LoadAdaptiveLora", "LoRA2_InspectRanks")
-    return result, change(result, info, SMALL | {node: dict(names) for node in loaders})
+    changed = change(result, info, SMALL | {node: dict(names) for node in loaders})
+    for node in result["nodes"]:
+        if node.get("title", "").startswith("Prompt"):
+            changed.append(f"{node['title']}: {node['widgets_values'][0]} -> {PROMPT}")
+            node["widgets_values"][0] = PROMPT
+    return result, changed
 
 
 class Demo:

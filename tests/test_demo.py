@@ -31,13 +31,13 @@ def test_the_demo_ends_with_its_line(
     adapter = Path(found["adapter"])
     assert adapter.is_file()
     assert float(found["size"]) == pytest.approx(adapter.stat().st_size / 1e6, abs=5e-4)  # three digits are printed
-    # Four projections twice in each of seven transformers; target_rank 4.
-    assert int(found["layers"]) == 56
+    # Two projections of pictures and of text in each of four blocks, but for the last of text; target_rank 4.
+    assert int(found["layers"]) == 15
     assert 1 <= int(found["low"]) <= float(found["mean"]) <= 4 <= int(found["high"])
     for picture in re.findall(r"picture.*: +(\S.*\.png)", printed):
         with Image.open(picture) as image:
             assert min(image.size) >= 384
-    assert "attn2 v" in printed
+    assert "ctx attn qkv" in printed
 
 
 def test_ui_leaves_small_workflows(server: ComfyServer) -> None:

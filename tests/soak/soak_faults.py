@@ -35,7 +35,8 @@ FAULTS = {
         "lora2/writer.py",
         "                for piece in data(tensors):\n                    file.write(piece)\n                file.flush()\n"
         "                os.fsync(file.fileno())\n            path = publish(temporary)",
-        "                path = publish(temporary)\n                for piece in data(tensors):\n                    file.write(piece)",
+        "                path = publish(temporary)\n                for piece in data(tensors):\n"
+        "                    file.write(piece)",
         "tests/test_keeper.py tests/test_writer.py",
     ),
     "an unchecked path to read": (
