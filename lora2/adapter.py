@@ -131,7 +131,8 @@ class Adapter:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer and its path, x Wᵀ + bias + B Λ A x, in one operation, where `replaces` agrees."""
-        assert self.working is not None  # noqa: S101 (asked before)
+        if self.working is None:
+            raise ValueError("There are no working copies to compute with.")
         folded, cast, *sums = self.working
         return LowRankLinear.apply(x, weight, bias, self.up, folded, cast, sums)
 

@@ -431,8 +431,8 @@ class AdaptiveNetwork:
                 "settled": self.settled,
                 "last_ratio": self._last_ratio,
                 "deviations": [a.std for a in self.adapters],
-                "last_ranks": self._last_ranks,
-                "resized": self._resized,
+                "last_ranks": list(self._last_ranks),
+                "resized": list(self._resized),
                 "syncs": self._syncs,
             },
         )
@@ -463,7 +463,7 @@ class AdaptiveNetwork:
         self.settled = settled
         self._last_ratio = state.number("last_ratio", 0.0, 1e12)
         self._last_ranks = state.items("last_ranks", float, count)
-        self._syncs, self._resized = state.whole("syncs", 0, MOST_SYNCS), state.items("resized", int)
+        self._syncs, self._resized = state.whole("syncs", 0, MOST_SYNCS), list(state.items("resized", int))
         if not all(0 < rank < MOST_SYNCS for rank in self._last_ranks) or any(s > self._syncs for s in self._resized):
             damaged("ranks or resizes are out of bounds")
         self.assume(state.tensor("theta", (count,)), arrays, deviations)

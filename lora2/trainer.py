@@ -341,7 +341,7 @@ class Trainer:
             "step": progress.step,
             "settled_at": progress.settled_at,
             "seconds": progress.seconds,
-            "changes": progress.changes,
+            "changes": list(progress.changes),
             "most": self._most,
             "rested": self._rested,
             "sync_due": progress.step == self.settings.steps and progress.step % self.settings.sync_every == 0,
@@ -374,7 +374,7 @@ class Trainer:
         self.data.restore(drawing.part("data"))
         restore_generator(self.generator, drawing.part("noise"), "generator")
         settled_at = run.whole("settled_at", 0, step) if self.network.settled else None
-        seconds, changes = run.number("seconds", 0, 1e12), run.items("changes", str)
+        seconds, changes = run.number("seconds", 0, 1e12), list(run.items("changes", str))
         self.progress = Progress(self.settings.steps, step, losses.tolist(), {}, settled_at, seconds, changes)
         self._judge.remember(self.progress.losses)
         self._rested = run.flag("rested")

@@ -97,15 +97,15 @@ def write_whole(
     metadata: Mapping[str, str],
     publish: Callable[[Path], Path],
     what: str = "LoRA",
-    token: str = "",
+    mark: str = "",
 ) -> Path:
     """Write a file under a temporary name and flush it to the disk, then let `publish` give it its own; returns that path.
 
-    what: what a message calls it. token: up to 15 hexadecimal digits that the temporary name begins with. Raises LoraError as
+    what: what a message calls it. mark: up to 15 hexadecimal digits that the temporary name begins with. Raises LoraError as
     `write_new` does; nothing is left behind then.
     """
     first = header(tensors, metadata)
-    temporary = folder / f".lora2-{token}{secrets.token_hex(8)[len(token) :]}.partial"
+    temporary = folder / f".lora2-{mark}{secrets.token_hex(8)[len(mark) :]}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder)

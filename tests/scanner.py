@@ -8,7 +8,7 @@ from collections.abc import Iterator
 MODULES = {
     "__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "datetime", "enum", "errno", "fnmatch",
     "functools", "gc", "hashlib", "heapq", "inspect", "itertools", "json", "logging", "math", "numbers", "operator",
-    "os", "pathlib", "random",
+    "os", "pathlib", "random", "statistics",
     "re", "secrets", "shutil", "stat", "string", "struct", "textwrap", "threading", "time", "traceback", "types", "typing",
     "unicodedata", "uuid", "warnings", "weakref", "zlib",
 }  # fmt: skip
@@ -18,7 +18,7 @@ MEMBERS = {
     "os": {
         "O_RDONLY", "R_OK", "W_OK", "X_OK", "access", "close", "fsync", "link", "open", "path", "rename", "replace",
         "scandir", "stat",
-        "strerror", "unlink", "utime", "walk", "DirEntry", "PathLike",
+        "strerror", "supports_effective_ids", "unlink", "utime", "walk", "DirEntry", "PathLike",
     },
     "shutil": {"disk_usage", "copyfile", "rmtree", "move"},
 }  # fmt: skip

@@ -113,7 +113,7 @@ def test_the_training_template_opens_and_trains(page: Page, server: ComfyServer)
     assert not same(live, ranks)
     assert same(shown(page, NODE), ranks)
     assert [path.parent.name for path in saved(server) - before] == ["browser"]
-    assert shown(page, "PreviewImage").size == (64, 64)
+    assert shown(page, "PreviewImage").size == (128, 128)
 
 
 def test_cancel_stops_soon_and_saves(page: Page, server: ComfyServer) -> None:

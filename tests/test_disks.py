@@ -45,7 +45,7 @@ def _nothing_kept() -> Iterator[None]:
 
 def files_in(folders: Path) -> set[str]:
     """Every file below ComfyUI's LoRA and output folders; a run that ends well also leaves its picture in temp/."""
-    return {f"{part}/{name}" for part in ("loras", "output") for name in graph.files_in(folders / part)}
+    return {name for name in graph.files_in(folders) if name.startswith(("loras", "output"))}
 
 
 @contextmanager

@@ -193,24 +193,44 @@ def test_arrays_that_find_no_room_to_grow_or_settle_are_tried_again(
     assert progress.changes == []
 
 
-@pytest.mark.parametrize(("name", "at"), [("resize", 2), ("load", 3)])
-def test_arrays_that_never_find_room_end_the_run_and_all_is_still_there(
-    name: str, at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arrays_that_find_no_room_stay_as_they_are_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer has grown, the others have not: their ranks wait at the arrays that they have."""
+    import lora2.adapter
+
+    trainer = trainer_of(**GROWING)
+    ordinary, calls = lora2.adapter.Adapter.resize, []
+
+    def resize(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) >= 2:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return ordinary(*args, **kwargs)
+
+    held = []
+    monkeypatch.setattr(lora2.adapter.Adapter, "resize", resize)
+    trainer.run(lambda progress: held.append(sorted({a.capacity for a in trainer.network.adapters})))
+    assert len(calls) >= 2
+    assert [8, 16] in held
+    assert trainer.progress.step == 30
+    assert all(torch.isfinite(torch.tensor(trainer.progress.losses)))
+    assert trainer.network.size() <= trainer.network.budget
+
+
+def test_layers_that_never_find_room_to_settle_end_the_run_and_all_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was learned by the layers that were changed and by those that were not."""
     import lora2.adapter
 
     trainer, whole = (trainer_of(**GROWING) for _ in range(2))
-    ordinary, calls = getattr(lora2.adapter.Adapter, name), []
+    ordinary, calls = lora2.adapter.Adapter.load, []
 
     def function(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) >= at:
+        if len(calls) >= 3:
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
         return ordinary(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora2.adapter.Adapter, name, function)
+        patch.setattr(lora2.adapter.Adapter, "load", function)
         with pytest.raises(OutOfMemory, match="Memory ran out at step"):
             trainer.run()
     done = trainer.progress.step
@@ -224,8 +244,8 @@ def test_arrays_that_never_find_room_end_the_run_and_all_is_still_there(
 
     with pytest.raises(Stop):
         whole.run(stop)
-    if name == "load":  # the same moment: after the arrays followed the ranks, before they settled
-        whole.network.sync()
+    # The same moment: after the arrays followed the ranks, before they settled.
+    whole.network.sync()
     for name_, factors in trainer.network.final_factors()[0].items():
         torch.testing.assert_close(factors.delta(), whole.network.final_factors()[0][name_].delta())
 

@@ -147,8 +147,8 @@ def resizes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     own = AdaptiveNetwork.sync
 
-    def sync(self: Any, *given: Any) -> bool:
-        seen.append(own(self, *given))
+    def sync(self: Any, *given: Any, **more: Any) -> bool:
+        seen.append(own(self, *given, **more))
         return seen[-1]
 
     monkeypatch.setattr(AdaptiveNetwork, "sync", sync)
