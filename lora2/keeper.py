@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ from .writer import TEMPORARY, claim, header, write_whole
 DEPTH = 12
 """How many folders deep states are looked for."""
 
+QUIET = 60.0
+"""Seconds after which a half file that nobody touched is nobody's."""
+
 SPARE = 1 << 24
 """Bytes that a state leaves free on the disk beside what is reserved."""
 
-_NAME = re.compile(r"(\d{5,9})_([0-9a-f]{6})_step_(\d{6,9})\.safetensors")
+_NAME = re.compile(r"(\d{5,18})_([0-9a-f]{6})_step_(\d{6,9})\.safetensors")
 _LARGEST = 999_999_999
 
 
@@ -118,7 +122,7 @@ class Keeper:
 
     def _check_room(self, size: int) -> None:
         """Leave the disk to what matters more: the LoRA that is saved at the end."""
-        existing = next((p for p in (self.folder, *self.folder.parents) if p.exists()), None)
+        existing = next((p for p in (self.folder, *self.folder.parents) if os.path.exists(p)), None)
         free = shutil.disk_usage(existing).free if existing is not None else 0
         if free < size + self.reserve + SPARE:
             raise LoraError(
@@ -127,10 +131,11 @@ class Keeper:
             )
 
     def _clear_broken(self) -> None:
-        """Remove what this run left when it was killed while it wrote: at once, as it may be large."""
+        """Remove what this run left when it was killed while it wrote, as it may be large; not what another still writes."""
         try:
             for entry in os.scandir(self.folder):
-                if TEMPORARY.fullmatch(entry.name) and entry.name.startswith(f".lora2-{self.run}"):
+                ours = TEMPORARY.fullmatch(entry.name) and entry.name.startswith(f".lora2-{self.run}")
+                if ours and time.time() - entry.stat(follow_symlinks=False).st_mtime > QUIET:
                     os.unlink(entry.path)
         except OSError:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -113,6 +114,17 @@ class Origin:
         types = model.items("types", str, len(layers))
         return cls(model.text("family"), layers, types, weights, model.text("patches"), pictures, captions, empty)
 
+    def order(self, pictures: Prints, captions: Prints) -> list[int] | None:
+        """Where each of this origin's pictures with its caption lies among others; None unless those are the same pairs."""
+        places: dict[bytes, deque[int]] = {}
+        for place, pair in enumerate(_pairs(pictures, captions)):
+            places.setdefault(pair, deque()).append(place)
+        wanted = _pairs(self.pictures, self.captions)
+        if len(wanted) != len(pictures.digests):
+            return None
+        found = [places[pair].popleft() if places.get(pair) else -1 for pair in wanted]
+        return None if -1 in found else found
+
     def against(self, before: Origin) -> tuple[list[str], list[str]]:
         """How this origin differs from that of a state: what makes it another run, and what only rounds otherwise."""
         wrong, rounded = self._model_against(before)
@@ -170,6 +182,11 @@ def _compare(now: Prints, then: Prints, share: float) -> tuple[list[int], list[i
     same, close = now.same(then), now.close(then, share)
     different = [i for i, (s, c) in enumerate(zip(same, close, strict=True)) if not s and not c]
     return different, [i for i, (s, c) in enumerate(zip(same, close, strict=True)) if not s and c]
+
+
+def _pairs(pictures: Prints, captions: Prints) -> list[bytes]:
+    """The digests of every picture and its caption, as one."""
+    return [bytes(pair) for pair in torch.cat([pictures.digests, captions.digests], 1).tolist()]
 
 
 def _listed(names: Sequence[str], what: str) -> str:

@@ -16,6 +16,9 @@ SPENT = ("seed", "init", "initial_rank")
 SIZE = ("target_rank", "budget_mb", "min_rank", "max_rank", "bytes_per_parameter")
 """What decides ranks: spent once they have settled."""
 
+MOVES = ("rank_weight", "rank_learning_rate", "rank_hold", "rank_rest")
+"""What moves ranks, or says when they move: spent once they have settled or come to rest."""
+
 ADAMS = ("adam", "adamw")
 
 _NODE_NAMES = {"bytes_per_parameter": "save_dtype"}
@@ -38,10 +41,12 @@ def merged(new: Settings, old: Settings) -> Settings:
     return replace(new, file_overhead=old.file_overhead)
 
 
-def compare(new: Settings, old: Settings, settled: bool) -> tuple[list[str], list[str]]:
+def compare(new: Settings, old: Settings, settled: bool, rested: bool = False) -> tuple[list[str], list[str]]:
     """How settings differ from a state's: what stands in the way of going on, and what is different from here on.
 
-    settled: whether the state's ranks have. Every other step is that of the same run with the new values.
+    settled: whether the state's ranks have. rested: whether they have come to rest, in the paper's form: a rest is for good,
+    but they may still settle, which cuts them to the size that is asked for now.
+    Every other step is that of the same run with the new values.
     """
     wrong: list[str] = []
     changed: list[str] = []
@@ -58,17 +63,19 @@ def compare(new: Settings, old: Settings, settled: bool) -> tuple[list[str], lis
             changed.append(f"{words}: it only decides the start and does nothing now")
         elif name == "settle_at" and settled and new.settle_at < 1:
             changed.append(f"{words}: the ranks have settled and stay")
-        elif _stands_in_the_way(name, new, old, settled):
+        elif name in MOVES and (settled or rested):
+            changed.append(f"{words}: the ranks do not move any more, so it does nothing now")
+        elif _stands_in_the_way(name, new, old, settled, rested):
             wrong.append(words)
         else:
             changed.append(words)
     return wrong, changed
 
 
-def _stands_in_the_way(name: str, new: Settings, old: Settings, settled: bool) -> bool:
+def _stands_in_the_way(name: str, new: Settings, old: Settings, settled: bool, rested: bool) -> bool:
     """Whether a state cannot go on with another value: its moments, its importances or its ranks would mean nothing."""
     if name == "optimizer":
         return not (new.optimizer in ADAMS and old.optimizer in ADAMS)
     if name == "q":
         return not settled
-    return settled and name in (*SIZE, "settle_at")
+    return (settled or (rested and new.settle_at >= 1)) and name in (*SIZE, "settle_at")

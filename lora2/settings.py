@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from .errors import LoraError
+from .keys import shown
 
 TARGETS = ("attention", "attention + feed-forward", "all linear", "all linear + convolution")
 SCHEDULES = ("cosine", "constant")
@@ -19,6 +20,9 @@ TRISTATE = ("auto", "on", "off")
 PRECISIONS = ("auto", "bf16", "fp32")
 OUT_OF_MEMORY = ("retry with less", "stop")
 BAD_STEPS = ("stop", "skip")
+MOST = 10**300
+"""No number that is larger than this can be told: floats end soon after."""
+
 SEEDS = 2**64
 """torch's generators take seeds below this, as ComfyUI's widget does."""
 
@@ -85,6 +89,7 @@ class Settings:
             kind, words = _KINDS[str(field.type)]
             value = getattr(self, field.name)
             self._require(isinstance(value, kind) and not isinstance(value, bool), field.name, words)
+            self._require(not isinstance(value, int) or abs(value) < MOST, field.name, "is far too large")
         self._require(0 <= self.seed < SEEDS, "seed", "must lie between 0 and 2⁶⁴ − 1")
         self._require(self.bytes_per_parameter >= 1, "bytes_per_parameter", "must be at least 1")
         self._require(self.file_overhead >= 0, "file_overhead", "must not be negative")
@@ -127,7 +132,7 @@ class Settings:
 
     def _require(self, condition: bool, name: str, words: str) -> None:
         if not condition:
-            raise LoraError(f"{name} = {getattr(self, name)} {words}.")
+            raise LoraError(f"{name} = {shown(getattr(self, name))} {words}.")
 
     @property
     def settle_step(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Generator, Tensor
 from .errors import LoraError
 from .keys import shown
 from .reader import read_file, read_metadata
+from .writer import data
 
 KEY = "lora2_state"
 FORMAT = 1
@@ -111,8 +113,17 @@ class State:
         return value
 
     def metadata(self) -> dict[str, str]:
-        """The facts as a file holds them."""
-        return {KEY: json.dumps({"format": FORMAT, **self.facts}, allow_nan=False, separators=(",", ":"))}
+        """The facts as a file holds them, with the digest of the tensors."""
+        facts = {**self.facts, "format": FORMAT, "digest": digest(self.tensors)}
+        return {KEY: json.dumps(facts, allow_nan=False, separators=(",", ":"))}
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Changes when any bit of the tensors does."""
+    found = hashlib.blake2b(digest_size=16)
+    for piece in data(tensors):
+        found.update(piece)
+    return found.hexdigest()
 
 
 def damaged(what: str) -> NoReturn:
@@ -150,7 +161,10 @@ def read_state(path: Path, most_bytes: int) -> State:
     size = path.stat().st_size
     if size > most_bytes:
         damaged(f"it has {size} bytes, a state of these layers has at most {most_bytes}")
-    return State._over(read_file(path)[0], facts)
+    state = State._over(read_file(path)[0], facts)
+    if digest(state.tensors) != facts.get("digest"):
+        damaged("its numbers are not those that were written")
+    return state
 
 
 def _check_values(raw: Any) -> None:

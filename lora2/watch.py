@@ -89,7 +89,7 @@ class Judge:
     def __init__(self, network: AdaptiveNetwork, settings: Settings, say: Callable[[str], None]) -> None:
         self.network, self.settings, self.say = network, settings, say
         self.watch = LossWatch()
-        self._in_a_row = 0
+        self._in_a_row = self._skipped = 0
 
     def __call__(self, progress: Progress, loss: float, taken: bool, norms: Sequence[float], final: bool) -> None:
         """Note a step. norms: of its gradients. final: whether it may stop the run, by Diverged."""
@@ -105,14 +105,17 @@ class Judge:
             raise Diverged(f"{self._fault(progress.step + 1, loss, norms)}, and the step was not taken: {self._advice}")
 
     def remember(self, losses: Sequence[float]) -> None:
-        """Know what a run that goes on has seen; nothing is said."""
+        """Know what a run that goes on has seen; nothing is said.
+
+        Steps that were skipped then do not count towards too many: a run that was stopped for them could never go on.
+        """
         for step, loss in enumerate(losses, 1):
-            self._in_a_row = self._in_a_row + 1 if math.isnan(loss) else 0
             if not math.isnan(loss):
                 self.watch.note(step, loss)
 
     def _skip(self, progress: Progress, fault: str, final: bool) -> None:
         self._in_a_row += 1
+        self._skipped += 1
         progress.losses.append(math.nan)
         progress.step += 1
         if self._in_a_row == 1:
@@ -121,9 +124,8 @@ class Judge:
             return
         if progress.step == progress.steps and not progress.learned:
             raise Diverged(f"{fault}, and not one of the {progress.steps} steps could be taken: {self._advice}")
-        skipped = len(progress.skipped)
-        if self._in_a_row >= MOST_IN_A_ROW or skipped > max(MOST_IN_A_ROW, MOST_SHARE * progress.steps):
-            raise Diverged(f"{fault}, and so were {skipped} steps in all, which is too many: {self._advice}")
+        if self._in_a_row >= MOST_IN_A_ROW or self._skipped > max(MOST_IN_A_ROW, MOST_SHARE * progress.steps):
+            raise Diverged(f"{fault}, and so were {len(progress.skipped)} steps in all, which is too many: {self._advice}")
 
     def _fault(self, step: int, loss: float, norms: Sequence[float]) -> str:
         """What is wrong with a step, and in which layers."""

@@ -348,3 +348,15 @@ def test_two_processes_write_the_same_name_at_once(folders: Path) -> None:
         for number, name in enumerate(written):
             assert torch.equal(load_file(folder / name)["w"], torch.full((5000,), mark + number))
     gc.collect()
+
+
+def test_a_finished_run_that_no_disk_takes_keeps_its_last_state(model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LoRA is still in memory, and what made it is on the disk, up to the last step."""
+
+    def full(*_: Any) -> Path:
+        raise pack("lora2.errors").LoraError("The disk is full.")
+
+    monkeypatch.setattr(pack("nodes.host.kept"), "write_new", full)
+    with pytest.raises(pack("lora2.errors").LoraError, match=r"The disk is full.*The training state is kept"):
+        graph.train(model, steps=5, state_every=4)
+    assert max(graph.files_in(folders, states=True)).endswith("_step_000005.safetensors")

@@ -132,7 +132,12 @@ def test_what_a_killed_run_left_half_written_goes_with_its_next_state(tmp_path: 
     mine, others = tmp_path / f".lora2-{first.run}0123456789.partial", tmp_path / ".lora2-0123456789abcdef.partial"
     for path in (mine, others):
         path.write_bytes(b"half")
-    Keeper(tmp_path, 2, continued=newest).save(at(2))
+    second = Keeper(tmp_path, 2, continued=newest)
+    second.save(at(2))
+    assert mine.exists(), "written just now: another may still be at it"
+    for path in (mine, others):
+        os.utime(path, (time.time() - 61,) * 2)
+    second.save(at(3))
     assert not mine.exists()
     assert others.exists()
 

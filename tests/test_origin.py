@@ -62,6 +62,19 @@ CASES = {
 }  # fmt: skip
 
 
+def test_the_same_pairs_are_found_in_any_order() -> None:
+    """Pictures and captions that come twice too; a caption that belongs to another picture is none of them."""
+    twice = [[0, 1, 1, 2, 3], [0, 1, 1, 1, 2]]
+    then = origin(pictures=[PICTURES[i] for i in twice[0]], captions=[CAPTIONS[i] for i in twice[1]])
+    assert then.order(then.pictures, then.captions) == [0, 1, 2, 3, 4]
+    turned = origin(pictures=[PICTURES[i] for i in twice[0][::-1]], captions=[CAPTIONS[i] for i in twice[1][::-1]])
+    assert then.order(turned.pictures, turned.captions) == [4, 2, 3, 1, 0]
+    assert then.order(turned.pictures, then.captions) is None
+    fewer = origin(pictures=PICTURES[:3], captions=CAPTIONS[:3])
+    assert origin().order(fewer.pictures, fewer.captions) is None
+    assert fewer.order(origin().pictures, origin().captions) is None
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_difference_is_named(case: str) -> None:
     other, words = CASES[case]

@@ -122,3 +122,12 @@ def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     for size in (least, most):
         told = Settings(budget_mb=(size + 1000) / 1e6).with_file(overhead=1000, bytes_per_parameter=2)
         assert told.budget(COSTS, LIMITS) == size // 2
+
+
+def test_messages_about_foreign_values_are_short_and_printable() -> None:
+    """Settings come out of training states too, which may be a stranger's."""
+    for name, value in (("learning_rate", 10**400), ("clip_norm", -(10**400)), ("init", "x" * 100_000), ("schedule", "\x1b[31m\u202e")):
+        with pytest.raises(LoraError, match=name) as error:
+            Settings(**{name: value})
+        assert len(str(error.value)) < 300
+        assert str(error.value).isprintable()

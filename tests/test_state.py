@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -484,6 +485,26 @@ def test_the_number_type_is_part_of_a_size_in_mb() -> None:
     assert "save_dtype" in compare(new, old, False)[1][0]
 
 
+@pytest.mark.parametrize("name", ["rank_weight", "rank_learning_rate", "rank_hold", "rank_rest"])
+def test_what_moves_ranks_does_nothing_once_they_stand(name: str) -> None:
+    """Settled or at rest; before that it acts."""
+    for settled, rested in ((True, False), (False, True), (False, False)):
+        old = Settings(settle_at=0.5 if settled else 1.0)
+        wrong, (words,) = compare(replace(old, **{name: 0.125}), old, settled, rested)
+        assert wrong == []
+        assert words.startswith(f"{name} is 0.125, it was ")
+        assert words.endswith("do not move any more, so it does nothing now") == (settled or rested)
+
+
+def test_what_decides_ranks_is_refused_once_they_rest_but_they_may_settle() -> None:
+    old = Settings(settle_at=1.0)
+    new = replace(old, target_rank=4)
+    assert compare(new, old, False, True) == (["target_rank is 4, it was 8"], [])
+    assert compare(new, old, False, False) == ([], ["target_rank is 4, it was 8"])
+    settling = compare(replace(new, settle_at=0.5), old, False, True)
+    assert settling == ([], ["target_rank is 4, it was 8", "settle_at is 0.5, it was 1.0"])
+
+
 def test_going_on_with_another_rate_trains_with_it(tmp_path: Path) -> None:
     """Moments and everything else stay; the new rate acts from the next step on."""
     found = kept(stopped(trainer_of(optimizer="sgd"), 8), tmp_path)
@@ -494,3 +515,15 @@ def test_going_on_with_another_rate_trains_with_it(tmp_path: Path) -> None:
         stopped(trainer, 9)
         moved = max(float((a - b).abs().max()) for a, b in zip(before, learned(trainer), strict=True) if a.shape == b.shape)
         assert (moved < 1e-5) == (trainer is slow)
+
+
+def test_numbers_that_changed_on_the_disk_are_noticed(tmp_path: Path) -> None:
+    """One bit in the data: still a state by its header, but not the one that was written."""
+    found = stopped(made(steps=12), 4).state()
+    path = write_new(tmp_path, "state", found.tensors, found.metadata())
+    assert read_state(path, MOST).facts["digest"]
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LoraError, match="its numbers are not those that were written"):
+        read_state(path, MOST)

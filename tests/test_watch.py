@@ -95,6 +95,29 @@ def test_too_many_skipped_steps_stop_the_run(bad: Any, stopped_at: int, words: s
     assert trainer.progress.step == stopped_at
 
 
+@pytest.mark.parametrize(("first", "then", "stopped_at"), [
+    (range(5, 99), range(15, 24), 60),
+    (range(5, 99), range(15, 99), 24),
+    (range(2, 40, 2), range(24, 44, 2), 60),
+    (range(2, 40, 2), range(24, 99, 2), 44),
+])  # fmt: skip
+def test_a_run_that_was_stopped_for_too_many_can_go_on(first: Any, then: Any, stopped_at: int) -> None:
+    """The rule counts anew: nine more in a row or ten more in all pass, one more stops it again. All stay listed."""
+    trainer, again = (trainer_of(steps=60, on_bad_step="skip", settle_at=1.0) for _ in range(2))
+    spoil(trainer, first)
+    with pytest.raises(Diverged, match="which is too many"):
+        trainer.run()
+    again.restore(trainer.state())
+    spoil(again, then)
+    if stopped_at < 60:
+        with pytest.raises(Diverged, match=f"{2 * len(trainer.progress.skipped)} steps in all, which is too many"):
+            again.run()
+    else:
+        again.run()
+        assert again.progress.skipped == [*trainer.progress.skipped, *then]
+    assert again.progress.step == stopped_at
+
+
 def test_a_run_in_which_no_step_could_be_taken_is_no_success() -> None:
     trainer = trainer_of(steps=4, on_bad_step="skip")
     spoil(trainer, range(1, 5))

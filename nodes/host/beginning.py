@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...lora2.adapter import capacity_for, cost, full_rank, module_shape
 from ...lora2.errors import LoraError
@@ -20,7 +20,9 @@ from ...lora2.start import factors_of
 from ...lora2.state import State, read_state
 from ...lora2.trainer import Trainer
 from .borrowed import Borrowed, factors_for
+from .dataset import Caption
 from .loading import NAMED
+from .origin import prints_of
 from .states import LoraSource, StateSource
 
 REFUSE, FACTORS = "refuse", "start from its factors"
@@ -28,6 +30,35 @@ ON_DIFFERENCE = (REFUSE, FACTORS)
 
 _FILE_SLACK = 1 << 26
 """Bytes of a state beside its arrays: header, losses, fingerprints."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """A training state that a run may go on from: what to call it, all that it holds, and what its run was made of."""
+
+    name: str
+    state: State
+    origin: Origin
+    words: list[str] = field(default_factory=list)
+
+    def in_order(self, images: list[Tensor], captions: list[Caption]) -> tuple[list[Tensor], list[Caption]]:
+        """The same pictures and captions in the order of the state's run, which `words` then say; others as they are.
+
+        A folder lists its files in an order of its own, on another disk in another one.
+        """
+        order = self.origin.order(*prints_of(images, captions))
+        if order is None or order == sorted(order):
+            return images, captions
+        self.words.append("The pictures come in another order than in the state's run: they are taken in the order of that run.")
+        return [images[i] for i in order], [captions[i] for i in order]
+
+
+def opened(source: StateSource | LoraSource | None, layers: Mapping[str, nn.Module]) -> Past | LoraSource | None:
+    """The same source with a state read whole; raises LoraError where it is damaged."""
+    if not isinstance(source, StateSource):
+        return source
+    state = read_state(source.path, _most_bytes(layers))
+    return Past(source.name, state, Origin.restored(state.part("origin")))
 
 
 @dataclass
@@ -55,7 +86,7 @@ class Beginning:
 
 
 def beginning(
-    source: StateSource | LoraSource | None,
+    source: Past | LoraSource | None,
     on_difference: str,
     settings: Settings,
     model: Any,
@@ -71,15 +102,13 @@ def beginning(
         return Beginning(settings)
     if isinstance(source, LoraSource):
         return Beginning(settings, borrowed=factors_for(source.document, model, layers), name=source.name)
-    old = settings_of(source.facts)
-    state = read_state(source.path, _most_bytes(layers))
+    state, old = source.state, settings_of(source.state.facts)
     network = state.part("network")
-    before = Origin.restored(state.part("origin"))
-    wrong, rounded = origin().against(before)
-    unfit, changed = compare(settings, old, network.flag("settled"))
+    wrong, rounded = origin().against(source.origin)
+    unfit, changed = compare(settings, old, network.flag("settled"), state.part("run").flag("rested"))
     wrong += unfit
     if not wrong:
-        words = [f"From here on {c}." for c in changed]
+        words = [*source.words, *(f"From here on {c}." for c in changed)]
         rounded += _computed_otherwise(state.part("about"), about)
         if rounded:
             words.append(f"Its steps are close to those of an unbroken run but not the same bit for bit: {'; '.join(rounded)}.")
@@ -90,7 +119,8 @@ def beginning(
             f"on_difference to '{FACTORS}' for a new run that starts with what the state had learned."
         )
     borrowed = _of_state(factors_of(network, old.q), layers)
-    return Beginning(settings, borrowed=borrowed, name=source.name, words=[f"A new run, since {'; '.join(wrong)}."])
+    words = [f"A new run, since {'; '.join(wrong)}.", *source.words]
+    return Beginning(settings, borrowed=borrowed, name=source.name, words=words)
 
 
 def _start(trainer: Trainer, borrowed: Borrowed, name: str) -> list[str]:

@@ -32,6 +32,7 @@ def origin_of(
 
     Call while the model is loaded. Weights are looked at as they were before other LoRAs were applied; those have a digest.
     """
+    pictures, told = prints_of(images, captions)
     weights = {name: _original(host.patcher, name, module) for name, module in layers.items()}
     return Origin(
         family=f"{family_of(host.model, host.prediction)} ({host.prediction})",
@@ -39,10 +40,15 @@ def origin_of(
         types=[str(getattr(w, "dtype", "")) for w in weights.values()],
         weights=Prints.of((_readable(weights[name], module) for name, module in layers.items()), SAMPLES),
         patches=_patches(host.patcher),
-        pictures=Prints.of(([image], "") for image in images),
-        captions=Prints.of((_caption(c) for c in captions), TEXT_SAMPLES),
+        pictures=pictures,
+        captions=told,
         empty=Prints.of([_caption(empty)] if empty is not None else [], TEXT_SAMPLES),
     )
+
+
+def prints_of(images: Sequence[Tensor], captions: Sequence[Caption]) -> tuple[Prints, Prints]:
+    """Fingerprints of latents as they came, and of captions."""
+    return Prints.of(([image], "") for image in images), Prints.of((_caption(c) for c in captions), TEXT_SAMPLES)
 
 
 def _original(patcher: Any, name: str, module: nn.Module) -> Any:

@@ -70,9 +70,17 @@ def place_for(name: str) -> Place:
         _refuse(name, "is the name of a device on Windows")
     if any(len(part.encode()) > MOST_NAME_BYTES for part in parts.parts) or len(name.encode()) > 5 * MOST_NAME_BYTES:
         _refuse(name, f"is too long: at most {MOST_NAME_BYTES} bytes fit between slashes")
-    if not folder.resolve().is_relative_to(root.resolve()):
+    if not inside(folder, root):
         _refuse(name, "leads through a link to a folder outside ComfyUI's LoRA folder")
     return Place(folder, stem, root)
+
+
+def inside(folder: Path, root: Path) -> bool:
+    """Whether a folder lies in another, links followed; False where links lead in a circle."""
+    try:
+        return folder.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):
+        return False
 
 
 def _refuse(name: str, why: str) -> NoReturn:

@@ -28,7 +28,7 @@ from ...lora2.network import AdaptiveNetwork, initial_ranks, rank_limit
 from ...lora2.settings import PRECISIONS, TARGETS, TRISTATE, Settings
 from ...lora2.state import State
 from ...lora2.trainer import Diverged, Progress, Trainer
-from .beginning import ON_DIFFERENCE, REFUSE, about_run, beginning
+from .beginning import ON_DIFFERENCE, REFUSE, Past, about_run, beginning, opened
 from .dataset import pictures
 from .kept import save, write_kept
 from .layers import cross_attention, family_of, file_prefixes, plain, select_layers
@@ -134,6 +134,9 @@ def _train(
     host = HostModel(patcher, training_dtype(patcher, request.precision))
     host.check_latents(images)
     layers = select_layers(host.model, request.target, request.include, request.exclude)
+    past = opened(source, layers)
+    if isinstance(past, Past):
+        images, captions = past.in_order(images, captions)
     files = _file_info(host, layers, images, request)
     shapes = {name: module_shape(m) for name, m in layers.items()}
     settings = settings.with_file(files.overhead(shapes, place.stem, settings.to_dict()), files.dtype.itemsize)
@@ -146,7 +149,8 @@ def _train(
     with host.training(images, captions, nothing, settings.batch_size, request.checkpointing):
         dropped = nothing if settings.caption_dropout > 0 else None
         about, made_of = about_run(host.device, host.compute), cache(partial(origin_of, host, layers, given, captions, dropped))
-        begin = beginning(source, request.on_difference, settings, host.model, layers, made_of, about)
+        begin = beginning(past, request.on_difference, settings, host.model, layers, made_of, about)
+        del past  # a state may be large
         settings = begin.settings
         network = AdaptiveNetwork(layers, settings, host.device, host.compute, plain)
         trainer = Trainer(network, host, images, settings, EntropyProbe(cross_attention(host.model)), say=say)
@@ -178,7 +182,13 @@ def _train(
                 words += f" To go on, choose '{NEWEST}' in continue_from."
             say(words)
             raise _explained(stopped, " " + words) from stopped.__cause__
-        trained = finish()
+        try:
+            trained = finish()
+        except LoraError as error:
+            if not states.save():
+                raise
+            kept = f"The training state is kept: choose '{NEWEST}' in continue_from, with more steps."
+            raise type(error)(f"{error} {kept}") from error
         if states.save():
             keeper.prune(1)
         say(f"Saved as {trained.name}.{_notes(trainer.progress)}")
@@ -190,21 +200,23 @@ class _States:
 
     def __init__(self, trainer: Trainer, keeper: Keeper, made_of: State, say: Callable[[str], None]) -> None:
         self.trainer, self.keeper, self.made_of, self.say = trainer, keeper, made_of, say
-        self._written = 0
+        self._written: tuple[int, Path] | None = None
 
     def save(self) -> bool:
         """Write the state that the run is in, unless it is written; whether it is on the disk."""
-        if self._written == self.trainer.progress.step:
+        step = self.trainer.progress.step
+        if self._written is not None and self._written[0] == step and self._written[1].is_file():
             return True
         try:
             state = self.trainer.state()
-            self.keeper.save(state.having(**{name: self.made_of.part(name) for name in self.made_of.facts}))
+            path = self.keeper.save(state.having(**{name: self.made_of.part(name) for name in self.made_of.facts}))
         except Diverged:
             raise
         except (LoraError, OSError, RuntimeError, MemoryError) as error:
-            self.say(str(error) if isinstance(error, LoraError) else f"The training state was not saved: {error}")
+            why = (isinstance(error, OSError) and error.strerror) or type(error).__name__  # no more: it may hold a local path
+            self.say(str(error) if isinstance(error, LoraError) else f"The training state was not saved: {why}.")
             return False
-        self._written = self.trainer.progress.step
+        self._written = step, path
         return True
 
 

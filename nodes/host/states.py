@@ -14,7 +14,7 @@ from ...lora2.keeper import states_below, states_in
 from ...lora2.keys import shown
 from ...lora2.state import read_facts
 from .files import lora_names, lora_path
-from .saving import Place
+from .saving import Place, inside
 
 NOTHING, NEWEST = "nothing", "newest state"
 STATE, LORA = "state: ", "LoRA: "
@@ -49,7 +49,7 @@ def states_folder(place: Place) -> Path:
     """Where the states of a save name lie; raises LoraError where a link leads out of the folder of states."""
     root = states_root()
     folder = root / place.folder.relative_to(place.root) / place.stem
-    if not folder.resolve().is_relative_to(root.resolve()):
+    if not inside(folder, root):
         raise LoraError(f"output/{FOLDER} has a link that leads to another folder. Remove it, or choose another save_name.")
     return folder
 

@@ -47,8 +47,8 @@ FAULTS = {
     ),
     "an unchecked path to write": (
         "nodes/host/saving.py",
-        "if not folder.resolve().is_relative_to(root.resolve()):",
-        "if not root:",
+        "    if not inside(folder, root):\n        _refuse(",
+        "    if not root:\n        _refuse(",
         "tests/test_bad_input.py tests/test_requests.py",
     ),
     "weights not given back after training": (
