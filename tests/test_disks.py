@@ -350,7 +350,9 @@ def test_two_processes_write_the_same_name_at_once(folders: Path) -> None:
     gc.collect()
 
 
-def test_a_finished_run_that_no_disk_takes_keeps_its_last_state(model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_that_no_disk_takes_keeps_its_last_state(
+    model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The LoRA is still in memory, and what made it is on the disk, up to the last step."""
 
     def full(*_: Any) -> Path:

@@ -126,7 +126,8 @@ def test_a_budget_that_cannot_be_met_says_what_can() -> None:
 
 def test_messages_about_foreign_values_are_short_and_printable() -> None:
     """Settings come out of training states too, which may be a stranger's."""
-    for name, value in (("learning_rate", 10**400), ("clip_norm", -(10**400)), ("init", "x" * 100_000), ("schedule", "\x1b[31m\u202e")):
+    large, text = 10**400, "\x1b[31m\u202e"
+    for name, value in (("learning_rate", large), ("clip_norm", -large), ("init", "x" * 100_000), ("schedule", text)):
         with pytest.raises(LoraError, match=name) as error:
             Settings(**{name: value})
         assert len(str(error.value)) < 300

@@ -59,8 +59,10 @@ def build(results: Results, folder: Path) -> str:
             "**Against the weight of the pull** (`rank_weight`; the loss is 1 before training):",
             "![Spearman against rank_weight](recovery_order.png)",
             "![Missing share against rank_weight](recovery_missing.png)",
-            "Settling does not depend on it: the cut goes by what was learned. In the paper's form the weight decides how far ranks "
-            "shrink, and its limit is near: up to the default nothing is missing that a layer needs, and ten times the default takes "
+            "Settling does not depend on it: the cut goes by what was learned. In the paper's form "
+            "the weight decides how far ranks "
+            "shrink, and its limit is near: up to the default nothing is missing that a layer "
+            "needs, and ten times the default takes "
             "more than the layers can spare, however long they rest.",
             *_details(runs),
         ]
@@ -117,9 +119,12 @@ def _details(runs: Sequence[Results]) -> list[str]:
             ["share of the steps at the end", "Spearman", "missing, worst layer of all seeds"],
             [[f"{rest:g}", f"{order(own):.3f}", f"{missing_share(own):.0e}"] for rest, own in by_rest(runs).items()],
         ),
-        "**A budget that does not pay for all, or for more** (64 × 64, settled): what was learned, as a share of the most that the "
-        "budget can hold, direction by direction. Where all directions are worth the same, it makes no difference which are kept, and "
-        "the order of ranks then says nothing; where they differ, the right ones are kept. What is not needed is spent on noise, so "
+        "**A budget that does not pay for all, or for more** (64 × 64, settled): what was learned, "
+        "as a share of the most that the "
+        "budget can hold, direction by direction. Where all directions are worth the same, it makes "
+        "no difference which are kept, and "
+        "the order of ranks then says nothing; where they differ, the right ones are kept. What is "
+        "not needed is spent on noise, so "
         "ask for no more than you need:",
         table(
             ["budget, of what the true ranks take", "Spearman, values alike", "falling", "learned, alike", "falling"],
@@ -130,8 +135,10 @@ def _details(runs: Sequence[Results]) -> list[str]:
     if start:
         values = sorted({run["initial"] for run in start})
         parts += [
-            "**The rank to start from** (64 × 64, settled; the target is 11, so the default is 44). Ranks grow while they adapt, but in "
-            "half of 400 steps not from 8 to 32: start above the largest rank that a layer may need, as the default of four times "
+            "**The rank to start from** (64 × 64, settled; the target is 11, so the default is 44). "
+            "Ranks grow while they adapt, but in "
+            "half of 400 steps not from 8 to 32: start above the largest rank that a layer may "
+            "need, as the default of four times "
             "the target, at least 16, does for most:",
             _line_table("initial_rank", [(f"{v}", chosen(start, initial=v)) for v in values]),
         ]
