@@ -150,7 +150,6 @@ class GraphEngine(Engine):
         self._pool = None
         torch.cuda.empty_cache()
 
-
     def save_memory(self) -> str | None:
         """Record no more: what a graph works in is kept for it alone."""
         if self.failed or self._pool is None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, TypedDict, cast
 
 from .errors import LoraError
 from .factors import Factors
 from .keys import shown
+from .strict import strict_json
 
 KEY = "lora2"
 FORMAT = 1
@@ -53,15 +52,7 @@ def parse(text: str, layers: Mapping[str, Factors]) -> tuple[Info, list[str]]:
     rank 0: they were left out on purpose. Raises LoraError where it is too long or too deep, no JSON, of
     another shape or version, or holds a number that is not finite.
     """
-    if len(text) > TEXT_LIMIT:
-        _refuse(f"it has {len(text)} characters, the most that is read is {TEXT_LIMIT}")
-    try:
-        raw = json.loads(text, parse_constant=lambda name: _refuse(f"it holds {name}"))
-    except LoraError:
-        raise
-    except (RecursionError, ValueError) as error:
-        _refuse(shown(error))
-    _check_values(raw)
+    raw = strict_json(text, TEXT_LIMIT, DEPTH_LIMIT, _refuse)
     if not isinstance(raw, dict) or not isinstance(raw.get("layers"), dict):
         _refuse("it has no table of layers")
     if type(raw.get("format")) is not int:
@@ -73,24 +64,6 @@ def parse(text: str, layers: Mapping[str, Factors]) -> tuple[Info, list[str]]:
         _refuse("its training settings are no table")
     known, notes = _layers(raw["layers"], layers)
     return {"format": FORMAT, "layers": known, "training": training}, notes
-
-
-def _check_values(raw: Any) -> None:
-    """No number beyond finite ones, no nesting beyond the limit; without recursion, whatever the depth."""
-    level = [raw]
-    for _ in range(DEPTH_LIMIT):
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                below.extend(value.values())
-            elif isinstance(value, list):
-                below.extend(value)
-            elif isinstance(value, float) and not math.isfinite(value):
-                _refuse("it holds a number that is not finite")
-        if not below:
-            return
-        level = below
-    _refuse(f"it is nested more than {DEPTH_LIMIT} deep")
 
 
 def _layers(raw: Mapping[str, Any], layers: Mapping[str, Factors]) -> tuple[dict[str, LayerInfo], list[str]]:

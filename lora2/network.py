@@ -21,7 +21,7 @@ from .memory import attempt
 from .packed import Block, Packed
 from .settings import Settings
 from .spectrum import singular_order
-from .state import State, damaged, restore_generator
+from .state import MOST_STEPS, State, damaged, restore_generator
 
 INITIAL_OVER_TARGET = 4
 SMALLEST_INITIAL = 16
@@ -31,9 +31,6 @@ PRESSED_SHARE, FREED_SHARE = 0.02, 0.05
 
 MOST_RESIZES = 4
 """How often they follow in a run: a recorded step has to be recorded again after it (engine.py)."""
-
-MOST_SYNCS = 100_000_000
-"""More than any run has: what a state may claim."""
 
 FASTEST = 2.5
 """A growing layer gets room for this many times its rank at most."""
@@ -463,8 +460,8 @@ class AdaptiveNetwork:
         self.settled = settled
         self._last_ratio = state.number("last_ratio", 0.0, 1e12)
         self._last_ranks = state.items("last_ranks", float, count)
-        self._syncs, self._resized = state.whole("syncs", 0, MOST_SYNCS), list(state.items("resized", int))
-        if not all(0 < rank < MOST_SYNCS for rank in self._last_ranks) or any(s > self._syncs for s in self._resized):
+        self._syncs, self._resized = state.whole("syncs", 0, MOST_STEPS), list(state.items("resized", int))
+        if not all(0 < rank < MOST_STEPS for rank in self._last_ranks) or any(s > self._syncs for s in self._resized):
             damaged("ranks or resizes are out of bounds")
         self.assume(state.tensor("theta", (count,)), arrays, deviations)
         restore_generator(self.generator, state, "generator")

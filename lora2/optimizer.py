@@ -40,7 +40,6 @@ class Optimizer:
     def __init__(self, network: AdaptiveNetwork, settings: Settings) -> None:
         self.network = network
         self.settings = settings
-        self._kind = settings.optimizer
         self.fused = network.device.type in FUSED
         self._capturable = network.device.type in CAPTURABLE
         self.inner = self._make(network.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay)
@@ -65,19 +64,24 @@ class Optimizer:
 
     def state(self) -> State:
         """The moments and step counters of every parameter, under its place in the order; without any before the first step."""
-        return State({name: value for name, _, value in self._moments()}, {"kind": self._kind})
+        moments = {
+            f"{place}.{name}": value
+            for place, optimizer, parameter in self._places()
+            for name, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+        return State(moments, {"kind": self.settings.optimizer})
 
     def restore(self, state: State) -> None:
         """Take moments and counters of an optimizer over a network of the same shapes. Raises LoraError where they do not fit."""
-        names = _remembered(self._kind)
+        names = _remembered(self.settings.optimizer)
         if _remembered(str(state.facts.get("kind"))) != names:
             raise LoraError("The training state was made with another optimizer. Choose the one that it was made with.")
-        begun = bool(state.tensors)
-        for group, optimizer in self._groups():
-            for index, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-                kind = _remembered("adam") if group == "theta" else names
-                if begun:
-                    optimizer.state[parameter] = {n: self._restored(state, f"{group}.{index}.{n}", n, parameter) for n in kind}
+        if not state.tensors:
+            return  # before the first step
+        for place, optimizer, parameter in self._places():
+            kind = names if optimizer is self.inner else _remembered("adam")
+            optimizer.state[parameter] = {n: self._restored(state, f"{place}.{n}", n, parameter) for n in kind}
 
     def _restored(self, state: State, key: str, name: str, parameter: torch.nn.Parameter) -> Tensor:
         value = state.tensor(key, () if name == "step" else parameter.shape)
@@ -86,17 +90,13 @@ class Optimizer:
         waits = name == "step" and not (self.fused or self._capturable)
         return value.to("cpu" if waits else parameter.device, copy=True)
 
-    def _groups(self) -> Iterator[tuple[str, torch.optim.Optimizer]]:
-        yield "factors", self.inner
-        if self.theta is not None:
-            yield "theta", self.theta
-
-    def _moments(self) -> Iterator[tuple[str, torch.nn.Parameter, Tensor]]:
-        for group, optimizer in self._groups():
+    def _places(self) -> Iterator[tuple[str, torch.optim.Optimizer, torch.nn.Parameter]]:
+        """Every parameter with its optimizer, and what its moments are called in a state."""
+        for group, optimizer in (("factors", self.inner), ("theta", self.theta)):
+            if optimizer is None:
+                continue
             for index, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-                for name, value in optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor):
-                        yield f"{group}.{index}.{name}", parameter, value
+                yield f"{group}.{index}", optimizer, parameter
 
     def step(self, rate: float, ranks_move: bool, loss: Tensor) -> Tensor:
         """Take the accumulated gradients with `rate` times the learning rate and clear them.
@@ -187,11 +187,6 @@ def _remembered(kind: str) -> tuple[str, ...]:
     """All that an optimizer keeps for a parameter; nothing for a kind that is not known."""
     moments = MOMENTS.get(kind, ())
     return moments if kind == "sgd" or not moments else ("step", *moments)
-
-
-def global_norm(gradients: list[Tensor], like: Tensor | None = None) -> Tensor:
-    """√Σ‖g‖² over all tensors, a scalar on their device."""
-    return torch.linalg.vector_norm(gradient_norms(gradients, like))
 
 
 def gradient_norms(gradients: list[Tensor], like: Tensor | None = None) -> Tensor:

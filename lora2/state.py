@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,10 +14,14 @@ from torch import Generator, Tensor
 from .errors import LoraError
 from .keys import shown
 from .reader import read_file, read_metadata
+from .strict import strict_json
 from .writer import data
 
 KEY = "lora2_state"
 FORMAT = 1
+MOST_STEPS = 100_000_000
+"""More than any run has: what a state may claim."""
+
 TEXT_LIMIT = 12 << 20
 DEPTH_LIMIT = 6
 
@@ -136,15 +139,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     text = read_metadata(path).get(KEY)
     if text is None:
         raise LoraError(f"{shown(path.name)} is not a training state of LoRA².")
-    if len(text) > TEXT_LIMIT:
-        damaged(f"its facts have {len(text)} characters, the most that is read is {TEXT_LIMIT}")
-    try:
-        facts = json.loads(text, parse_constant=lambda name: damaged(f"it holds {name}"))
-    except LoraError:
-        raise
-    except (RecursionError, ValueError) as error:
-        damaged(shown(error))
-    _check_values(facts)
+    facts = strict_json(text, TEXT_LIMIT, DEPTH_LIMIT, damaged, "its facts have")
     if not isinstance(facts, dict) or type(facts.get("format")) is not int:
         damaged("it has no format number")
     if facts["format"] != FORMAT:
@@ -165,22 +160,6 @@ def read_state(path: Path, most_bytes: int) -> State:
     if digest(state.tensors) != facts.get("digest"):
         damaged("its numbers are not those that were written")
     return state
-
-
-def _check_values(raw: Any) -> None:
-    """No number beyond finite ones, no nesting beyond the limit; without recursion, whatever the depth."""
-    level = [raw]
-    for _ in range(DEPTH_LIMIT):
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, (dict, list)):
-                below.extend(value.values() if isinstance(value, dict) else value)
-            elif isinstance(value, float) and not math.isfinite(value):
-                damaged("it holds a number that is not finite")
-        if not below:
-            return
-        level = below
-    damaged(f"it is nested more than {DEPTH_LIMIT} deep")
 
 
 def restore_generator(generator: Generator, state: State, name: str) -> None:

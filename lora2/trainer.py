@@ -25,7 +25,7 @@ from .optimizer import Optimizer
 from .schedule import learning_rate_factor, sample_times
 from .settings import SEEDS, Settings
 from .start import Started, start_from
-from .state import State, restore_generator
+from .state import MOST_STEPS, State, restore_generator
 from .watch import Diverged, Judge
 
 __all__ = ["EMPTY_CAPTION", "Denoiser", "Diverged", "Progress", "Trainer"]
@@ -38,9 +38,6 @@ Batch = tuple[Tensor, Tensor, Tensor, list[int]]
 
 STEPS_AHEAD = 1
 """Steps that a GPU may be given before the last one's loss is read: a cancel waits for them."""
-
-MOST_STEPS = 100_000_000
-"""More than any run has: what a state may claim."""
 
 EMPTY_CAPTION = -1
 """Stands for the empty caption where a picture's index stands for its caption."""

@@ -59,6 +59,13 @@ def folders(comfy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
+def model(small_model: Callable[[str], Any], folders: Path) -> Any:
+    """The small Flux, loaded as a graph does it: in inference mode."""
+    with torch.inference_mode():
+        return small_model("flux")
+
+
+@pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     """The last sentence that a node said; the same words go onto the node (progress text) and into the log."""
     caplog.set_level("INFO", "lora2")

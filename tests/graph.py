@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -119,6 +122,17 @@ def updates(patched: Any) -> dict[str, Tensor]:
         rank = down.shape[0]
         found[key] = (1.0 if alpha is None else alpha / rank) * (up.double().flatten(1) @ down.double().flatten(1))
     return found
+
+
+def imported(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The pack in a folder, imported as ComfyUI does it, under a name of its own."""
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 STATES = "output/lora2_states/"

@@ -15,13 +15,6 @@ from training import pack
 SmallModel = Callable[[str], Any]
 
 
-@pytest.fixture
-def model(small_model: SmallModel, folders: Path) -> Any:
-    """The small Flux, loaded as a graph does it: in inference mode."""
-    with torch.inference_mode():
-        return small_model("flux")
-
-
 def rewritten(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(path.read_bytes()))
 

@@ -17,13 +17,6 @@ from training import captions, latents, pack
 SmallModel = Callable[[str], Any]
 
 
-@pytest.fixture
-def model(small_model: SmallModel, folders: Path) -> Any:
-    """The small Flux, loaded as a graph does it: in inference mode."""
-    with torch.inference_mode():
-        return small_model("flux")
-
-
 # --- data
 
 

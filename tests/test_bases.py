@@ -27,13 +27,6 @@ from dev import assets
 SmallModel = Callable[[str], Any]
 
 
-@pytest.fixture
-def model(small_model: SmallModel, folders: Path) -> Any:
-    """The small Flux, loaded as a graph does it: in inference mode."""
-    with torch.inference_mode():
-        return small_model("flux")
-
-
 
 def test_training_on_a_model_with_a_lora_learns_only_the_new_part(model: Any, folders: Path) -> None:
     """The base of the training is the model with its patches; the file holds what was added to that."""

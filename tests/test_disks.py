@@ -25,15 +25,7 @@ from training import pack
 
 from dev import host
 
-SmallModel = Callable[[str], Any]
 NOBODY = 65534
-
-
-@pytest.fixture
-def model(small_model: SmallModel, folders: Path) -> Any:
-    """The small Flux, loaded as a graph does it: in inference mode."""
-    with torch.inference_mode():
-        return small_model("flux")
 
 
 @pytest.fixture(autouse=True)

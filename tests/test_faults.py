@@ -17,13 +17,6 @@ BATCH = {"batch_size": 4, "steps": 6, "settle_at": 0.5, "save_dtype": "fp32"}
 FIVE = ((8, 8),) * 5
 
 
-@pytest.fixture
-def model(small_model: SmallModel, folders: Path) -> Any:
-    """The small Flux, loaded as a graph does it: in inference mode."""
-    with torch.inference_mode():
-        return small_model("flux")
-
-
 def checkpointed(model: Any) -> bool:
     blocks = pack("nodes.host.checkpointing").repeated_blocks(model.model.diffusion_model)
     return any("forward" in vars(block) for block in blocks)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tomllib
 import torch
-from graph import load, random_lora, train, untouched, write_lora
+from graph import imported, load, random_lora, train, untouched, write_lora
 from training import pack
 
 from dev import host
@@ -34,19 +34,11 @@ def test_the_versions_are_those_of_the_project() -> None:
     assert versions.OLDEST == host.OLDEST_VERSION
 
 
-def imported(monkeypatch: pytest.MonkeyPatch) -> Any:
+def imported_anew(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The pack, imported once more as ComfyUI does it."""
     for name in [n for n in sys.modules if n.startswith("changed_pack")]:
         monkeypatch.delitem(sys.modules, name)
-    spec = importlib.util.spec_from_file_location(
-        "changed_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "changed_pack", module)
-    spec.loader.exec_module(module)
-    return module
+    return imported(ROOT, "changed_pack", monkeypatch)
 
 
 def without(name: str) -> Callable[[pytest.MonkeyPatch], None]:
@@ -91,7 +83,7 @@ def test_a_changed_interface_is_named_at_import(case: str, comfy: Any, monkeypat
 
 
 async def node_list(patch: pytest.MonkeyPatch) -> Any:
-    return await (await imported(patch).comfy_entrypoint()).get_node_list()
+    return await (await imported_anew(patch).comfy_entrypoint()).get_node_list()
 
 
 AT_TRAINING = {

@@ -27,13 +27,6 @@ from lora2.keys import STYLES
 SmallModel = Callable[[str], Any]
 
 
-@pytest.fixture
-def model(small_model: SmallModel, folders: Path) -> Any:
-    """The small Flux, loaded as a graph does it: in inference mode."""
-    with torch.inference_mode():
-        return small_model("flux")
-
-
 # --- the same as ComfyUI
 
 

@@ -12,15 +12,6 @@ from graph import load, random_lora, run_node, train, untouched, updates, write_
 from torch import Tensor
 from training import pack
 
-SmallModel = Callable[[str], Any]
-
-
-@pytest.fixture
-def model(small_model: SmallModel, folders: Path) -> Any:
-    """The small Flux, loaded as a graph does it: in inference mode."""
-    with torch.inference_mode():
-        return small_model("flux")
-
 
 def ranks_of(patched: Any) -> dict[str, int]:
     return {key: patches[-1][1].weights[1].shape[0] for key, patches in patched.patches.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import asyncio
 import fnmatch
-import importlib
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import pathspec
 import pytest
 import tomllib
+from graph import imported
 from scanner import MODULES, findings
 
 from dev.host import ROOT, comfy_path
@@ -182,14 +182,7 @@ def test_patterns_of_comfyignore_still_hit_something() -> None:
 def test_the_shipped_files_alone_are_a_pack(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that the nodes import is left behind, under whatever name the folder has."""
     folder = packed(tmp_path / "any name")
-    spec = importlib.util.spec_from_file_location(
-        "shipped_pack", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "shipped_pack", module)
-    spec.loader.exec_module(module)
+    module = imported(folder, "shipped_pack", monkeypatch)
 
     async def node_ids() -> list[str]:
         extension = await module.comfy_entrypoint()

@@ -40,13 +40,6 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def model(small_model: SmallModel, folders: Path) -> Any:
-    """The small Flux, loaded as a graph does it: in inference mode."""
-    with torch.inference_mode():
-        return small_model("flux")
-
-
 def cancel_after(patch: pytest.MonkeyPatch, step: int) -> type[BaseException]:
     """ComfyUI's cancel reaches the run after this step; returns what is raised."""
     import comfy.model_management as management

@@ -13,10 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora2.losses import EPSILON, FLOW, PREDICTIONS, X0, EntropyProbe, V, denoising_loss
 from lora2.network import AdaptiveNetwork
-from lora2.optimizer import Optimizer, global_norm
+from lora2.optimizer import Optimizer, gradient_norms
 from lora2.schedule import learning_rate_factor
 from lora2.settings import Settings
 from lora2.trainer import EMPTY_CAPTION, Diverged, Progress, Trainer
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """As a step takes it, of all its gradients together."""
+    return torch.linalg.vector_norm(gradient_norms(tensors))
 
 
 @pytest.fixture(autouse=True)

@@ -21,13 +21,6 @@ from training import pack
 SmallModel = Callable[[str], Any]
 
 
-@pytest.fixture
-def model(small_model: SmallModel, folders: Path) -> Any:
-    """The small Flux, loaded as a graph does it: in inference mode."""
-    with torch.inference_mode():
-        return small_model("flux")
-
-
 # --- disks
 
 

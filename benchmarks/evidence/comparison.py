@@ -14,15 +14,18 @@ from benchmarks.evidence.pool import Pool, Record
 from dev.painter.subjects import SUBJECTS, TUNING
 
 STEPS = 200
-MARKS = (120, 160)
+MARKS = (80, 120, 160)
 RATES = tuple(10 ** (-k / 2) for k in range(8, 1, -1))
 """1e-4 to 0.1 by half powers of ten; tuning starts in the middle and walks until the best lies inside."""
 FIRST_RATES = (2, 3)
 
 FIXED_RANKS = (1, 2, 4, 8, 16, 32, 64)
-TARGETS = (1, 2, 4, 8, 16)
+TARGETS = (1, 2, 4, 8, 16, 32, 64)
 PAPER_TARGETS = (2, 8)
+CUT_RANKS = (1, 2, 4, 8, 16, 32)
 LARGE = 64
+TRUNCATED = 16
+"""The rank whose files are cut at load."""
 RESIZED, ALLOCATED = "resized", "allocated"
 """Trained at LARGE, then cut: every layer to the same share of its norm, or all together by energy per parameter."""
 
@@ -35,7 +38,7 @@ Config = tuple[str, int, int]
 
 def configs(counts: Sequence[int] = COUNTS) -> list[Config]:
     """Everything that is compared."""
-    ranks = {FIXED: FIXED_RANKS, SETTLING: TARGETS, PAPER: PAPER_TARGETS, RESIZED: TARGETS, ALLOCATED: TARGETS}
+    ranks = {FIXED: FIXED_RANKS, SETTLING: TARGETS, PAPER: PAPER_TARGETS, RESIZED: CUT_RANKS, ALLOCATED: CUT_RANKS}
     return [(method, rank, count) for count in counts for method in ranks for rank in ranks[method]]
 
 
@@ -46,7 +49,7 @@ def job(config: Config, subject: str, rate: float, seed: int, **more: Any) -> Jo
         method, rank = FIXED, LARGE
     if (method, rank) == (FIXED, LARGE):
         more["more"] = (RESIZED, ALLOCATED)
-    if rank == max(TARGETS) and method in (FIXED, SETTLING):
+    if rank == TRUNCATED and method in (FIXED, SETTLING):
         more["more"] = ("shortened", "shared_out")
     return Job(subject, count, method, rank, rate, seed, STEPS, marks=MARKS, **more)
 

@@ -48,7 +48,7 @@ class Pool:
         """The records of the jobs, in their order; those that time did not allow are missing."""
         jobs = list(jobs)
         waiting = [job for job in dict.fromkeys(jobs) if job.key not in self.records][::-1]
-        busy = 0
+        busy, start, before, said = 0, time.monotonic(), len(self.records), time.monotonic()
         while busy or (waiting and time.monotonic() < self.until):
             while waiting and busy < len(self._workers) and time.monotonic() < self.until:
                 self._jobs.put(waiting.pop())
@@ -62,6 +62,9 @@ class Pool:
                 self.records[key] = dict(record, key=key)
                 with self.path.open("a") as file:
                     file.write(json.dumps(self.records[key]) + "\n")
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                print(f"{len(self.records) - before} of {len(waiting) + busy + len(self.records) - before} after {said - start:.0f} s", flush=True)
             if not all(worker.is_alive() for worker in self._workers):
                 self._stop()
                 raise RuntimeError("a worker has died")

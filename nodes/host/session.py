@@ -160,7 +160,7 @@ def _train(
         finish = _Finish(network, trainer.progress, files, place, settings, request, len(images))
         goes_on = source.path if begun and isinstance(source, StateSource) else None
         keeper = Keeper(folder, request.states_kept, least, goes_on)
-        states = _States(trainer, keeper, State.joined(origin=made_of().state(), about=State({}, about)), say)
+        states = _States(trainer, keeper, {"origin": made_of().state(), "about": State({}, about)}, say)
         try:
             trainer.run(
                 _Live(network, files, partial(_warn_of_disk, place, settings, say)), states.save, request.state_every
@@ -198,7 +198,7 @@ def _train(
 class _States:
     """Writes the run's states, with what the run is made of; one that cannot be written is said, and costs nothing else."""
 
-    def __init__(self, trainer: Trainer, keeper: Keeper, made_of: State, say: Callable[[str], None]) -> None:
+    def __init__(self, trainer: Trainer, keeper: Keeper, made_of: Mapping[str, State], say: Callable[[str], None]) -> None:
         self.trainer, self.keeper, self.made_of, self.say = trainer, keeper, made_of, say
         self._written: tuple[int, Path] | None = None
 
@@ -209,7 +209,7 @@ class _States:
             return True
         try:
             state = self.trainer.state()
-            path = self.keeper.save(state.having(**{name: self.made_of.part(name) for name in self.made_of.facts}))
+            path = self.keeper.save(state.having(**self.made_of))
         except Diverged:
             raise
         except (LoraError, OSError, RuntimeError, MemoryError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 
@@ -12,7 +11,6 @@ from ...lora2.errors import LoraError
 from ...lora2.format import LoraDocument, read
 from ...lora2.keeper import states_below, states_in
 from ...lora2.keys import shown
-from ...lora2.state import read_facts
 from .files import lora_names, lora_path
 from .saving import Place, inside
 
@@ -25,11 +23,10 @@ FOLDER = "lora2_states"
 
 @dataclass(frozen=True)
 class StateSource:
-    """A training state to continue: its file, what to call it, its facts."""
+    """A training state to continue: its file, what to call it."""
 
     path: Path
     name: str
-    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def chosen(choice: str, place: Place) -> StateSource | LoraSource | None:
         path = states[0].path
     else:
         path = _state_path(choice.removeprefix(STATE))
-    return StateSource(path, name_of(path), read_facts(path))
+    return StateSource(path, name_of(path))
 
 
 def _state_path(name: str) -> Path:
