@@ -99,11 +99,16 @@ class Adapter:
 
     def __call__(self, x: Tensor) -> Tensor:
         """B Λ A x for the layer's input x, in x's dtype; the shape of the layer's output."""
-        down: Tensor = self.down
-        if self.importance is not None:
-            scale = self.importance[: self.capacity]
-            down = down * scale.view(-1, *(1,) * (down.ndim - 1))
-        return self._apply(x, down.to(x.dtype), self.up.to(x.dtype))
+        return self._apply(x, self._folded(self.down).to(x.dtype), self.up.to(x.dtype))
+
+    def folded_down(self) -> Tensor:
+        """Λ A, (capacity, …), detached."""
+        return self._folded(self.down.detach())
+
+    def _folded(self, down: Tensor) -> Tensor:
+        if self.importance is None:
+            return down
+        return down * self.importance[: self.capacity].view(-1, *(1,) * (down.ndim - 1))
 
     def add(self, output: Tensor, x: Tensor) -> Tensor:
         """The layer's output plus B Λ A x, with as few launches as the layer's kind allows."""

@@ -18,6 +18,11 @@ def next_pressure(pressure: float, ratio: float, last: float) -> float:
     return min(1e6, max(1e-6, pressure * math.exp(0.5 * r + 2 * (r - before))))
 
 
+def next_size(size: int, target: int, left: int) -> int:
+    """The parameters to cut to now, with `left` cuts to come: in equal ratios, the last cut meets the target."""
+    return target if not left else max(target, round(size * (target / size) ** (1 / (left + 1))))
+
+
 def scaled_ranks(
     rho: Sequence[float], costs: Sequence[int], floors: Sequence[int], limits: Sequence[int], budget: int
 ) -> list[int]:

@@ -44,13 +44,18 @@ def quantile_rank(theta: Tensor) -> Tensor:
     return torch.ceil(rho * (1 - CEIL_SLACK)).clamp(min=1)
 
 
-def down_std(rank: int, d_in: int, energy: float) -> float:
-    """σ of the down factor's start, with energy = Σ_{j<D} f(j; ν)²: σ² = D / (3 d_in Σ f²).
+def down_std(d_in: int) -> float:
+    """σ of the down factor's start: σ² = 1 / (3 d_in), the variance of a plain LoRA's Kaiming-uniform (a = √5) rows."""
+    return math.sqrt(1 / (3 * d_in))
 
-    It makes E‖ΛA‖² that of a plain LoRA of rank D with alpha = rank and Kaiming-uniform (a = √5) rows, whose elements have
-    variance 1 / (3 d_in).
+
+def gain(rank: int, energy: float) -> float:
+    """g = √(D / Σ_{j<D} f(j; ν)²), which makes E‖gΛA‖² that of a plain LoRA of rank D with alpha = rank.
+
+    g is a constant of the layer, so g Λ is Λ with A's share of the scale taken out of A: under an optimizer whose steps do not
+    depend on the scale of gradients, A then learns as fast as in a plain LoRA.
     """
-    return math.sqrt(rank / (3 * d_in * energy))
+    return math.sqrt(rank / energy)
 
 
 def paper_down_std(energy: float) -> float:

@@ -32,14 +32,14 @@ def live_picture(
     *,
     costs: Mapping[str, int] | None = None,
     number_bytes: int = 2,
-    settled_at: int | None = None,
+    cuts: Sequence[int] = (),
 ) -> Image.Image:
     """Loss and ranks so far as an RGB picture of `width` pixels.
 
     losses: one per step done, NaN and infinity allowed (they leave a gap); steps: planned in all; ranks: per
-    layer, by the prefix of its key; phase: "adapting", "settled", or any word. costs: parameters per unit of
-    rank, which give the size (numbers of number_bytes bytes) and weigh the mean. settled_at: the step that
-    ended the adapting phase.
+    layer, by the prefix of its key; phase: "adapting", "settling", "settled", or any word. costs: parameters per
+    unit of rank, which give the size (numbers of number_bytes bytes) and weigh the mean. cuts: the steps before
+    which layers were cut.
     """
     spots = [Spot(place(name), rank, max(1, (costs or {}).get(name, 1))) for name, rank in ranks.items()]
     chart = arrange(spots, _INNER, Canvas(_WIDTH, 1, int(_WIDTH)), (_STRIP,)) if spots else None
@@ -49,7 +49,7 @@ def live_picture(
     steps = max(steps, len(values), 1)
     smooth = smoothed(values, max(1.0, min(len(values) / 12, 200.0)))
     _head(canvas, smooth, steps, phase)
-    _losses(canvas, values, smooth, steps, settled_at)
+    _losses(canvas, values, smooth, steps, [c for c in cuts if 0 < c <= len(values)], phase)
     if chart:
         _ranks(canvas, chart, spots, top, number_bytes if costs else 0)
     return canvas.picture()
@@ -84,7 +84,7 @@ def _head(canvas: Canvas, smooth: np.ndarray, steps: int, phase: str) -> None:
 
 
 def _losses(
-    canvas: Canvas, values: np.ndarray, smooth: np.ndarray, steps: int, settled_at: int | None
+    canvas: Canvas, values: np.ndarray, smooth: np.ndarray, steps: int, cuts: Sequence[int], phase: str
 ) -> None:
     """The loss of every step, faint, and its smoothed course; the time still to come stays empty."""
     canvas.box(_EDGE, _LOSS_TOP, _INNER, _LOSS_HEIGHT, (28, 29, 36), 6)
@@ -104,13 +104,12 @@ def _losses(
         y = at(0, mark)[1]
         canvas.box(_EDGE, y, _INNER, 1, RULE)
         canvas.text(_WIDTH - _EDGE - 8, y - 5, f"{mark:.3g}", 16, QUIET, "rs")
-    if settled_at is not None and 0 < settled_at <= len(values):
-        x = at(settled_at, low)[0]
-        canvas.box(x - 1, _LOSS_TOP, 2, _LOSS_HEIGHT, CALM)
-        wide = canvas.text_width("settled", 16) + 8
-        canvas.text(
-            x + 6 if x + wide < _WIDTH - _EDGE - 88 else x - wide, _LOSS_TOP + 20, "settled", 16, CALM
-        )
+    for cut in cuts:
+        canvas.box(at(cut, low)[0] - 1, _LOSS_TOP, 2, _LOSS_HEIGHT, CALM)
+    if cuts:
+        words = "settled" if phase == "settled" else "cut"
+        x, wide = at(cuts[-1], low)[0], canvas.text_width(words, 16) + 8
+        canvas.text(x + 6 if x + wide < _WIDTH - _EDGE - 88 else x - wide, _LOSS_TOP + 20, words, 16, CALM)
     for run in _runs(_thinned(values, 700)):
         canvas.line([at(step, value) for step, value in run], _RAW, 1.2)
     for run in _runs(_thinned(smooth, 350)):

@@ -32,6 +32,9 @@ PRESSED_SHARE, FREED_SHARE = 0.02, 0.05
 MOST_RESIZES = 4
 """How often they follow in a run: a recorded step has to be recorded again after it (engine.py)."""
 
+MOST_GAIN = 1e9
+"""No rank that a layer can start at has a larger one."""
+
 FASTEST = 2.5
 """A growing layer gets room for this many times its rank at most."""
 
@@ -68,10 +71,13 @@ class AdaptiveNetwork:
         costs = [cost(shape) for shape in shapes]
         self.budget = settings.budget(costs, self._limits)
         initial = initial_ranks(self.budget / sum(costs), self._limits, settings)
+        starts = [starting(shape, rank, settings) for shape, rank in zip(shapes, initial, strict=True)]
         self.adapters = [
-            Adapter(module, capacity_for(rank), down_deviation(shape, rank, settings), self.device, self.generator)
-            for module, shape, rank in zip(layers.values(), shapes, initial, strict=True)
+            Adapter(module, capacity_for(rank), deviation, self.device, self.generator)
+            for module, rank, (deviation, _) in zip(layers.values(), initial, starts, strict=True)
         ]
+        self.gains = [gain for _, gain in starts]
+        """Every layer's constant in front of its Λ (importance.py, `gain`)."""
         self.settled = False
         self.theta = nn.Parameter(torch.tensor(initial, dtype=torch.float64).log().float().to(self.device))
         self.pressure = torch.ones((), device=self.device)
@@ -159,8 +165,9 @@ class AdaptiveNetwork:
     def _lay_out_importance(self) -> None:
         self._limit_theta = torch.tensor(self._limits, dtype=torch.float32, device=self.device).log()
         self._floor_theta = torch.tensor(
-            [min(self.settings.min_rank, limit) for limit in self._limits], dtype=torch.float32, device=self.device
+            [min(self.settings.least_rank, limit) for limit in self._limits], dtype=torch.float32, device=self.device
         ).log()
+        self._gain = torch.tensor(self.gains, device=self.device)[:, None]
         width = max(a.capacity for a in self.adapters)
         self._positions = torch.arange(width, device=self.device, dtype=torch.float32)
         self._capacities = torch.tensor([a.capacity for a in self.adapters], device=self.device, dtype=torch.float32)
@@ -170,7 +177,7 @@ class AdaptiveNetwork:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Λ from θ, zero beyond the logical rank, and the working copies. On the device, in place."""
+        """g Λ from θ, zero beyond the logical rank, and the working copies. On the device, in place."""
         if not self.settled:
             self._refresh_importance()
         if self._packed is not None:
@@ -182,7 +189,7 @@ class AdaptiveNetwork:
         ranks = self.logical_ranks()
         torch.maximum(self._peak, ranks, out=self._peak)
         inside = self._positions < ranks[:, None]
-        torch.mul(imp.importance(self._positions, nu), inside, out=self._importance)
+        torch.mul(self._gain * imp.importance(self._positions, nu), inside, out=self._importance)
 
     def logical_ranks(self) -> Tensor:
         """D of every layer, (layers,) float on the device: what θ asks for, as far as the arrays reach."""
@@ -265,7 +272,7 @@ class AdaptiveNetwork:
         if self.settled:
             return False
         if self._steered:
-            floors = [min(self.settings.min_rank, limit) for limit in self._limits]
+            floors = [min(self.settings.least_rank, limit) for limit in self._limits]
             costs = [a.cost for a in self.adapters]
             ranks = scaled_ranks(self.theta.exp().tolist(), costs, floors, self._limits, self.budget)
             self._set_ranks(ranks)
@@ -276,7 +283,7 @@ class AdaptiveNetwork:
         self.refresh()
         before = self._importance.clone()
         self.theta.copy_(torch.tensor(ranks, dtype=torch.float64).log())
-        after = imp.importance(self._positions, imp.rate(self.theta, self.settings.q)[:, None])
+        after = self._gain * imp.importance(self._positions, imp.rate(self.theta, self.settings.q)[:, None])
         change = torch.where(before > 0, before / after, torch.ones_like(before))
         for adapter, row in zip(self.adapters, change, strict=True):
             adapter.down.mul_(row[: adapter.capacity].view(-1, *(1,) * (adapter.down.ndim - 1)))
@@ -325,7 +332,7 @@ class AdaptiveNetwork:
     @property
     def _syncs_between(self) -> int:
         """How many syncs at least lie between two resizes."""
-        adapting = self.settings.settle_step - round(self.settings.steps * self.settings.rank_hold)
+        adapting = self.settings.adapting_steps - round(self.settings.steps * self.settings.rank_hold)
         return max(1, math.ceil(adapting / self.settings.sync_every / MOST_RESIZES))
 
     def _may_resize(self) -> bool:
@@ -350,15 +357,16 @@ class AdaptiveNetwork:
         return pressed > PRESSED_SHARE * held or freed > FREED_SHARE * held
 
     @torch.no_grad()
-    def settle(self, cut: bool = True) -> None:
-        """Fold Λ, bring every layer into singular order, cut all together to the budget, go on as a plain LoRA.
+    def settle(self, budget: int | None = None, weights: Mapping[str, float] | None = None) -> None:
+        """Fold Λ, bring every layer into singular order, cut all together to a budget of parameters, go on as a plain LoRA.
 
-        Without a cut the model's output changes by rounding only. Start a new optimizer afterwards: the old moments
-        belong to other directions. Where memory runs out in it, nothing learned is lost, and a second call goes on.
+        weights: what a unit of each layer's energy is worth (sensitivity.py). Without a budget nothing is cut, and the model's
+        output changes by rounding only. Start a new optimizer afterwards: the old moments belong to other directions.
+        Where memory runs out in it, nothing learned is lost, and a second call goes on. May be called again with less.
         """
         if self._settling is None:
-            factors = self.export(ordered=not cut)
-            self._settling = fit(factors, self.budget, self.settings.min_rank) if cut else factors
+            factors = self.export(ordered=budget is None)
+            self._settling = factors if budget is None else fit(factors, budget, self.settings.min_rank, weights)
         self.settled = True
         for name, adapter in zip(self.names, self.adapters, strict=True):
             adapter.load(self._settling[name])
@@ -388,16 +396,18 @@ class AdaptiveNetwork:
         return [name for name, good in zip(self.names, torch.isfinite(norms).all(1).tolist(), strict=True) if not good]
 
     @torch.no_grad()
-    def final_factors(self) -> tuple[dict[str, Factors], bool]:
+    def final_factors(self, weights: Mapping[str, float] | None = None) -> tuple[dict[str, Factors], bool]:
         """The layers as a file should hold them, and whether they are in singular order.
 
         The paper's form keeps the order of Λ, unless a size budget still has to be met. A run that was stopped before its
-        ranks settled is cut as settling would have: its file has the size that was asked for.
+        last cut is cut as that would have, by `weights` as in `settle`: its file has the size that was asked for.
         """
         factors = self.export()
-        if self.settled or (self.settings.settle_at >= 1 and not self.settings.budget_mb):
-            return factors, self.settled
-        return fit(factors, self.budget, self.settings.min_rank), True
+        if self.settled and sum(f.parameters for f in factors.values()) <= self.budget:
+            return factors, True
+        if not self.settled and self.settings.settle_at >= 1 and not self.settings.budget_mb:
+            return factors, False
+        return fit(factors, self.budget, self.settings.min_rank, weights), True
 
     def rates(self) -> dict[str, float | None]:
         """ν of every layer; None once settled."""
@@ -409,10 +419,13 @@ class AdaptiveNetwork:
     # -- going on ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def assume(self, theta: Tensor, arrays: Sequence[tuple[Tensor, Tensor]], stds: Sequence[float]) -> None:
-        """Take these log ranks, (layers,), and these arrays of every layer, down before up, as they are."""
+    def assume(
+        self, theta: Tensor, arrays: Sequence[tuple[Tensor, Tensor]], starts: Sequence[tuple[float, float]]
+    ) -> None:
+        """Take these log ranks, (layers,), these arrays of every layer, down before up, as they are, and its `starting`."""
         self.theta.data.copy_(theta)
-        for adapter, (down, up), std in zip(self.adapters, arrays, stds, strict=True):
+        self.gains = [gain for _, gain in starts]
+        for adapter, (down, up), (std, _) in zip(self.adapters, arrays, starts, strict=True):
             adapter.assume(down, up, std)
         self._rebuild()
 
@@ -428,6 +441,7 @@ class AdaptiveNetwork:
                 "settled": self.settled,
                 "last_ratio": self._last_ratio,
                 "deviations": [a.std for a in self.adapters],
+                "gains": list(self.gains),
                 "last_ranks": list(self._last_ranks),
                 "resized": list(self._resized),
                 "syncs": self._syncs,
@@ -439,7 +453,7 @@ class AdaptiveNetwork:
         if state.items("layers", str) != self.names:
             raise LoraError("The training state is of other layers. Adapt the layers that it was made with.")
         settled, count = state.flag("settled"), len(self.adapters)
-        deviations = state.items("deviations", float, count)
+        deviations, gains = state.items("deviations", float, count), state.items("gains", float, count)
         arrays = []
         for index, adapter in enumerate(self.adapters):
             down = state.tensor(f"{index}.down", (None, *adapter.shape[1:]))
@@ -448,8 +462,8 @@ class AdaptiveNetwork:
             uneven = not settled and (len(down) % GRANULE or not len(down))
             if uneven or len(down) > capacity_for(full_rank(adapter.shape)):
                 damaged(f"layer {shown(self.names[index])} holds {len(down)} positions")
-            if not 0 < deviations[index] < math.inf:
-                damaged("a deviation is not positive")
+            if not 0 < deviations[index] < math.inf or not 0 < gains[index] < MOST_GAIN:
+                damaged("a deviation or a gain is out of bounds")
             arrays.append((down, up))
         peak = state.tensor("peak", (count,))
         pressure = state.tensor("pressure", ())
@@ -463,7 +477,7 @@ class AdaptiveNetwork:
         self._syncs, self._resized = state.whole("syncs", 0, MOST_STEPS), list(state.items("resized", int))
         if not all(0 < rank < MOST_STEPS for rank in self._last_ranks) or any(s > self._syncs for s in self._resized):
             damaged("ranks or resizes are out of bounds")
-        self.assume(state.tensor("theta", (count,)), arrays, deviations)
+        self.assume(state.tensor("theta", (count,)), arrays, list(zip(deviations, gains, strict=True)))
         restore_generator(self.generator, state, "generator")
         self.pressure.copy_(pressure)
         self._peak.copy_(peak)
@@ -475,6 +489,8 @@ class AdaptiveNetwork:
         """While inside, the adapted layers answer with their adapters' paths added; nothing is left behind after."""
         with ExitStack() as stack:
             for adapter in self.adapters:
+                if not adapter.capacity:
+                    continue  # a cut has dropped the layer
                 if adapter.working is not None and self._plain(adapter.module):
                     stack.enter_context(_in_place_of(adapter))
                 else:
@@ -532,9 +548,9 @@ def rank_limit(shape: tuple[int, ...], settings: Settings) -> int:
     return min(most, settings.max_rank) if settings.max_rank else most
 
 
-def down_deviation(shape: tuple[int, ...], rank: int, settings: Settings) -> float:
-    """σ of new down rows in a layer of this shape that starts at this rank."""
+def starting(shape: tuple[int, ...], rank: int, settings: Settings) -> tuple[float, float]:
+    """σ of new down rows in a layer of this shape that starts at this rank, and the gain of its Λ."""
     energy = imp.kept_energy(rank, imp.mass_constant(settings.q) / rank)
     if settings.init == "paper":
-        return imp.paper_down_std(energy)
-    return imp.down_std(rank, cost(shape) - shape[0], energy)
+        return imp.paper_down_std(energy), 1.0
+    return imp.down_std(cost(shape) - shape[0]), imp.gain(rank, energy)

@@ -14,10 +14,13 @@ SPENT = ("seed", "init", "initial_rank")
 """What decided the start, and nothing after it."""
 
 SIZE = ("target_rank", "budget_mb", "min_rank", "max_rank", "bytes_per_parameter")
-"""What decides ranks: spent once they have settled."""
+"""What decides ranks: spent once layers have been cut."""
+
+CUTS = ("settle_at", "settle_cuts")
+"""When layers are cut."""
 
 MOVES = ("rank_weight", "rank_learning_rate", "rank_hold", "rank_rest")
-"""What moves ranks, or says when they move: spent once they have settled or come to rest."""
+"""What moves ranks, or says when they move: spent once layers have been cut, or ranks come to rest."""
 
 ADAMS = ("adam", "adamw")
 
@@ -44,7 +47,7 @@ def merged(new: Settings, old: Settings) -> Settings:
 def compare(new: Settings, old: Settings, settled: bool, rested: bool = False) -> tuple[list[str], list[str]]:
     """How settings differ from a state's: what stands in the way of going on, and what is different from here on.
 
-    settled: whether the state's ranks have. rested: whether they have come to rest, in the paper's form: a rest is for good,
+    settled: whether the state's layers have been cut. rested: whether they have come to rest, in the paper's form: a rest is for good,
     but they may still settle, which cuts them to the size that is asked for now.
     Every other step is that of the same run with the new values.
     """
@@ -61,8 +64,8 @@ def compare(new: Settings, old: Settings, settled: bool, rested: bool = False) -
             words = "save_dtype has another size of number, and budget_mb counts on it"
         if name in SPENT:
             changed.append(f"{words}: it only decides the start and does nothing now")
-        elif name == "settle_at" and settled and new.settle_at < 1:
-            changed.append(f"{words}: the ranks have settled and stay")
+        elif name in CUTS and settled and new.settle_at < 1:
+            changed.append(f"{words}: what was cut stays cut")
         elif name in MOVES and (settled or rested):
             changed.append(f"{words}: the ranks do not move any more, so it does nothing now")
         elif _stands_in_the_way(name, new, old, settled, rested):
@@ -78,4 +81,4 @@ def _stands_in_the_way(name: str, new: Settings, old: Settings, settled: bool, r
         return not (new.optimizer in ADAMS and old.optimizer in ADAMS)
     if name == "q":
         return not settled
-    return (settled or (rested and new.settle_at >= 1)) and name in (*SIZE, "settle_at")
+    return (settled or (rested and new.settle_at >= 1)) and name in (*SIZE, *CUTS)

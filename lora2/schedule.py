@@ -22,6 +22,15 @@ def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str) ->
     return LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def size_factor(size: int, target: int) -> float:
+    """√(target / size), at most 1: the learning rate's share while more parameters are trained than the target has.
+
+    The change of a weight by one step of Adam grows with the number of positions, about as its root where they move in
+    directions of their own; so a learning rate means the same before the cuts and after them.
+    """
+    return min(1.0, math.sqrt(target / max(size, 1)))
+
+
 def sample_times(count: int, sampling: str, generator: Generator) -> Tensor:
     """`count` times in (0, 1), 0 clean and 1 noise: uniform, or logit-normal (Esser et al., arXiv:2403.03206, §3.1)."""
     if sampling == "logit-normal":

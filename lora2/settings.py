@@ -37,15 +37,18 @@ _KINDS: dict[str, tuple[type, str]] = {
 class Settings:
     """The story of a run, with its defaults.
 
-    A run of `steps` optimizer steps starts every layer at `initial_rank`. For the first `settle_at` share of the steps
-    the ranks adapt: θ moves with `rank_learning_rate` (held still for the first `rank_hold` share), pulled toward
-    `target_rank` by `rank_weight` · Σ|ν − ν_target|. Then the ranks settle: every layer is brought into the order of its
-    singular values and all layers are cut together to the size of `target_rank` everywhere, or of `budget_mb` megabytes,
-    and training goes on at those ranks. `settle_at` = 1 never settles: the paper's own form, in which ranks stand still for
-    the last `rank_rest` share of the steps, so that what the last dropped positions held is learned again.
+    A run of `steps` optimizer steps starts every layer at `initial_rank`. At first the ranks adapt: θ moves with
+    `rank_learning_rate` (held still for the first `rank_hold` share), pulled toward `target_rank` by
+    `rank_weight` · Σ|ν − ν_target|. Then they settle, in `settle_cuts` cuts that are evenly spaced over the first `settle_at`
+    share of the steps: every layer is brought into the order of its singular values and all layers are cut together, in equal
+    ratios down to the size of `target_rank` everywhere, or of `budget_mb` megabytes; training goes on at those ranks.
+    While more positions are trained than that, `learning_rate` is lowered (schedule.py, `size_factor`).
+    `settle_at` = 1 never settles: the paper's own form, in which ranks stand still for the last `rank_rest` share of the steps,
+    so that what the last dropped positions held is learned again.
 
     target_rank: parameter-weighted mean rank to end with. budget_mb: size of the file in MB (10⁶ bytes) instead; 0 = none.
-    initial_rank: 0 chooses four times the target, at least 16. max_rank: 0 = each layer's full rank.
+    initial_rank: 0 chooses four times the target, at least 16. max_rank: 0 = each layer's full rank. min_rank: 0 lets a cut drop
+    whole layers; no rank adapts below 1.
     q: the share of the importance mass that a rank holds. rank_weight, entropy_weight: λ_r and λ_e of the paper.
     bytes_per_parameter, file_overhead: how a number of parameters becomes a file's size; a host fills them in.
     min_snr_gamma: 0 = off. clip_norm: 0 = off. caption_dropout: share of captions replaced by the empty one.
@@ -59,14 +62,15 @@ class Settings:
     target_rank: int = 8
     budget_mb: float = 0.0
     initial_rank: int = 0
-    min_rank: int = 1
+    min_rank: int = 0
     max_rank: int = 0
     q: float = 0.9
     rank_weight: float = 1e-4
     rank_learning_rate: float = 1e-2
     rank_hold: float = 0.05
     rank_rest: float = 0.25
-    settle_at: float = 0.5
+    settle_at: float = 0.45
+    settle_cuts: int = 3
     entropy_weight: float = 1e-4
     init: str = "fan-in"
     optimizer: str = "adamw"
@@ -93,7 +97,7 @@ class Settings:
         self._require(0 <= self.seed < SEEDS, "seed", "must lie between 0 and 2⁶⁴ − 1")
         self._require(self.bytes_per_parameter >= 1, "bytes_per_parameter", "must be at least 1")
         self._require(self.file_overhead >= 0, "file_overhead", "must not be negative")
-        for name in ("steps", "batch_size", "accumulation", "target_rank", "min_rank", "sync_every"):
+        for name in ("steps", "batch_size", "accumulation", "target_rank", "settle_cuts", "sync_every"):
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("learning_rate", "rank_learning_rate"):
             value = getattr(self, name)
@@ -104,7 +108,7 @@ class Settings:
         for name in ("rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"):
             self._require(0 <= getattr(self, name) <= 1, name, "is a share and must lie between 0 and 1")
         self._require(0.01 <= self.q <= 0.9999, "q", "must lie between 0.01 and 0.9999")
-        for name in ("initial_rank", "max_rank"):
+        for name in ("initial_rank", "min_rank", "max_rank"):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         if self.max_rank:
             self._require(self.min_rank <= self.max_rank, "min_rank", f"must not be above max_rank = {self.max_rank}")
@@ -135,9 +139,22 @@ class Settings:
             raise LoraError(f"{name} = {shown(getattr(self, name))} {words}.")
 
     @property
-    def settle_step(self) -> int:
-        """The step before which the ranks settle; equal to `steps` when they never do."""
-        return self.steps if self.settle_at >= 1 else min(self.steps - 1, round(self.steps * self.settle_at))
+    def cut_steps(self) -> tuple[int, ...]:
+        """The steps before which layers are cut, in their order, each once; none in the paper's form."""
+        if self.settle_at >= 1:
+            return ()
+        shares = (self.settle_at * (k + 1) / self.settle_cuts for k in range(min(self.settle_cuts, self.steps)))
+        return tuple(dict.fromkeys(min(self.steps - 1, round(self.steps * share)) for share in shares))
+
+    @property
+    def adapting_steps(self) -> int:
+        """For how many steps ranks adapt at most."""
+        return self.cut_steps[0] if self.cut_steps else self.steps
+
+    @property
+    def least_rank(self) -> int:
+        """The smallest rank that θ may ask for."""
+        return max(1, self.min_rank)
 
     def ranks_move(self, step: int) -> bool:
         """Whether θ takes this step, counted from 0: not during the hold at the start, nor the rest at the end."""
@@ -166,11 +183,13 @@ class Settings:
                 )
             return sum(c * min(self.target_rank, limit) for c, limit in zip(costs, limits, strict=True))
         budget = int((self.budget_mb * 1e6 - self.file_overhead) / self.bytes_per_parameter)
-        least = sum(c * min(self.min_rank, limit) for c, limit in zip(costs, limits, strict=True))
+        floor = self.least_rank if self.settle_at >= 1 else self.min_rank
+        least = max(sum(c * min(floor, limit) for c, limit in zip(costs, limits, strict=True)), min(costs))
         if budget < least:
+            what = f"rank {floor} on all {len(costs)} layers, which needs" if floor else "rank 1 on a single layer, which needs"
             raise LoraError(
-                f"budget_mb = {self.budget_mb:g} is smaller than rank {self.min_rank} on all {len(costs)} layers, which needs "
-                f"{self._megabytes(least)} MB. Raise budget_mb, or adapt fewer layers."
+                f"budget_mb = {self.budget_mb:g} is smaller than {what} {self._megabytes(least)} MB. Raise budget_mb, or adapt "
+                "fewer layers."
             )
         if budget > most:
             raise LoraError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import importance as imp
 from .adapter import NO_WEIGHT, Adapter, capacity_for
 from .factors import Factors
-from .network import AdaptiveNetwork, down_deviation
+from .network import AdaptiveNetwork, starting
 from .spectrum import singular_order
 from .state import State, damaged
 
@@ -36,39 +36,40 @@ def start_from(network: AdaptiveNetwork, factors: Mapping[str, Factors]) -> Star
     """
     taken, cut = [], []
     theta = network.theta.detach().cpu().clone()
-    arrays, deviations = [], []
+    arrays, starts = [], []
     for index, (name, adapter, limit) in enumerate(zip(network.names, network.adapters, network.limits, strict=True)):
         given = factors.get(name)
         if given is None or given.rank == 0:
             arrays.append((adapter.down.detach(), adapter.up.detach()))
-            deviations.append(adapter.std)
+            starts.append((adapter.std, network.gains[index]))
             continue
         ordered, _ = singular_order(given)
         taken.append(name)
         if ordered.rank > limit:
             cut.append(name)
-        rank = max(min(ordered.rank, limit), min(network.settings.min_rank, limit))
+        rank = max(min(ordered.rank, limit), min(network.settings.least_rank, limit))
         theta[index] = torch.tensor(float(rank), dtype=torch.float64).log()
-        deviation = down_deviation(adapter.shape, rank, network.settings)
-        arrays.append(_arrays(network, adapter, ordered.head(limit), theta[index], rank, deviation))
-        deviations.append(deviation)
-    network.assume(theta, arrays, deviations)
+        start = starting(adapter.shape, rank, network.settings)
+        arrays.append(_arrays(network, adapter, ordered.head(limit), theta[index], rank, start))
+        starts.append(start)
+    network.assume(theta, arrays, starts)
     return Started(taken, cut, [n for n in network.names if n not in set(taken)])
 
 
 def _arrays(
-    network: AdaptiveNetwork, adapter: Adapter, ordered: Factors, theta: Tensor, rank: int, deviation: float
+    network: AdaptiveNetwork, adapter: Adapter, ordered: Factors, theta: Tensor, rank: int, start: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
     """The arrays of one layer: its factors with Λ divided out, then new positions, which carry nothing."""
     shape, kept = adapter.shape, ordered.rank
     capacity = capacity_for(rank)
+    deviation, gain = start
     down = torch.randn(capacity, *shape[1:], generator=network.generator) * deviation
     up = torch.zeros(capacity, shape[0])
     flat_up = ordered.up.reshape(shape[0], kept).t().cpu()
     flat_down = ordered.down.reshape(kept, *shape[1:]).cpu()
     weight = flat_up.norm(dim=1) * flat_down.flatten(1).norm(dim=1)
     live = weight > NO_WEIGHT * weight.amax()  # two zero factors would never learn
-    root = imp.importance(torch.arange(kept), imp.rate(theta, network.settings.q)).double().sqrt()
+    root = (gain * imp.importance(torch.arange(kept), imp.rate(theta, network.settings.q))).double().sqrt()
     down[:kept][live] = (flat_down / root.view(-1, *(1,) * (len(shape) - 1))).float()[live]
     up[:kept][live] = (flat_up / root[:, None]).float()[live]
     return down, up
@@ -81,7 +82,7 @@ def factors_of(state: State, q: float) -> dict[str, Factors]:
     q: of the settings that it was made with.
     """
     names, settled = state.items("layers", str), state.flag("settled")
-    theta = state.tensor("theta", (len(names),))
+    theta, gains = state.tensor("theta", (len(names),)), state.items("gains", float, len(names))
     found = {}
     for index, name in enumerate(names):
         up = state.tensor(f"{index}.up", (None, None))
@@ -93,7 +94,7 @@ def factors_of(state: State, q: float) -> dict[str, Factors]:
         tail = (1,) * (down.ndim - 2)
         up, down = up[:rank], down[:rank]
         if not settled:
-            root = imp.importance(torch.arange(rank), imp.rate(theta[index].clamp(0, 20), q)).sqrt()
+            root = (gains[index] * imp.importance(torch.arange(rank), imp.rate(theta[index].clamp(0, 20), q))).sqrt()
             up, down = up * root[:, None], down * root.view(-1, *(1,) * (down.ndim - 1))
         found[name] = Factors(up.t().reshape(up.shape[1], rank, *tail), down, float(rank))
     return found

@@ -18,7 +18,7 @@ from .strict import strict_json
 from .writer import data
 
 KEY = "lora2_state"
-FORMAT = 1
+FORMAT = 2
 MOST_STEPS = 100_000_000
 """More than any run has: what a state may claim."""
 

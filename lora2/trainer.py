@@ -1,4 +1,4 @@
-"""The loop: draw a batch, step, let the ranks follow, settle once, and say how it goes."""
+"""The loop: draw a batch, step, let the ranks follow, cut them until they are settled, and say how it goes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Generator, Tensor
 
+from . import schedule, sensitivity
+from .budget import next_size
 from .data import Buckets
 from .engine import Part, Result, engine_for
 from .errors import LoraError
@@ -22,10 +24,9 @@ from .losses import EntropyProbe, denoising_loss
 from .memory import OutOfMemory, advice, attempt, release
 from .network import AdaptiveNetwork
 from .optimizer import Optimizer
-from .schedule import learning_rate_factor, sample_times
 from .settings import SEEDS, Settings
 from .start import Started, start_from
-from .state import MOST_STEPS, State, restore_generator
+from .state import MOST_STEPS, State, damaged, restore_generator
 from .watch import Diverged, Judge
 
 __all__ = ["EMPTY_CAPTION", "Denoiser", "Diverged", "Progress", "Trainer"]
@@ -38,6 +39,9 @@ Batch = tuple[Tensor, Tensor, Tensor, list[int]]
 
 STEPS_AHEAD = 1
 """Steps that a GPU may be given before the last one's loss is read: a cancel waits for them."""
+
+MOST_PARAMETERS = 1 << 40
+"""More than any adapter has: what a state may claim."""
 
 EMPTY_CAPTION = -1
 """Stands for the empty caption where a picture's index stands for its caption."""
@@ -82,15 +86,16 @@ class Progress:
     """Where a run is.
 
     losses: one per finished step, NaN for one that was skipped. ranks: by layer, as of the last time the arrays followed
-    them. settled_at: the step before which the ranks settled, None while they adapt. changes: what was changed on the way
-    since memory ran out, in words.
+    them. cuts: the steps before which layers were cut. settled: whether the ranks are final. changes: what was changed on the
+    way since memory ran out, in words.
     """
 
     steps: int
     step: int = 0
     losses: list[float] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
-    settled_at: int | None = None
+    cuts: list[int] = field(default_factory=list)
+    settled: bool = False
     seconds: float = 0.0
     changes: list[str] = field(default_factory=list)
 
@@ -106,8 +111,8 @@ class Progress:
 
     @property
     def phase(self) -> str:
-        """The phase: "adapting" until the ranks settle, then "settled"."""
-        return "adapting" if self.settled_at is None else "settled"
+        """The phase: "adapting" until layers are cut for the first time, "settling" until the last, then "settled"."""
+        return "settled" if self.settled else "settling" if self.cuts else "adapting"
 
 
 class Trainer:
@@ -132,7 +137,7 @@ class Trainer:
         self.optimizer = Optimizer(network, settings)
         self.engine = engine_for(network, lambda part: self.loss(part.clean, part.noise, part.sigma, part.conditioning), graphs)
         self.progress = Progress(settings.steps, ranks=network.ranks())
-        self._since_settling = 0
+        self._size = network.size()
         self._issued = 0
         self._pending: list[Result] = []
         self._ahead = STEPS_AHEAD if network.device.type == "cuda" else 0
@@ -164,7 +169,7 @@ class Trainer:
             stack.callback(self.network.forget_gradients)
             stack.callback(self._collect, 0, False)
             while self._issued < self.settings.steps:
-                self._settle_if_due()
+                self._cut_if_due()
                 self._rest_if_due()
                 self._step()
                 last = self._issued == self.settings.steps
@@ -187,7 +192,6 @@ class Trainer:
         )
         self._pending.append(Result(result))
         self._issued += 1
-        self._since_settling += 1
         if self._issued == settings.steps:
             self._note_ranks()  # without a sync: arrays that grew now would never be trained
         elif self._issued % settings.sync_every == 0:
@@ -289,25 +293,33 @@ class Trainer:
                 yield from self._groups(captions, group[start : start + self._most], shape)
 
     def _rate(self, step: int) -> float:
-        """The learning rate's share now; after settling, the new optimizer's moments are warmed up as at the start."""
+        """The learning rate's share now; in the paper's form it does not depend on the size, which has no end to be told by."""
         settings = self.settings
-        factor = learning_rate_factor(step, settings.steps, settings.warmup, settings.schedule)
-        if self.network.settled and settings.settle_step:
-            factor *= min(1.0, (self._since_settling + 1) / (round(settings.steps * settings.warmup) + 1))
-        return factor
+        factor = schedule.learning_rate_factor(step, settings.steps, settings.warmup, settings.schedule)
+        return factor * schedule.size_factor(self._size, self.network.budget) if settings.cut_steps else factor
 
-    def _settle_if_due(self) -> None:
-        if self.network.settled or self._issued < self.settings.settle_step:
+    def _cut_if_due(self) -> None:
+        """Cut the layers where a step for it has come; the last cut meets the budget."""
+        progress, network = self.progress, self.network
+        last = progress.cuts[-1] if progress.cuts else -1
+        if progress.settled or not any(last < step <= self._issued for step in self.settings.cut_steps):
             return
+        left = sum(step > self._issued for step in self.settings.cut_steps)
         self._collect(0)
         self.engine.forget()
         with self._changing():
-            self._relieved(self.network.sync, self._graphs_dropped())
-            self._relieved(self.network.settle, self._graphs_dropped())
-            self.optimizer = Optimizer(self.network, self.settings)
-            self._since_settling = 0
-            self.progress.settled_at = self._issued
+            self._relieved(lambda: network.sync(self.optimizer.inner), self._graphs_dropped())
+            size, weights = next_size(network.size(), network.budget, left), self.sensitivities()
+            self._relieved(lambda: network.settle(size, weights), self._graphs_dropped())
+            self.optimizer = Optimizer(network, self.settings)
+            self._size = network.size()
+            progress.cuts.append(self._issued)
+            progress.settled = not left
         self._note_ranks()
+
+    def sensitivities(self) -> Mapping[str, float] | None:
+        """What a unit of each layer's energy is worth now (sensitivity.py)."""
+        return sensitivity.sensitivities(self.network, self.optimizer.inner)
 
     def _rest_if_due(self) -> None:
         """In the paper's form, the moment from which ranks stand still."""
@@ -336,7 +348,9 @@ class Trainer:
         drawing = next((mark for step, mark in self._marks if step == progress.step), None)
         facts = {
             "step": progress.step,
-            "settled_at": progress.settled_at,
+            "cuts": list(progress.cuts),
+            "settled": progress.settled,
+            "size": self._size,
             "seconds": progress.seconds,
             "changes": list(progress.changes),
             "most": self._most,
@@ -370,13 +384,15 @@ class Trainer:
         self.optimizer.restore(state.part("optimizer"))
         self.data.restore(drawing.part("data"))
         restore_generator(self.generator, drawing.part("noise"), "generator")
-        settled_at = run.whole("settled_at", 0, step) if self.network.settled else None
+        cuts = run.items("cuts", int) if self.network.settled else []
+        if sorted(set(cuts)) != cuts or not all(0 <= cut <= step for cut in cuts) or self.network.settled != bool(cuts):
+            damaged("its cuts are out of bounds")
+        self._size, settled = run.whole("size", 1, MOST_PARAMETERS), run.flag("settled")
         seconds, changes = run.number("seconds", 0, 1e12), list(run.items("changes", str))
-        self.progress = Progress(self.settings.steps, step, losses.tolist(), {}, settled_at, seconds, changes)
+        self.progress = Progress(self.settings.steps, step, losses.tolist(), {}, list(cuts), settled, seconds, changes)
         self._judge.remember(self.progress.losses)
         self._rested = run.flag("rested")
         self._most = min(self._most, run.whole("most", 1, MOST_STEPS))
-        self._since_settling = step - (settled_at or 0)
         self._issued = step
         self._marks.clear()
         self.engine.forget()
@@ -387,6 +403,7 @@ class Trainer:
     def start_from(self, factors: Mapping[str, Factors]) -> Started:
         """Begin with factors by layer instead of from nothing (start.py), before the first step."""
         started = start_from(self.network, factors)
+        self._size = self.network.size()
         self.optimizer = Optimizer(self.network, self.settings)
         self.engine.forget()
         self._note_ranks()
@@ -402,7 +419,7 @@ class Trainer:
         clean = self.data.stack(indices)
         noise = torch.randn(clean.shape, generator=self.generator)
         sampling = settings.timestep_sampling
-        times = sample_times(len(indices), sampling, self.generator)
+        times = schedule.sample_times(len(indices), sampling, self.generator)
         sigma = self.denoiser.sigma(times, shifted=sampling in ("auto", "shifted"))
         dropped = torch.rand(len(indices), generator=self.generator) < settings.caption_dropout
         captions = [EMPTY_CAPTION if gone else i for i, gone in zip(indices, dropped.tolist(), strict=True)]

@@ -297,7 +297,7 @@ class _Live:
             progress.phase,
             costs=self.costs,
             number_bytes=self.files.dtype.itemsize,
-            settled_at=progress.settled_at,
+            cuts=progress.cuts,
         )
 
 
