@@ -112,6 +112,8 @@ class Adapter:
 
     def add(self, output: Tensor, x: Tensor) -> Tensor:
         """The layer's output plus B Λ A x, with as few launches as the layer's kind allows."""
+        if not self.capacity:
+            return output  # a cut has dropped the layer
         if self.working is not None and not output.dtype == x.dtype == self.working[0].dtype:
             # A layer that the model runs in another type: its gradients must still reach the sums.
             dtype = self.working[0].dtype
@@ -130,7 +132,7 @@ class Adapter:
 
     def replaces(self, weight: object, x: Tensor) -> bool:
         """Whether `linear` can stand for the layer and its path, for a layer that is x Wᵀ + bias and no more."""
-        if self.working is None or not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
+        if not self.capacity or self.working is None or not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
             return False
         return self.working[0].dtype == x.dtype and weight.device == x.device and weight.is_floating_point()
 

@@ -50,7 +50,7 @@ def down_std(d_in: int) -> float:
 
 
 def gain(rank: int, energy: float) -> float:
-    """g = √(D / Σ_{j<D} f(j; ν)²), which makes E‖gΛA‖² that of a plain LoRA of rank D with alpha = rank.
+    """G = √(D / Σ_{j<D} f(j; ν)²), which makes E‖gΛA‖² that of a plain LoRA of rank D with alpha = rank.
 
     g is a constant of the layer, so g Λ is Λ with A's share of the scale taken out of A: under an optimizer whose steps do not
     depend on the scale of gradients, A then learns as fast as in a plain LoRA.

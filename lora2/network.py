@@ -177,7 +177,7 @@ class AdaptiveNetwork:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """g Λ from θ, zero beyond the logical rank, and the working copies. On the device, in place."""
+        """G Λ from θ, zero beyond the logical rank, and the working copies. On the device, in place."""
         if not self.settled:
             self._refresh_importance()
         if self._packed is not None:
@@ -360,13 +360,13 @@ class AdaptiveNetwork:
     def settle(self, budget: int | None = None, weights: Mapping[str, float] | None = None) -> None:
         """Fold Λ, bring every layer into singular order, cut all together to a budget of parameters, go on as a plain LoRA.
 
-        weights: what a unit of each layer's energy is worth (sensitivity.py). Without a budget nothing is cut, and the model's
-        output changes by rounding only. Start a new optimizer afterwards: the old moments belong to other directions.
+        budget: the run's own if not given; where all fits, the output changes by rounding only. weights: what a unit of each
+        layer's energy is worth (sensitivity.py). Start a new optimizer afterwards: the old moments belong to other directions.
         Where memory runs out in it, nothing learned is lost, and a second call goes on. May be called again with less.
         """
         if self._settling is None:
-            factors = self.export(ordered=budget is None)
-            self._settling = factors if budget is None else fit(factors, budget, self.settings.min_rank, weights)
+            budget = self.budget if budget is None else budget
+            self._settling = fit(self.export(ordered=False), budget, self.settings.min_rank, weights)
         self.settled = True
         for name, adapter in zip(self.names, self.adapters, strict=True):
             adapter.load(self._settling[name])
@@ -489,8 +489,6 @@ class AdaptiveNetwork:
         """While inside, the adapted layers answer with their adapters' paths added; nothing is left behind after."""
         with ExitStack() as stack:
             for adapter in self.adapters:
-                if not adapter.capacity:
-                    continue  # a cut has dropped the layer
                 if adapter.working is not None and self._plain(adapter.module):
                     stack.enter_context(_in_place_of(adapter))
                 else:

@@ -47,8 +47,8 @@ def merged(new: Settings, old: Settings) -> Settings:
 def compare(new: Settings, old: Settings, settled: bool, rested: bool = False) -> tuple[list[str], list[str]]:
     """How settings differ from a state's: what stands in the way of going on, and what is different from here on.
 
-    settled: whether the state's layers have been cut. rested: whether they have come to rest, in the paper's form: a rest is for good,
-    but they may still settle, which cuts them to the size that is asked for now.
+    settled: whether the state's layers have been cut. rested: whether they have come to rest, in the paper's form: a rest is
+    for good, but they may still settle, which cuts them to the size that is asked for now.
     Every other step is that of the same run with the new values.
     """
     wrong: list[str] = []

@@ -143,8 +143,8 @@ class Settings:
         """The steps before which layers are cut, in their order, each once; none in the paper's form."""
         if self.settle_at >= 1:
             return ()
-        shares = (self.settle_at * (k + 1) / self.settle_cuts for k in range(min(self.settle_cuts, self.steps)))
-        return tuple(dict.fromkeys(min(self.steps - 1, round(self.steps * share)) for share in shares))
+        last, count = min(self.steps - 1, round(self.steps * self.settle_at)), min(self.settle_cuts, self.steps)
+        return tuple(dict.fromkeys(round(last * (k + 1) / count) for k in range(count)))
 
     @property
     def adapting_steps(self) -> int:

@@ -104,11 +104,11 @@ def inputs() -> list[io.Input]:
         io.Int.Input(
             "min_rank",
             default=DEFAULTS.min_rank,
-            min=1,
+            min=0,
             max=4096,
             optional=True,
             advanced=True,
-            tooltip="No layer goes below this rank.",
+            tooltip="No layer goes below this rank. 0 lets a cut drop layers that are not worth their size.",
         ),
         io.Int.Input(
             "max_rank",
@@ -127,8 +127,8 @@ def inputs() -> list[io.Input]:
             step=0.05,
             optional=True,
             advanced=True,
-            tooltip="The share of the steps after which ranks stop adapting, are cut to the target by what they carry, and "
-            "training goes on as a plain LoRA. 1 = never: the paper's own form.",
+            tooltip="The share of the steps after which the last cut has brought the ranks to the target, by what each layer is "
+            "worth; training goes on as a plain LoRA. 1 = never: the paper's own form.",
         ),
         io.Float.Input(
             "q",
@@ -372,5 +372,14 @@ def inputs() -> list[io.Input]:
             advanced=True,
             tooltip="When a step's loss or gradients are not numbers. stop: the run ends and keeps what was learned. skip: the "
             "step is left out; too many of them end the run too.",
+        ),
+        io.Int.Input(
+            "settle_cuts",
+            default=DEFAULTS.settle_cuts,
+            min=1,
+            max=100,
+            optional=True,
+            advanced=True,
+            tooltip="In how many cuts, evenly spaced up to settle_at, the ranks come down to the target.",
         ),
     ]

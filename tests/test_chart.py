@@ -91,7 +91,7 @@ def test_no_text_of_the_live_picture_lies_over_another(
     losses = np.random.default_rng(0).uniform(0.05, 0.4, 150)
     ranks = {prefix: waves(i) for i, (prefix, _, _) in enumerate(EVERY[name])}
     costs = {prefix: a + b for prefix, a, b in EVERY[name]}
-    picture = live_picture(losses.tolist(), 200, ranks, "settled", costs=costs, settled_at=140)
+    picture = live_picture(losses.tolist(), 200, ranks, "settled", costs=costs, cuts=[45, 90, 140])
     assert (picture.mode, picture.width) == ("RGB", 768)
     assert picture.height < 860
     assert_apart(texts)
@@ -201,7 +201,7 @@ RANKS = {name: waves(i) for i, (name, _, _) in enumerate(unet("sdxl"))}
 @pytest.mark.parametrize("ranks", [RANKS, {}, {"a": 0, "b": 0}, {"lora_unet_conv_in": 3}])
 def test_anything_that_training_gives_can_be_drawn(losses: list[float], ranks: dict[str, int]) -> None:
     """No loss yet, losses that are no numbers, no ranks, more steps than were planned."""
-    picture = live_picture(losses, 1000, ranks, "adapting", settled_at=2)
+    picture = live_picture(losses, 1000, ranks, "adapting", cuts=[2])
     assert picture.size[0] == 768
     assert len(colours(picture)) > 10
 
@@ -237,7 +237,7 @@ def test_the_live_picture_tells_step_loss_and_size(texts: list[tuple[str, Box, C
 
 
 def test_the_step_that_settled_is_marked(texts: list[tuple[str, Box, Canvas]]) -> None:
-    live_picture([0.5] * 20, 400, RANKS, "settled", settled_at=10)
+    live_picture([0.5] * 20, 400, RANKS, "settled", cuts=[10])
     assert [text for text, _, _ in texts].count("settled") == 2
     texts.clear()
     live_picture([0.5] * 20, 400, RANKS, "adapting")
@@ -251,7 +251,7 @@ def test_the_live_picture_is_drawn_in_time() -> None:
     best = INF
     for _ in range(8):
         start = time.perf_counter()
-        live_picture(losses, 2000, RANKS, "settled", costs=costs, settled_at=1000)
+        live_picture(losses, 2000, RANKS, "settled", costs=costs, cuts=[300, 650, 1000])
         best = min(best, time.perf_counter() - start)
     assert best < 0.060
 

@@ -147,21 +147,22 @@ def test_energy_and_both_starts_against_direct_sums(q: float) -> None:
         energy = math.fsum(value**2 for value in mass(int(rank), nu))
         assert imp.kept_energy(int(rank), nu) == pytest.approx(energy, rel=EXACT)
         for d_in in (1, 320, 2880):
-            variance = rank / (3 * d_in * energy)
-            assert imp.down_std(int(rank), d_in, energy) ** 2 == pytest.approx(variance, rel=EXACT)
+            assert imp.down_std(d_in) ** 2 == pytest.approx(1 / (3 * d_in), rel=EXACT)
+        assert imp.gain(int(rank), energy) ** 2 == pytest.approx(rank / energy, rel=EXACT)
         assert imp.paper_down_std(energy) == pytest.approx(math.sqrt(2) / math.sqrt(energy), rel=EXACT)
 
 
 @pytest.mark.parametrize("q", QS)
 def test_the_start_has_the_size_of_a_plain_lora(q: float) -> None:
-    """E‖ΛA‖² = Σ Λ² · d_in · σ² equals D · d_in · variance of nn.Linear's own start, which peft has for A."""
+    """E‖gΛA‖² = Σ (gΛ)² · d_in · σ² equals D · d_in · variance of nn.Linear's own start, which peft has for A."""
     d_in = 320
     generator = torch.Generator().manual_seed(0)
     plain = nn.init.kaiming_uniform_(torch.empty(500, d_in), a=math.sqrt(5), generator=generator)
     variance = float(plain.double().square().mean())
     for rank in (1, 2, 8, 64, 512):
         values = mass(rank, rate_of(rank, q))
-        std = imp.down_std(rank, d_in, math.fsum(values**2))
+        values *= imp.gain(rank, math.fsum(values**2))
+        std = imp.down_std(d_in)
         # The variance of 160,000 uniform numbers is known to √(0.8 / 160000) = 0.2 %.
         assert math.fsum(values**2) * d_in * std**2 == pytest.approx(rank * d_in * variance, rel=0.01)
 
@@ -173,19 +174,19 @@ def test_the_papers_start_is_the_number_of_the_paper() -> None:
 
 @pytest.mark.parametrize("init", ["fan-in", "paper"])
 def test_a_network_starts_as_said(init: str) -> None:
-    """B = 0, A ~ N(0, σ²), Λ = f, at the initial rank, with d_in counting a convolution's kernel."""
+    """B = 0, A ~ N(0, σ²), gΛ = g f, at the initial rank, with d_in counting a convolution's kernel."""
     q, rank = 0.9, 16
     layers = {"linear": nn.Linear(640, 320), "conv": nn.Conv2d(96, 64, 3)}
     network = AdaptiveNetwork(layers, Settings(initial_rank=rank, target_rank=4, q=q, init=init))
     values = mass(rank, rate_of(rank, q))
     energy = math.fsum(values**2)
     for adapter, d_in in zip(network.adapters, (640, 96 * 9), strict=True):
-        std = math.sqrt(2 / energy) if init == "paper" else math.sqrt(rank / (3 * d_in * energy))
+        std, gain = (math.sqrt(2 / energy), 1.0) if init == "paper" else (1 / math.sqrt(3 * d_in), math.sqrt(rank / energy))
         assert not adapter.up.any()
         # 10,240 normal numbers: their deviation is known to 1 / √20480 = 0.7 %; three of these.
         assert float(adapter.down.detach().double().std()) == pytest.approx(std, rel=0.021)
         assert adapter.importance is not None
-        assert np.allclose(adapter.importance[:rank].numpy(), values, rtol=2e-6, atol=0)
+        assert np.allclose(adapter.importance[:rank].numpy(), gain * values, rtol=2e-6, atol=0)
     assert network.ranks() == {"linear": rank, "conv": rank}
     assert all(nu == pytest.approx(rate_of(rank, q), rel=1e-6) for nu in network.rates().values())
 

@@ -13,8 +13,8 @@ from lora2.errors import LoraError
 from lora2.settings import INITS, OPTIMIZERS, SAMPLINGS, SCHEDULES, Settings
 
 NAN, INF = math.nan, math.inf
-COUNTS = ["steps", "batch_size", "accumulation", "target_rank", "min_rank", "sync_every", "bytes_per_parameter"]
-MAYBE = ["initial_rank", "max_rank", "file_overhead"]
+COUNTS = ["steps", "batch_size", "accumulation", "target_rank", "settle_cuts", "sync_every", "bytes_per_parameter"]
+MAYBE = ["initial_rank", "min_rank", "max_rank", "file_overhead"]
 POSITIVE = ["learning_rate", "rank_learning_rate"]
 NOT_NEGATIVE = ["rank_weight", "entropy_weight", "weight_decay", "clip_norm", "min_snr_gamma", "budget_mb"]
 SHARES = ["rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"]
@@ -88,7 +88,20 @@ def test_settings_are_plain_values_for_a_file() -> None:
 )
 def test_ranks_settle_before_the_last_step_or_never(steps: int, share: float, step: int) -> None:
     """Below a share of 1 there is always a step left in which they have settled: the target must be met."""
-    assert Settings(steps=steps, settle_at=share).settle_step == step
+    for cuts in (1, 3, 100):
+        steps_of = Settings(steps=steps, settle_at=share, settle_cuts=cuts).cut_steps
+        assert steps_of[-1:] == ((step,) if step < steps else ())
+        assert len(steps_of) <= cuts
+
+
+def test_cuts_are_evenly_spaced_and_each_has_a_step_of_its_own() -> None:
+    assert Settings(steps=600, settle_at=0.45, settle_cuts=3).cut_steps == (90, 180, 270)
+    assert Settings(steps=600, settle_at=0.5, settle_cuts=1).cut_steps == (300,)
+    assert Settings(steps=4, settle_at=0.5, settle_cuts=8).cut_steps == (0, 1, 2)
+    assert Settings(steps=5, settle_at=0.9, settle_cuts=2).cut_steps == (2, 4)
+    assert Settings(steps=600, settle_at=0, settle_cuts=3).cut_steps == (0,)
+    assert Settings(steps=600, settle_at=0.45, settle_cuts=3).adapting_steps == 90
+    assert Settings(steps=600, settle_at=1.0).adapting_steps == 600
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------
@@ -110,17 +123,19 @@ def test_megabytes_are_a_number_of_parameters() -> None:
     assert told.with_file(300, 4).budget(COSTS, LIMITS) == (1500 - 300) // 4
 
 
-def test_a_budget_that_cannot_be_met_says_what_can() -> None:
+@pytest.mark.parametrize("min_rank", [0, 1, 3])
+def test_a_budget_that_cannot_be_met_says_what_can(min_rank: int) -> None:
     """The smallest and the largest size are named, and they are the right ones."""
-    least, most = 2 * (100 + 50), 2 * (20 * 100 + 10 * 50)
-    for size, word in ((least - 1, "smaller than rank 1 on all 2 layers"), (most + 2, "more than the 2 layers can hold")):
-        told = Settings(budget_mb=(size + 1000) / 1e6).with_file(overhead=1000, bytes_per_parameter=2)
+    least, most = 2 * {0: 50, 1: 100 + 50, 3: 3 * (100 + 50)}[min_rank], 2 * (20 * 100 + 10 * 50)
+    short = f"smaller than rank {min_rank} on all 2 layers" if min_rank else "smaller than rank 1 on a single layer"
+    for size, word in ((least - 1, short), (most + 2, "more than the 2 layers can hold")):
+        told = Settings(budget_mb=(size + 1000) / 1e6, min_rank=min_rank).with_file(overhead=1000, bytes_per_parameter=2)
         with pytest.raises(LoraError, match=rf"^budget_mb = .* {word}") as refused:
             told.budget(COSTS, LIMITS)
         named = (least if size < least else most) + 1000
         assert f"{named / 1e6:.3f} MB" in str(refused.value)
     for size in (least, most):
-        told = Settings(budget_mb=(size + 1000) / 1e6).with_file(overhead=1000, bytes_per_parameter=2)
+        told = Settings(budget_mb=(size + 1000) / 1e6, min_rank=min_rank).with_file(overhead=1000, bytes_per_parameter=2)
         assert told.budget(COSTS, LIMITS) == size // 2
 
 

@@ -85,7 +85,7 @@ def gone_on(found: State, **changes: Any) -> Trainer:
 
 def outcome(trainer: Trainer) -> list[Any]:
     progress = trainer.progress
-    return [progress.losses, progress.settled_at, progress.ranks, progress.step]
+    return [progress.losses, progress.cuts, progress.settled, progress.ranks, progress.step]
 
 
 def assert_same_run(one: Trainer, other: Trainer) -> None:

@@ -64,7 +64,8 @@ class Pool:
                     file.write(json.dumps(self.records[key]) + "\n")
             if time.monotonic() - said > 10:
                 said = time.monotonic()
-                print(f"{len(self.records) - before} of {len(waiting) + busy + len(self.records) - before} after {said - start:.0f} s", flush=True)
+                done = len(self.records) - before
+                print(f"{done} of {len(waiting) + busy + done} after {said - start:.0f} s", flush=True)
             if not all(worker.is_alive() for worker in self._workers):
                 self._stop()
                 raise RuntimeError("a worker has died")

@@ -157,7 +157,7 @@ def _train(
         begin.apply(trainer)
         begun = trainer.progress.learned
         say(" ".join([f"Training {len(layers)} layers on {len(images)} pictures, {settings.steps} steps.", *begin.words]))
-        finish = _Finish(network, trainer.progress, files, place, settings, request, len(images))
+        finish = _Finish(trainer, files, place, settings, request, len(images))
         goes_on = source.path if begun and isinstance(source, StateSource) else None
         keeper = Keeper(folder, request.states_kept, least, goes_on)
         states = _States(trainer, keeper, {"origin": made_of().state(), "about": State({}, about)}, say)
@@ -225,15 +225,14 @@ class _Finish:
 
     def __init__(
         self,
-        network: AdaptiveNetwork,
-        progress: Progress,
+        trainer: Trainer,
         files: FileInfo,
         place: Place,
         settings: Settings,
         request: Request,
         pictures: int,
     ) -> None:
-        self.network, self.progress, self.files, self.place = network, progress, files, place
+        self.trainer, self.files, self.place = trainer, files, place
         self.settings, self.request, self.pictures = settings, request, pictures
 
     def __call__(self) -> Trained:
@@ -246,7 +245,7 @@ class _Finish:
         return done[0]
 
     def _save(self) -> Trained:
-        network, progress = self.network, self.progress
+        network, progress = self.trainer.network, self.trainer.progress
         losses = [loss for loss in progress.losses if math.isfinite(loss)]
         training: dict[str, Any] = dict(
             self.settings.to_dict(),
@@ -256,7 +255,7 @@ class _Finish:
             last_loss=losses[-1],
             seconds=round(progress.seconds, 1),
         )
-        factors, ordered = network.final_factors()
+        factors, ordered = network.final_factors(self.trainer.sensitivities())
         rates = dict.fromkeys(factors) if ordered else network.rates()
         lora = self.files.state_dict(factors, self.place.stem, training, rates, network.target_rank)
         path = save(self.place, lora)
