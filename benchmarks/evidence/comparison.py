@@ -6,7 +6,9 @@ the best lies inside the grid; ten other subjects are reported, with three seeds
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING, Job
@@ -14,10 +16,12 @@ from benchmarks.evidence.pool import Pool, Record
 from dev.painter.subjects import SUBJECTS, TUNING
 
 STEPS = 200
-MARKS = (80, 120, 160)
-RATES = tuple(10 ** (-k / 2) for k in range(8, 1, -1))
-"""1e-4 to 0.1 by half powers of ten; tuning starts in the middle and walks until the best lies inside."""
-FIRST_RATES = (2, 3)
+MARKS = (60, 100, 150)
+"""Steps after which a run is measured, beside its end: where it may be stopped."""
+
+RATES = tuple(10 ** (-k / 2) for k in range(10, 1, -1))
+"""1e-5 to 0.1 by half powers of ten; tuning starts in the middle and walks until the best lies inside."""
+FIRST_RATES = (4, 5)
 
 FIXED_RANKS = (1, 2, 4, 8, 16, 32, 64)
 TARGETS = (1, 2, 4, 8, 16, 32, 64)
@@ -25,9 +29,14 @@ PAPER_TARGETS = (2, 8)
 CUT_RANKS = (1, 2, 4, 8, 16, 32)
 LARGE = 64
 TRUNCATED = 16
-"""The rank whose files are cut at load."""
+"""The rank whose files are cut at load, of ours and of the fixed ones."""
+TRUNCATED_SIZES = (12, 8, 4)
+"""What is left of them, to train ours for: 75, 50 and 25 %."""
 RESIZED, ALLOCATED = "resized", "allocated"
 """Trained at LARGE, then cut: every layer to the same share of its norm, or all together by energy per parameter."""
+
+UNIT = 11_776
+"""Parameters per unit of rank in the drawing model's attention layers; the tests count them."""
 
 COUNTS = (24, 5)
 SEEDS = (0, 1, 2)
@@ -36,9 +45,30 @@ Config = tuple[str, int, int]
 """Method, rank whose size it has, number of pictures."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A learning rate and the step to stop at, with the mean loss there.
+
+    tried: all rates that were tried, rising. inside: whether a lower and a higher rate were tried too.
+    """
+
+    rate: float
+    step: int
+    loss: float = math.nan
+    tried: tuple[float, ...] = ()
+
+    @property
+    def inside(self) -> bool:
+        return bool(self.tried) and self.tried[0] < self.rate < self.tried[-1]
+
+
+Tuned = Mapping[Config, Choice]
+
+
 def configs(counts: Sequence[int] = COUNTS) -> list[Config]:
     """Everything that is compared."""
-    ranks = {FIXED: FIXED_RANKS, SETTLING: TARGETS, PAPER: PAPER_TARGETS, RESIZED: CUT_RANKS, ALLOCATED: CUT_RANKS}
+    ours = (*TARGETS, *(size for size in TRUNCATED_SIZES if size not in TARGETS))
+    ranks = {FIXED: FIXED_RANKS, SETTLING: ours, PAPER: PAPER_TARGETS, RESIZED: CUT_RANKS, ALLOCATED: CUT_RANKS}
     return [(method, rank, count) for count in counts for method in ranks for rank in ranks[method]]
 
 
@@ -54,45 +84,72 @@ def job(config: Config, subject: str, rate: float, seed: int, **more: Any) -> Jo
     return Job(subject, count, method, rank, rate, seed, STEPS, marks=MARKS, **more)
 
 
-def score(mark: dict[str, Any], config: Config) -> dict[str, Any]:
+def score(mark: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """Loss, drift and parameters of a config at a mark of its adaptation."""
-    return dict(mark[config[0]][str(config[1])]) if config[0] in (RESIZED, ALLOCATED) else mark
+    return dict(mark[config[0]][str(config[1])]) if config[0] in (RESIZED, ALLOCATED) else dict(mark)
 
 
-def best(config: Config, runs: Iterable[tuple[float, Record]]) -> tuple[float, int]:
-    """The learning rate and the step with the lowest mean loss; runs: with their rates."""
+def usable(record: Record) -> list[dict[str, Any]]:
+    """The marks of a record at which a file of the size that was asked for can be written; none of a run that diverged.
+
+    Before its last cut a run of ours is larger than its target, and cutting it there is not what the method does. The
+    paper's form is judged at the size that it has.
+    """
+    own_size = record["method"] == PAPER and "budget_mb" not in record["changes"]
+    limit = math.inf if own_size else record.get("budget", math.inf)
+    return [mark for mark in record["marks"] if mark["parameters"] <= limit and math.isfinite(mark["loss"])]
+
+
+def best(config: Config, runs: Iterable[tuple[float, Record]]) -> Choice | None:
+    """The learning rate and the step with the lowest mean loss; runs: with their rates. None where all have diverged.
+
+    A step counts for a rate only where every run of that rate has it.
+    """
     groups: dict[tuple[float, int], list[float]] = {}
+    counts: dict[float, int] = {}
     for rate, record in runs:
-        for mark in record["marks"]:
+        counts[rate] = counts.get(rate, 0) + 1
+        for mark in usable(record):
             groups.setdefault((rate, mark["step"]), []).append(score(mark, config)["loss"])
-    return min(groups, key=lambda key: sum(groups[key]) / len(groups[key]))
+    means = {key: sum(losses) / len(losses) for key, losses in groups.items() if len(losses) == counts[key[0]]}
+    if not means:
+        return None
+    rate, step = min(means, key=lambda key: means[key])
+    return Choice(rate, step, means[rate, step], tuple(sorted(counts)))
 
 
-def tune(pool: Pool, wanted: Sequence[Config], names: Sequence[str]) -> dict[Config, tuple[float, int]]:
-    """For every config the learning rate and the step that are best on these subjects; those that time allowed."""
+def tune(pool: Pool, wanted: Sequence[Config], names: Sequence[str]) -> dict[Config, Choice]:
+    """For every config the learning rate and the step that are best on these subjects.
+
+    Those are missing that time did not allow, or of which no run went well.
+    """
     tried = {config: set(FIRST_RATES) for config in wanted}
     while True:
         pool.run(job(c, name, RATES[i], 0) for c in wanted for i in sorted(tried[c]) for name in names)
         found, grown = {}, False
         for config in wanted:
-            runs = [(RATES[i], pool.records.get(job(config, n, RATES[i], 0).key)) for i in tried[config] for n in names]
-            if any(record is None for _, record in runs):
-                return {}
-            found[config] = best(config, [(rate, record) for rate, record in runs if record])
-            index = RATES.index(found[config][0])
+            keyed = [(RATES[i], job(config, n, RATES[i], 0).key) for i in sorted(tried[config]) for n in names]
+            if any(key not in pool.records and key not in pool.failed for _, key in keyed):
+                continue
+            gone = {rate for rate, key in keyed if key in pool.failed}
+            choice = best(config, [(rate, pool.records[key]) for rate, key in keyed if rate not in gone])
+            if choice is None:
+                continue
+            found[config] = choice = replace(choice, tried=tuple(RATES[i] for i in sorted(tried[config])))
+            index = RATES.index(choice.rate)
             missing = {i for i in (index - 1, index + 1) if 0 <= i < len(RATES)} - tried[config]
             tried[config] |= missing
             grown = grown or bool(missing)
-        if not grown:
-            return found
+        if not grown or pool.out_of_time:
+            return {config: choice for config, choice in found.items() if choice.inside or choice.rate in (RATES[0], RATES[-1])}
 
 
-def reported(tuned: dict[Config, tuple[float, int]], seeds: Sequence[int]) -> Iterator[Job]:
+def reported(tuned: Tuned, seeds: Sequence[int]) -> Iterator[Job]:
     """The adaptations that are reported, seed by seed."""
     for seed in seeds:
         for subject in SUBJECTS:
-            for config, (rate, _) in tuned.items():
-                yield job(config, subject.name, rate, seed)
+            for config, choice in tuned.items():
+                yield job(config, subject.name, choice.rate, seed)
 
 
 def tuning_names() -> list[str]:

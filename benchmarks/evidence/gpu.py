@@ -1,46 +1,120 @@
-"""The full run of all experiments on subjects: `python -m benchmarks.evidence.gpu RECORDS --processes 12 --seconds 400`.
+"""The full run of all experiments on subjects, in stages, going on with what RECORDS holds:
 
-Goes on with what RECORDS holds. Tuning comes first, then a first seed of everything, the ablations, the other seeds.
+    python -m benchmarks.evidence.gpu RECORDS --processes 15 --seconds 540 --stage tune ablate
+    python -m benchmarks.evidence.gpu RECORDS --processes 15 --seconds 540 --stage report
+
+tune: learning rates and stopping points, on the tuning subjects. ablate: one change at a time, on the same. report: the ten
+subjects that are reported, a first seed of everything and then the others. What time does not allow is left for a later call.
+Exit code 1 where anything is missing or has failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence import comparison, variants
+from benchmarks.evidence import comparison, effects, equal_bytes, variants
+from benchmarks.evidence.comparison import Config, Tuned
+from benchmarks.evidence.experiment import plain_table
 from benchmarks.evidence.pool import Pool
+from dev.painter.subjects import SUBJECTS
+
+STAGES = ("tune", "ablate", "report")
 
 
-def main() -> None:
+def tuned_table(tuned: Tuned) -> str:
+    """What was chosen."""
+    rows = [("method", "rank", "pictures", "rate", "step", "loss", "tried", "")]
+    for (method, rank, count), choice in tuned.items():
+        tried = " ".join(f"{rate:.1e}" for rate in choice.tried)
+        edge = "" if choice.inside else "at the edge"
+        rows.append((method, f"{rank}", f"{count}", f"{choice.rate:.1e}", f"{choice.step}", f"{choice.loss:.5f}", tried, edge))
+    return plain_table(rows)
+
+
+def effects_table(found: Sequence[effects.Effect]) -> str:
+    """What changes do, in % of the loss."""
+    rows = [("setting", "change", "loss %", "±", "rate", "step", "mean rank", "of a layer", "")]
+    for e in found:
+        side = "best at the side" if e.at_side else ""
+        rows.append((
+            e.variant.setting, e.variant.name, f"{100 * e.difference:+.2f}", f"{100 * e.error:.2f}", f"{e.rate:.1e}", f"{e.step}",
+            f"{e.rank:.1f}", f"{e.low}-{e.high}", side,
+        ))  # fmt: skip
+    return plain_table(rows)
+
+
+def wins_table(found: equal_bytes.Points, counts: Sequence[int] = comparison.COUNTS) -> str:
+    """Ours against the others, subject by subject: in how many sizes of how many it is better, and by how much of the loss."""
+    rows = [("pictures", "against", *(s.name.split()[1] for s in SUBJECTS), "beaten", "pairs", "mean %", "worst %")]
+    for count in counts:
+        for method, words in equal_bytes.METHODS.items():
+            compared = equal_bytes.pairs(found, method, count)
+            cells = []
+            for subject in SUBJECTS:
+                own = [p for p in compared if p.subject == subject.name]
+                cells.append(f"{sum(p.better for p in own)}/{len(own)}")
+            t = equal_bytes.tally(compared)
+            rows.append((
+                f"{count}", words, *cells, f"{t['beaten']}/{t['subjects']}", f"{t['share']:.2f}",
+                f"{100 * t['difference']:+.2f}", f"{100 * t['worst']:+.2f}",
+            ))  # fmt: skip
+    return plain_table(rows)
+
+
+def differences_table(found: equal_bytes.Points, count: int) -> str:
+    """Ours against fixed ranks, in % of the loss: subjects by ranks."""
+    compared = {(p.subject, p.rank): p for p in equal_bytes.pairs(found, comparison.FIXED, count)}
+    rows = [(f"{count} pictures", *(f"rank {rank}" for rank in comparison.FIXED_RANKS))]
+    for subject in SUBJECTS:
+        pairs = [compared.get((subject.name, rank)) for rank in comparison.FIXED_RANKS]
+        rows.append((subject.name, *(f"{100 * p.difference:+.2f}" if p else "" for p in pairs)))
+    return plain_table(rows)
+
+
+def missing(pool: Pool, tuned: Tuned, wanted: Sequence[Config], stages: Sequence[str]) -> int:
+    """How much of the stages is not there."""
+    jobs = list(variants.jobs(tuned)) if "ablate" in stages else []
+    jobs += list(comparison.reported(tuned, comparison.SEEDS)) if "report" in stages else []
+    return len({j.key for j in jobs} - set(pool.records)) + len(set(wanted) - set(tuned))
+
+
+def main() -> int:
     """Run as far as time allows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--tuning", nargs="+", default=comparison.tuning_names(), metavar="SUBJECT", help="to tune on")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="which of them")
+    parser.add_argument("--counts", nargs="+", type=int, default=list(comparison.COUNTS), choices=comparison.COUNTS, metavar="N")
     options = parser.parse_args()
-    start = time.monotonic()
     pool = Pool(options.records, options.processes, options.seconds)
 
     def say(words: str) -> None:
-        print(f"{time.monotonic() - start:6.0f} s  {len(pool.records)} records  {words}", flush=True)
+        print(f"\n{time.monotonic() - pool.start:.0f} s, {len(pool.records)} records: {words}", flush=True)
 
+    wanted = comparison.configs(options.counts)
     try:
-        tuned = comparison.tune(pool, comparison.configs(), options.tuning)
-        say("tuned" if tuned else "not all tuned")
-        for config, choice in tuned.items():
-            print("   ", config, f"rate {choice[0]:.1e}, step {choice[1]}", flush=True)
-        pool.run(comparison.reported(tuned, comparison.SEEDS[:1]))
-        say("first seed")
-        pool.run(variants.jobs(tuned))
-        say("ablations")
-        pool.run(comparison.reported(tuned, comparison.SEEDS))
-        say("all seeds")
+        tuned = comparison.tune(pool, wanted, comparison.tuning_names())
+        say(f"tuned {len(tuned)} of {len(wanted)}\n{tuned_table(tuned)}")
+        if "ablate" in options.stage:
+            pool.run(variants.jobs(tuned, options.counts))
+            for count in options.counts:
+                say(f"changes of the method, {count} pictures\n{effects_table(effects.effects(pool.records, tuned, count))}")
+        for seeds in (comparison.SEEDS[:1], comparison.SEEDS) if "report" in options.stage else ():
+            pool.run(comparison.reported(tuned, seeds))
+            found = equal_bytes.points(pool.records, tuned, [s.name for s in SUBJECTS], seeds)
+            say(f"seeds {seeds}: ours at equal bytes, better or equal\n{wins_table(found, options.counts)}")
+            for count in options.counts:
+                print(differences_table(found, count), flush=True)
+        left = missing(pool, tuned, wanted, options.stage)
+        say(f"{left} missing, {len(pool.failed)} failed")
     finally:
         pool.close()
+    return 1 if left or pool.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

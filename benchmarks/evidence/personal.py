@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.evidence import measuring
+from benchmarks.evidence.cuts import CUTS, Factors, size_of
+from benchmarks.evidence.measuring import attached, measured, rounded
+from benchmarks.evidence.needs import in_use
+from benchmarks.evidence.twists import twisted
 from benchmarks.models import pack
 from dev.painter import subjects, world
 from dev.painter.sampling import Painter
@@ -26,21 +30,21 @@ from dev.painter.sampling import Painter
 HELD_OUT, OTHERS = 12, 12
 """Pictures that the losses are measured on."""
 
-SIGMAS = (0.15, 0.35, 0.55, 0.75, 0.92)
 BATCH = 4
 SYNC_EVERY = 20
 
 FIXED, SETTLING, PAPER = "fixed", "settling", "paper"
 """The methods: a plain LoRA of one rank, ours, and the paper's form, whose ranks adapt to the end."""
 
-Factors = Mapping[str, Any]
+Judge = Callable[[], dict[str, Any]]
+"""Gives the loss on the subject's held-out pictures and the drift, of the model as it now is."""
 
 
 @dataclass(frozen=True)
 class Job:
     """What is trained. rank: of the fixed rank, or the target's. changes: of settings, as pairs.
 
-    marks: steps after which it is measured; always at the end.
+    marks: steps after which it is measured; always at the end. twist: of the method itself (twists.py).
     """
 
     subject: str
@@ -53,7 +57,8 @@ class Job:
     changes: tuple[tuple[str, Any], ...] = ()
     marks: tuple[int, ...] = ()
     more: tuple[str, ...] = ()
-    """Cuts to judge at every mark."""
+    """Cuts to judge at every mark at which the file has its size."""
+    twist: str = ""
 
     @property
     def key(self) -> str:
@@ -88,57 +93,81 @@ class Workbench:
         return [t[0].clone() for t in latents], [self.painter.encode(scene.caption)[0] for scene in scenes]
 
     def adapt(self, job: Job) -> dict[str, Any]:
-        """Train and measure; plain values."""
-        with torch.inference_mode(False), torch.enable_grad():
-            return self._adapt(job)
+        """Train and measure; plain values, floats with six digits.
+
+        A run that diverges has no marks, and says so. budget: the parameters that the file may have. use: see needs.py.
+        Raises KeyError for a twist that there is not.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), twisted(job.twist):
+            found = self._adapt(job)
+        about = {
+            "subject": job.subject, "pictures": job.pictures, "method": job.method, "rank": job.rank, "rate": job.rate,
+            "seed": job.seed, "steps": job.steps, "changes": dict(job.changes), "twist": job.twist,
+        }  # fmt: skip
+        return {**about, **rounded(found)}
 
     def _adapt(self, job: Job) -> dict[str, Any]:
-        bridge, network_module, trainer_module = pack("nodes.host.model"), pack("lora2.network"), pack("lora2.trainer")
+        bridge = pack("nodes.host.model")
         host = bridge.HostModel(self.painter.patcher, torch.float32)
         layers = pack("nodes.host.layers").select_layers(host.model, "attention", (), ())
-        settings = settings_for(job)
         sets = (self.dataset(job.subject, job.pictures, False), self.dataset(job.subject, HELD_OUT, True), self.others)
         latents = [t for images, _ in sets for t in host.scale_latents(images)]
         captions = [c for _, entries in sets for c in entries]
         first, second = job.pictures, job.pictures + HELD_OUT
-        marks: list[dict[str, Any]] = []
-        kept: list[Factors] = []
         with host.training(latents, captions, bridge.empty_caption(captions, None), BATCH, "off"):
-            network = network_module.AdaptiveNetwork(layers, settings, host.device, host.compute)
-            if job.method == FIXED:
-                make_plain(network, job)
-            trainer = trainer_module.Trainer(network, host, latents[:first], settings)
-            trainer._ahead = 0  # marks are measured at their own step
-            held_out = _measured(host, latents, range(first, second))
-            others = _measured(host, latents, range(second, len(latents)))
+            held_out = measured(host, latents, range(first, second))
+            others = measured(host, latents, range(second, len(latents)))
 
-            def look(progress: Any) -> None:
-                if progress.step in job.marks or progress.step == job.steps:
-                    network.refresh()
-                    marks.append(dict(judged(), step=progress.step, parameters=network.size()))
-                    kept.append(network.final_factors()[0])
+            def judge() -> dict[str, Any]:
+                return {"loss": measuring.loss(host, held_out), "drift": measuring.loss(host, others)}
 
-            def judged() -> dict[str, Any]:
-                return {"loss": _loss(host, held_out), "drift": _loss(host, others)}
+            try:
+                return trained(job, host, layers, latents[:first], judge)
+            except pack("lora2.watch").Diverged as error:
+                return {"diverged": str(error), "marks": []}
 
-            def cut(kind: str, factors: Factors) -> dict[str, Any]:
-                found = {}
-                for size, less in CUTS[kind](factors):
-                    with attached(layers, less, host.device):
-                        found[str(size)] = dict(judged(), parameters=size_of(less))
-                return found
 
-            before = judged()
-            progress = trainer.run(look)
-            for mark, factors in zip(marks, kept, strict=True):
-                mark |= {kind: cut(kind, factors) for kind in job.more}
-            with attached(layers, factors, host.device):
-                file = dict(judged(), parameters=size_of(factors))
-        return {
-            "subject": job.subject, "pictures": job.pictures, "method": job.method, "rank": job.rank, "rate": job.rate,
-            "seed": job.seed, "steps": job.steps, "changes": dict(job.changes), "before": before, "marks": marks, "file": file,
-            "ranks": {n: f.rank for n, f in factors.items()}, "seconds": round(progress.seconds, 2),
-        }  # fmt: skip
+def trained(job: Job, host: Any, layers: Mapping[str, nn.Module], latents: list[Tensor], judge: Judge) -> dict[str, Any]:
+    """Train on these pictures, judging at every mark; then judge the file, and cuts of it."""
+    settings = settings_for(job)
+    network = pack("lora2.network").AdaptiveNetwork(layers, settings, host.device, host.compute)
+    if job.method == FIXED:
+        make_plain(network, job)
+    trainer = pack("lora2.trainer").Trainer(network, host, latents, settings)
+    trainer._ahead = 0  # marks are measured at their own step
+    marks: list[dict[str, Any]] = []
+    files: list[Factors] = []
+
+    def file() -> Factors:
+        # What a trainer of plain LoRAs writes has the order of training; ours writes every settled layer in singular order.
+        return network.export(ordered=False) if job.method == FIXED else network.final_factors()[0]
+
+    def look(progress: Any) -> None:
+        if progress.step in job.marks or progress.step == job.steps:
+            network.refresh()
+            marks.append(dict(judge(), step=progress.step, parameters=network.size()))
+            files.append(file())
+
+    def cut(kind: str, factors: Factors) -> dict[str, Any]:
+        found = {}
+        for size, less in CUTS[kind](factors):
+            with attached(layers, less, host.device):
+                found[str(size)] = dict(judge(), parameters=size_of(less))
+        return found
+
+    before = judge()
+    progress = trainer.run(look)
+    for mark, factors in zip(marks, files, strict=True):
+        if mark["parameters"] <= network.budget:
+            mark |= {kind: cut(kind, factors) for kind in job.more}
+    with attached(layers, files[-1], host.device):
+        last = dict(judge(), parameters=size_of(files[-1]))
+    return {
+        "before": before, "marks": marks, "file": last, "budget": network.budget,
+        "ranks": {name: f.rank for name, f in files[-1].items()},
+        "use": in_use(files[-1], pack("lora2.sensitivity").sensitivities(network, trainer.optimizer.inner)),
+        "seconds": progress.seconds,
+    }  # fmt: skip
 
 
 def settings_for(job: Job) -> Any:
@@ -163,117 +192,3 @@ def make_plain(network: Any, job: Job) -> None:
         down = torch.randn(rank, *adapter.shape[1:], generator=generator) / math.sqrt(3 * fan_in)
         adapter.load(pack("lora2.factors").Factors(torch.zeros(adapter.shape[0], rank), down))
     network._rebuild()
-
-
-# -- measuring -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Noisy pictures, each at every σ, with the clean ones and their conditioning, on the model's device."""
-
-    noisy: Tensor
-    sigma: Tensor
-    clean: Tensor
-    conditioning: Any
-
-
-def _measured(host: Any, latents: Sequence[Tensor], indices: Sequence[int]) -> Measured:
-    every = [i for _ in SIGMAS for i in indices]
-    clean = torch.stack([latents[i] for i in every])
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(4242))
-    sigma = torch.tensor(SIGMAS).repeat_interleave(len(indices))
-    noisy = host.add_noise(sigma, noise, clean)
-    [(_, conditioning)] = host.conditions(every, clean.shape)
-    return Measured(noisy.to(host.device), sigma.to(host.device), clean.to(host.device), conditioning)
-
-
-@torch.no_grad()
-def _loss(host: Any, measured: Measured) -> float:
-    """The mean squared error of the velocity: that of x0 over σ²."""
-    wrong = host.denoise(measured.noisy, measured.sigma, measured.conditioning) - measured.clean
-    return float((wrong.square().flatten(1).mean(1) / measured.sigma.square()).mean())
-
-
-@contextmanager
-def attached(layers: Mapping[str, nn.Module], factors: Factors, device: torch.device) -> Iterator[None]:
-    """While inside, layers answer with plain factors added: written apart from the network, to check it too."""
-
-    def add(up: Tensor, down: Tensor) -> Any:
-        return lambda module, args, output: output + (args[0] @ down.T) @ up.T
-
-    handles = [
-        layers[name].register_forward_hook(add((f.scale * f.up).float().to(device), f.down.float().to(device)))
-        for name, f in factors.items()
-        if f.rank
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def size_of(factors: Factors) -> int:
-    """Parameters of a file."""
-    return sum(f.parameters for f in factors.values())
-
-
-# -- cutting -------------------------------------------------------------------------------------------------------------
-
-SIZES = (1, 2, 4, 8, 16, 32)
-SHARES = (0.75, 0.5, 0.25)
-
-
-def _singular(factors: Factors) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    pairs = {name: pack("lora2.spectrum").singular_order(f) for name, f in factors.items()}
-    return {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}
-
-
-def resized(factors: Factors) -> Iterator[tuple[int, Factors]]:
-    """Cut to the size of a uniform rank as resize tools do: every layer keeps the same share of its Frobenius norm (sv_fro).
-
-    The share is the largest whose file is no larger than that of the uniform rank.
-    """
-    ordered, sigmas = _singular(factors)
-    for size in SIZES:
-        budget = size * sum(f.cost for f in factors.values())
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            share = (low + high) / 2
-            cut = {n: f.head(_rank_for(sigmas[n], share)) for n, f in ordered.items()}
-            low, high = (share, high) if size_of(cut) <= budget else (low, share)
-        yield size, {n: f.head(_rank_for(sigmas[n], low)) for n, f in ordered.items()}
-
-
-def _rank_for(sigma: Tensor, share: float) -> int:
-    """The smallest rank whose singular values hold a share of the Frobenius norm."""
-    norms = sigma.square().cumsum(0).sqrt()
-    return int((norms < share * norms[-1]).sum()) + 1
-
-
-def allocated(factors: Factors) -> Iterator[tuple[int, Factors]]:
-    """Cut to the size of a uniform rank by energy per parameter over all layers together, as the pack's own loader does."""
-    ordered, sigmas = _singular(factors)
-    costs = {n: f.cost for n, f in factors.items()}
-    for size in SIZES:
-        ranks = pack("lora2.spectrum").allocate(sigmas, costs, size * sum(costs.values()))
-        yield size, {n: f.head(ranks[n]) for n, f in ordered.items()}
-
-
-def shortened(factors: Factors) -> Iterator[tuple[float, Factors]]:
-    """Every layer without its last positions, in the order that the file has: 75, 50 and 25 % of them."""
-    for share in SHARES:
-        yield share, {n: f.head(max(1, round(share * f.rank))) for n, f in factors.items()}
-
-
-def shared_out(factors: Factors) -> Iterator[tuple[float, Factors]]:
-    """75, 50 and 25 % of the bytes, by energy per parameter over all layers: what the loader does with a file of ours."""
-    ordered, sigmas = _singular(factors)
-    costs = {n: f.cost for n, f in factors.items()}
-    for share in SHARES:
-        ranks = pack("lora2.spectrum").allocate(sigmas, costs, int(share * size_of(factors)))
-        yield share, {n: f.head(ranks[n]) for n, f in ordered.items()}
-
-
-CUTS = {"resized": resized, "allocated": allocated, "shortened": shortened, "shared_out": shared_out}

@@ -6,11 +6,11 @@ import contextlib
 import json
 import multiprocessing
 import os
-import queue
 import tempfile
 import time
 import traceback
 from collections.abc import Iterable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,74 +18,159 @@ from benchmarks.evidence.personal import Job
 
 Record = dict[str, Any]
 
+LONGEST = 300.0
+"""Seconds that one job may take, the first one's loading included, before its process is ended."""
+SAY_EVERY = 10.0
+MOST_REPLACED = 5
+"""Processes that may die or be ended before no more are started."""
+
 
 class Pool:
     """Runs jobs; records are kept in a file of JSON lines, so that a run that was stopped goes on where it was.
 
-    seconds: after this time no job is begun, and `run` returns what there is.
+    seconds: after this time no job is begun, and `run` returns what there is. failed: what went wrong, by the job's key; such a
+    job is not tried again. longest: seconds that a job may take.
     """
 
-    def __init__(self, path: Path, processes: int = 1, seconds: float = float("inf")) -> None:
+    def __init__(
+        self, path: Path, processes: int = 1, seconds: float = float("inf"), longest: float = LONGEST, work: Any = None
+    ) -> None:
         self.path = path
-        self.until = time.monotonic() + seconds
-        self.records: dict[str, Record] = {}
-        if path.exists():
-            lines = path.read_text().splitlines()
-            self.records = {r["key"]: r for r in map(json.loads, lines)}
+        self.start = time.monotonic()
+        self.until = self.start + seconds
+        self.records = read_records(path)
+        self.failed: dict[str, str] = {}
+        self._longest = longest
+        self._spare = MOST_REPLACED
+        self._work = work or _work
         self._folder = tempfile.TemporaryDirectory()
-        checkpoint = Path(self._folder.name) / "painter.safetensors"
-        from dev.painter.model import write_checkpoint
-
-        write_checkpoint(checkpoint)
-        context = multiprocessing.get_context("spawn")
-        self._jobs: Any = context.Queue()
-        self._done: Any = context.Queue()
-        self._workers = [context.Process(target=_work, args=(checkpoint, self._jobs, self._done)) for _ in range(processes)]
-        for worker in self._workers:
-            worker.start()
+        self._checkpoint = Path(self._folder.name) / "painter.safetensors"
+        self._context = multiprocessing.get_context("spawn")
+        self._wanted = processes
+        self._workers: list[_Worker] = []
 
     def run(self, jobs: Iterable[Job]) -> list[Record]:
-        """The records of the jobs, in their order; those that time did not allow are missing."""
-        jobs = list(jobs)
-        waiting = [job for job in dict.fromkeys(jobs) if job.key not in self.records][::-1]
-        busy, start, before, said = 0, time.monotonic(), len(self.records), time.monotonic()
-        while busy or (waiting and time.monotonic() < self.until):
-            while waiting and busy < len(self._workers) and time.monotonic() < self.until:
-                self._jobs.put(waiting.pop())
-                busy += 1
-            with contextlib.suppress(queue.Empty):
-                key, record, error = self._done.get(timeout=1)
-                busy -= 1
-                if error:
-                    self._stop()
-                    raise RuntimeError(error)
-                self.records[key] = dict(record, key=key)
-                with self.path.open("a") as file:
-                    file.write(json.dumps(self.records[key]) + "\n")
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                done = len(self.records) - before
-                print(f"{done} of {len(waiting) + busy + done} after {said - start:.0f} s", flush=True)
-            if not all(worker.is_alive() for worker in self._workers):
-                self._stop()
-                raise RuntimeError("a worker has died")
+        """The records of the jobs, in their order; those that failed, or that time did not allow, are missing."""
+        jobs = list(dict.fromkeys(jobs))
+        waiting = [job for job in jobs if job.key not in self.records and job.key not in self.failed][::-1]
+        total, said, start = len(waiting), time.monotonic(), time.monotonic()
+        while waiting or any(w.job for w in self._workers):
+            if time.monotonic() >= self.until:
+                waiting.clear()
+            while waiting and (worker := self._free()):
+                worker.give(waiting.pop())
+            busy = [worker for worker in self._workers if worker.job]
+            if not busy:
+                break
+            for ready in wait([worker.pipe for worker in busy], timeout=1.0):
+                self._take(next(worker for worker in busy if worker.pipe is ready))
+            for worker in busy:
+                if worker.job and time.monotonic() - worker.since > self._longest:
+                    self._lose(worker, f"took more than {self._longest:.0f} s")
+            if time.monotonic() - said > SAY_EVERY:
+                said, open_jobs = time.monotonic(), len(waiting) + sum(w.job is not None for w in self._workers)
+                print(f"{total - open_jobs} of {total} after {said - start:.0f} s, {len(self.failed)} failed", flush=True)
         return [self.records[job.key] for job in jobs if job.key in self.records]
 
-    def _stop(self) -> None:
-        """End the processes at once: one that waits to put its record would never be joined."""
+    @property
+    def out_of_time(self) -> bool:
+        """Whether no job would be begun any more."""
+        return time.monotonic() >= self.until
+
+    def _free(self) -> _Worker | None:
+        """A process without a job; a new one while there are fewer than were asked for."""
         for worker in self._workers:
-            worker.terminate()
+            if worker.job is None:
+                return worker
+        if len(self._workers) == self._wanted or self._spare < 0:
+            return None
+        if not self._checkpoint.exists():
+            from dev.painter.model import write_checkpoint
+
+            write_checkpoint(self._checkpoint)
+        self._workers.append(_Worker(self._context, self._work, self._checkpoint))
+        return self._workers[-1]
+
+    def _take(self, worker: _Worker) -> None:
+        try:
+            record, error = worker.pipe.recv()
+        except (EOFError, OSError):
+            self._lose(worker, "its process has died")
+            return
+        assert worker.job is not None
+        key, worker.job = worker.job.key, None
+        if error:
+            self._fail(key, error)
+            if "CUDA" in error:  # the process's context may be of no more use
+                self._retire(worker)
+            return
+        self.records[key] = dict(record, key=key)
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.records[key]) + "\n")
+
+    def _lose(self, worker: _Worker, why: str) -> None:
+        """A process that can give nothing any more."""
+        assert worker.job is not None
+        self._fail(worker.job.key, why)
+        self._retire(worker)
+
+    def _retire(self, worker: _Worker) -> None:
+        worker.end()
+        self._workers.remove(worker)
+        self._spare -= 1
+
+    def _fail(self, key: str, why: str) -> None:
+        self.failed[key] = why
+        print(f"FAILED {key[:120]}\n{why[-1500:]}", flush=True)
 
     def close(self) -> None:
         """End the processes."""
-        for _ in self._workers:
-            self._jobs.put(None)
         for worker in self._workers:
-            worker.join()
+            worker.end()
+        self._workers.clear()
         self._folder.cleanup()
 
 
-def _work(checkpoint: Path, jobs: Any, done: Any) -> None:
+class _Worker:
+    """A process, the pipe to it, its job and since when."""
+
+    def __init__(self, context: Any, work: Any, checkpoint: Path) -> None:
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=work, args=(checkpoint, other), daemon=True)
+        self.process.start()
+        other.close()  # so that the end of the process is the end of the pipe
+        self.job: Job | None = None
+        self.since = 0.0
+
+    def give(self, job: Job) -> None:
+        self.job, self.since = job, time.monotonic()
+        with contextlib.suppress(OSError):  # it has died: the pipe says so when it is read
+            self.pipe.send(job)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join(10)
+        self.pipe.close()
+
+
+def read_records(path: Path) -> dict[str, Record]:
+    """The records of a file of JSON lines, by key; a last line that was cut off is left out."""
+    found: dict[str, Record] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+            path.write_text("".join(f"{whole}\n" for whole in lines[:-1]), encoding="utf-8")
+            print(f"{path.name} ended in half a record, which is left out", flush=True)
+            continue
+        found[record["key"]] = record
+    return found
+
+
+def _work(checkpoint: Path, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
@@ -93,10 +178,14 @@ def _work(checkpoint: Path, jobs: Any, done: Any) -> None:
 
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
-    bench = Workbench(checkpoint)
-    while (job := jobs.get()) is not None:
+    bench: Any = None
+    while True:
         try:
-            done.put((job.key, bench.adapt(job), ""))
+            job = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            bench = bench or Workbench(checkpoint)
+            pipe.send((bench.adapt(job), ""))
         except Exception:
-            done.put((job.key, None, f"{job}\n{traceback.format_exc()}"))
-
+            pipe.send((None, f"{job}\n{traceback.format_exc()}"))

@@ -1,0 +1,93 @@
+"""What a change of the method does to the held-out loss, pair by pair: the same subject, the same seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.evidence.comparison import UNIT, Choice, Tuned, best, usable
+from benchmarks.evidence.experiment import mean
+from benchmarks.evidence.personal import PAPER
+from benchmarks.evidence.pool import Record
+from benchmarks.evidence.variants import AS_IT_IS, PAPER_AS_IT_IS, Variant, jobs_of, rates, variants
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A variant at the best of its learning rates and steps.
+
+    difference: of its loss to that of the method as it is, as a share, in the mean; error: the standard error of that mean over
+    pairs. rank: mean, weighted by what a rank costs; low, high: the lowest and highest of a layer. growth: mean rank at every
+    mark. at_side: whether the best rate is one of the two at the sides.
+    """
+
+    variant: Variant
+    rate: float
+    step: int
+    difference: float
+    error: float
+    pairs: int
+    rank: float
+    low: int
+    high: int
+    growth: tuple[tuple[int, float], ...]
+    at_side: bool
+
+
+def effects(records: Mapping[str, Record], tuned: Tuned, count: int) -> list[Effect]:
+    """Of every variant whose runs are all there."""
+    found = []
+    for variant in variants(count):
+        own = _chosen(records, tuned, variant, count)
+        base = _chosen(records, tuned, PAPER_AS_IT_IS if _paper(variant) else AS_IT_IS, count)
+        if own and base:
+            found.append(_effect(variant, own, base, rates(variant, count, tuned)))
+    return found
+
+
+def _paper(variant: Variant) -> bool:
+    """Whether the paper's form as it is is what a variant is compared with."""
+    return variant.method == PAPER and not variant.budgeted
+
+
+_Runs = tuple[Choice, dict[tuple[str, int], Record]]
+
+
+def _chosen(records: Mapping[str, Record], tuned: Tuned, variant: Variant, count: int) -> _Runs | None:
+    """The best choice of a variant, and the runs at its rate by subject and seed; None where any run is missing."""
+    runs = [(rate, job) for rate in rates(variant, count, tuned) for job in jobs_of(variant, count, rate)]
+    if not runs or any(job.key not in records for _, job in runs):
+        return None
+    choice = best(variant.config(count), [(rate, records[job.key]) for rate, job in runs])
+    if choice is None:
+        return None
+    return choice, {(job.subject, job.seed): records[job.key] for rate, job in runs if rate == choice.rate}
+
+
+def _effect(variant: Variant, own: _Runs, base: _Runs, tried: tuple[float, ...]) -> Effect:
+    (choice, runs), (base_choice, base_runs) = own, base
+    changes = [_at(runs[key], choice.step) / _at(base_runs[key], base_choice.step) - 1 for key in runs]
+    ranks = [rank for run in runs.values() for rank in run["ranks"].values()]
+    steps = [mark["step"] for mark in next(iter(runs.values()))["marks"]]
+    growth = tuple((step, mean(_size(run, step) for run in runs.values()) / UNIT) for step in steps)
+    return Effect(
+        variant, choice.rate, choice.step, mean(changes), standard_error(changes), len(changes),
+        dict(growth)[choice.step], min(ranks), max(ranks), growth, len(tried) > 1 and choice.rate in (tried[0], tried[-1]),
+    )  # fmt: skip
+
+
+def _at(run: Record, step: int) -> float:
+    return float(next(mark["loss"] for mark in usable(run) if mark["step"] == step))
+
+
+def _size(run: Record, step: int) -> float:
+    return float(next(mark["parameters"] for mark in run["marks"] if mark["step"] == step))
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean; NaN for fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    middle = mean(values)
+    return math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1) / len(values))

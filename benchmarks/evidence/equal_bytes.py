@@ -1,0 +1,124 @@
+"""Methods at equal bytes: what each scores on a subject at its tuned learning rate and step, and who is better.
+
+A file's bytes are those of its factors at two bytes a number; the header, some kilobytes in all of them, is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.evidence.comparison import ALLOCATED, RESIZED, TARGETS, UNIT, Config, Tuned, job, score, usable
+from benchmarks.evidence.experiment import mean
+from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
+from benchmarks.evidence.pool import Record
+
+BYTES = 2
+"""Of a number in a file, by default."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A config on a subject: means over the seeds. before: the base's loss and drift. losses: by seed."""
+
+    loss: float
+    drift: float
+    parameters: float
+    before: float
+    drift_before: float
+    losses: tuple[float, ...]
+
+
+Points = Mapping[tuple[str, Config], Point]
+
+
+def points(
+    records: Mapping[str, Record], tuned: Tuned, names: Iterable[str], seeds: Sequence[int]
+) -> dict[tuple[str, Config], Point]:
+    """Every subject and config of which there is at least one seed that did not diverge."""
+    found = {}
+    for name in names:
+        for config, choice in tuned.items():
+            runs = [records.get(job(config, name, choice.rate, seed).key) for seed in seeds]
+            if point := _point(config, choice.step, [run for run in runs if run]):
+                found[name, config] = point
+    return found
+
+
+def _point(config: Config, step: int, runs: Sequence[Record]) -> Point | None:
+    at: list[dict[str, Any]] = []
+    for run in runs:
+        at += [score(mark, config) for mark in usable(run) if mark["step"] == step]
+    if not at or len(at) < len(runs):
+        return None  # a run that diverged leaves nothing to compare
+    before = [run["before"] for run in runs]
+    return Point(
+        mean(a["loss"] for a in at), mean(a["drift"] for a in at), mean(a["parameters"] for a in at),
+        mean(b["loss"] for b in before), mean(b["drift"] for b in before), tuple(a["loss"] for a in at),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Ours beside another method on a subject at the size of a uniform rank. difference: of losses, as a share of the other's."""
+
+    subject: str
+    rank: int
+    ours: Point
+    other: Point
+
+    @property
+    def difference(self) -> float:
+        return self.ours.loss / self.other.loss - 1
+
+    @property
+    def better(self) -> bool:
+        """Or equal."""
+        return self.ours.loss <= self.other.loss
+
+
+def ours_within(found: Points, subject: str, parameters: float, count: int) -> Point | None:
+    """Ours with the largest target whose file is no larger than this."""
+    for target in sorted(TARGETS, reverse=True):
+        point = found.get((subject, (SETTLING, target, count)))
+        if point and point.parameters <= parameters:
+            return point
+    return None
+
+
+def pairs(found: Points, method: str, count: int) -> list[Pair]:
+    """Ours beside a method, on every subject and at every size of it.
+
+    The size is that of a uniform rank, r · UNIT parameters: fixed ranks have it exactly, files that are cut have at most that.
+    The paper's form has the size that its ranks end at, and ours is no larger than it.
+    """
+    result = []
+    for (subject, config), other in found.items():
+        if config[0] != method or config[2] != count:
+            continue
+        limit = other.parameters if method == PAPER else config[1] * UNIT
+        if ours := ours_within(found, subject, limit, count):
+            result.append(Pair(subject, config[1], ours, other))
+    return result
+
+
+def beaten(compared: Sequence[Pair]) -> dict[str, bool]:
+    """By subject: whether ours is better or equal at every size."""
+    return {name: all(p.better for p in compared if p.subject == name) for name in dict.fromkeys(p.subject for p in compared)}
+
+
+def tally(compared: Sequence[Pair]) -> dict[str, Any]:
+    """Subjects that are beaten, the share of pairs in which ours is better, the mean and the worst difference."""
+    return {
+        "subjects": len(beaten(compared)),
+        "beaten": sum(beaten(compared).values()),
+        "share": mean(p.better for p in compared),
+        "difference": mean(p.difference for p in compared),
+        "worst": max((p.difference for p in compared), default=math.nan),
+    }
+
+
+METHODS = {FIXED: "fixed rank", RESIZED: "64, resized", ALLOCATED: "64, cut by energy", PAPER: "paper's form"}
+"""What ours is compared with, in words."""
