@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from .errors import LoraError
 from .factors import Factors
 from .spectrum import allocate, singular_order
 
@@ -46,17 +47,31 @@ def scaled_ranks(
     return ranks
 
 
-def fit(factors: Mapping[str, Factors], budget: int, min_rank: int = 1) -> dict[str, Factors]:
+def fit(
+    factors: Mapping[str, Factors], budget: int, min_rank: int = 1, weights: Mapping[str, float] | None = None
+) -> dict[str, Factors]:
     """Cut layers together to a budget of parameters, by energy per parameter, each kept in singular order.
 
-    Keeps min_rank positions everywhere as far as the budget allows: a layer of rank 0 could not go on learning.
+    Keeps min_rank positions everywhere as far as the budget allows: a layer of rank 0 could not go on learning. With a
+    min_rank of 0 a layer may lose all its positions. weights: what a layer's energy σ² counts for in the choice, 1 where it
+    is not named; what is kept of a layer does not change by it. Raises LoraError on NaN or infinity in factors, and where a
+    weight is negative or not a number.
     """
     ordered = {name: singular_order(f) for name, f in factors.items()}
     floor = {name: min(min_rank, f.rank) for name, (f, _) in ordered.items()}
     spare = budget - sum(floor[name] * f.cost for name, (f, _) in ordered.items())
     costs = {name: f.cost for name, (f, _) in ordered.items()}
-    more = allocate({name: s[floor[name] :] for name, (_, s) in ordered.items()}, costs, max(0, spare))
+    shares = {name: amplitude(name, weights or {}) for name in ordered}
+    more = allocate({name: shares[name] * s[floor[name] :] for name, (_, s) in ordered.items()}, costs, max(0, spare))
     return {name: float32(f.head(floor[name] + more[name])) for name, (f, _) in ordered.items()}
+
+
+def amplitude(layer: str, weights: Mapping[str, float]) -> float:
+    """√weight, what a layer's σ is multiplied by so that its σ² counts weight times; 1 for a layer without a weight."""
+    weight = float(weights.get(layer, 1.0))
+    if not 0 <= weight < math.inf:
+        raise LoraError(f"Layer {layer} has the weight {weight} in the split of the size; it has to be 0 or more.")
+    return math.sqrt(weight)
 
 
 def float32(factors: Factors) -> Factors:
