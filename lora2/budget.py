@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from .errors import LoraError
 from .factors import Factors
-from .spectrum import allocate, singular_order
+from .orders import singular_orders
+from .spectrum import allocate
 
 
 def next_pressure(pressure: float, ratio: float, last: float) -> float:
@@ -53,22 +56,26 @@ def scaled_ranks(
 
 
 def fit(
-    factors: Mapping[str, Factors], budget: int, min_rank: int = 1, weights: Mapping[str, float] | None = None
+    factors: Mapping[str, Factors],
+    budget: int,
+    min_rank: int = 1,
+    weights: Mapping[str, float] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Factors]:
-    """Cut layers together to a budget of parameters, by energy per parameter, each kept in singular order.
+    """Cut layers together to a budget of parameters, by energy per parameter, each kept in singular order, float32, on the CPU.
 
     Keeps min_rank positions everywhere as far as the budget allows: a layer of rank 0 could not go on learning. With a
     min_rank of 0 a layer may lose all its positions. weights: what a layer's energy σ² counts for in the choice, 1 where it
-    is not named; what is kept of a layer does not change by it. Raises LoraError on NaN or infinity in factors, and where a
-    weight is negative or not a number.
+    is not named; what is kept of a layer does not change by it. device: a GPU that may help. Raises LoraError on NaN or
+    infinity in factors, and where a weight is negative or not a number.
     """
-    ordered = {name: singular_order(f) for name, f in factors.items()}
-    floor = {name: min(min_rank, f.rank) for name, (f, _) in ordered.items()}
-    spare = budget - sum(floor[name] * f.cost for name, (f, _) in ordered.items())
-    costs = {name: f.cost for name, (f, _) in ordered.items()}
-    shares = {name: amplitude(name, weights or {}) for name in ordered}
-    more = allocate({name: shares[name] * s[floor[name] :] for name, (_, s) in ordered.items()}, costs, max(0, spare))
-    return {name: float32(f.head(floor[name] + more[name])) for name, (f, _) in ordered.items()}
+    orders = singular_orders(factors, device)
+    floor = {name: min(min_rank, len(order.sigma)) for name, order in orders.items()}
+    costs = {name: factors[name].cost for name in orders}
+    spare = budget - sum(floor[name] * costs[name] for name in orders)
+    counted = {name: amplitude(name, weights or {}) * order.sigma[floor[name] :] for name, order in orders.items()}
+    more = allocate(counted, costs, max(0, spare))
+    return {name: order.head(floor[name] + more[name]) for name, order in orders.items()}
 
 
 def amplitude(layer: str, weights: Mapping[str, float]) -> float:

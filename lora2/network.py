@@ -366,7 +366,7 @@ class AdaptiveNetwork:
         """
         if self._settling is None:
             budget = self.budget if budget is None else budget
-            self._settling = fit(self.export(ordered=False), budget, self.settings.min_rank, weights)
+            self._settling = fit(self.export(ordered=False), budget, self.settings.min_rank, weights, self.device)
         self.settled = True
         for name, adapter in zip(self.names, self.adapters, strict=True):
             adapter.load(self._settling[name])
@@ -407,7 +407,7 @@ class AdaptiveNetwork:
             return factors, True
         if not self.settled and self.settings.settle_at >= 1 and not self.settings.budget_mb:
             return factors, False
-        return fit(factors, self.budget, self.settings.min_rank, weights), True
+        return fit(factors, self.budget, self.settings.min_rank, weights, self.device), True
 
     def rates(self) -> dict[str, float | None]:
         """ν of every layer; None once settled."""

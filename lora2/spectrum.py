@@ -25,7 +25,8 @@ def singular_order(factors: Factors) -> tuple[Factors, Tensor]:
     precision can hold. Two QR decompositions reduce the problem to rank × rank: d_out × d_in is never formed.
 
     Returns float64 Factors of rank k = min(rank, d_out, d_in) with alpha = k, the kernel's shape kept, and
-    σ (k,) float64, non-increasing. Raises LoraError if a factor holds NaN or infinity.
+    σ (k,) float64, non-increasing, on the factors' device (the CPU for Apple's, which has no float64). Raises LoraError if a
+    factor holds NaN or infinity. For many layers of which a part is kept, see orders.py.
     """
     up = _float64(factors.up).reshape(factors.up.shape[0], factors.rank)
     down = _float64(factors.down).reshape(factors.rank, factors.down.shape[1:].numel())
@@ -35,7 +36,8 @@ def singular_order(factors: Factors) -> tuple[Factors, Tensor]:
     if not bool(torch.isfinite(core).all()):
         raise LoraError("A LoRA layer holds NaN, infinity or enormous values, so it has no singular values.")
     try:
-        u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
+        # Singular values of one small matrix take a GPU many times as long as a CPU core.
+        u, sigma, vh = (part.to(core.device) for part in torch.linalg.svd(core.cpu(), full_matrices=False))
     except torch.linalg.LinAlgError as error:
         raise LoraError("A LoRA layer holds numbers that are too far apart to be decomposed.") from error
     root = sigma.sqrt()
