@@ -96,9 +96,13 @@ PAPERS = [
     Variant("paper's form, 600 steps", "rank_learning_rate 0.03", (("rank_learning_rate", 0.03),), method=PAPER, steps=LONG),
 ]  # fmt: skip
 
+FEW = ("as it is", "gain of Λ", "what a cut goes by", "learning rate before the last cut", "settle_at", "settle_cuts", "min_rank")
+"""What is tried with few pictures too."""
+
+
 def variants(count: int) -> list[Variant]:
     """Those that are tried with so many pictures."""
-    return [*OURS, *PAPERS] if count == COUNTS[0] else OURS
+    return [*OURS, *PAPERS] if count == COUNTS[0] else [variant for variant in OURS if variant.setting in FEW]
 
 
 def rates(variant: Variant, count: int, tuned: Tuned) -> tuple[float, ...]:
