@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING, Job
-from benchmarks.evidence.pool import Pool, Record
+from benchmarks.evidence.pool import Record
 from dev.painter.subjects import SUBJECTS, TUNING
 
 STEPS = 200
@@ -118,7 +118,21 @@ def best(config: Config, runs: Iterable[tuple[float, Record]]) -> Choice | None:
     return Choice(rate, step, means[rate, step], tuple(sorted(counts)))
 
 
-def tune(pool: Pool, wanted: Sequence[Config], names: Sequence[str]) -> dict[Config, Choice]:
+class Source(Protocol):
+    """Where records come from: a `Pool`, or a file."""
+
+    records: dict[str, Record]
+    failed: dict[str, str]
+
+    def run(self, jobs: Iterable[Job]) -> list[Record]:
+        """Make those that are missing, as far as that can be."""
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether nothing more is made."""
+
+
+def tune(pool: Source, wanted: Sequence[Config], names: Sequence[str]) -> dict[Config, Choice]:
     """For every config the learning rate and the step that are best on these subjects.
 
     Those are missing that time did not allow, or of which no run went well.

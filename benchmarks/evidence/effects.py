@@ -68,7 +68,7 @@ def _chosen(records: Mapping[str, Record], tuned: Tuned, variant: Variant, count
 def _effect(variant: Variant, own: _Runs, base: _Runs, tried: tuple[float, ...]) -> Effect:
     (choice, runs), (base_choice, base_runs) = own, base
     changes = [_at(runs[key], choice.step) / _at(base_runs[key], base_choice.step) - 1 for key in runs]
-    ranks = [rank for run in runs.values() for rank in run["ranks"].values()]
+    ranks = [rank for run in runs.values() for rank in ranks_of(run)]
     steps = [mark["step"] for mark in next(iter(runs.values()))["marks"]]
     growth = tuple((step, mean(_size(run, step) for run in runs.values()) / UNIT) for step in steps)
     return Effect(
@@ -83,6 +83,12 @@ def _at(run: Record, step: int) -> float:
 
 def _size(run: Record, step: int) -> float:
     return float(next(mark["parameters"] for mark in run["marks"] if mark["step"] == step))
+
+
+def ranks_of(run: Record) -> list[int]:
+    """The ranks of all layers at a run's end; a stored record has them without names."""
+    ranks = run["ranks"]
+    return list(ranks.values()) if isinstance(ranks, dict) else list(ranks)
 
 
 def standard_error(values: list[float]) -> float:

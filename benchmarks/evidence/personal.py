@@ -176,7 +176,7 @@ def settings_for(job: Job) -> Any:
         steps=job.steps, learning_rate=job.rate, batch_size=BATCH, target_rank=job.rank, seed=job.seed, sync_every=SYNC_EVERY
     )
     if job.method == FIXED:
-        base = replace(base, initial_rank=job.rank, settle_at=0.0)
+        base = replace(base, initial_rank=job.rank, settle_at=1.0)  # 1: nothing is cut, and the learning rate is as given
     if job.method == PAPER:
         base = replace(base, settle_at=1.0)
     return replace(base, **dict(job.changes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import multiprocessing
 import os
@@ -174,6 +175,7 @@ def _work(checkpoint: Path, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
+    from benchmarks.evidence.experiment import device_name
     from benchmarks.evidence.personal import Workbench
 
     torch.set_num_threads(1)
@@ -186,6 +188,7 @@ def _work(checkpoint: Path, pipe: Any) -> None:
             return
         try:
             bench = bench or Workbench(checkpoint)
-            pipe.send((bench.adapt(job), ""))
+            where = {"device": device_name(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+            pipe.send(({**bench.adapt(job), **where}, ""))
         except Exception:
             pipe.send((None, f"{job}\n{traceback.format_exc()}"))

@@ -1,0 +1,111 @@
+"""The records of the full run, kept in docs/evidence/ without what no page uses.
+
+`python -m benchmarks.evidence.records RECORDS` writes them from the file that the GPU run made: only those of the jobs that
+tuning, ablations and the reported comparison ask for. Prints what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import comparison, variants
+from benchmarks.evidence.comparison import Tuned
+from benchmarks.evidence.experiment import FOLDER
+from benchmarks.evidence.personal import Job
+from benchmarks.evidence.pool import Record, read_records
+
+FILE = FOLDER / "records.jsonl.gz"
+_LEFT_OUT = ("subject", "pictures", "rank", "rate", "seed", "steps", "twist", "file", "seconds", "device", "torch", "date")
+"""What the key says too, or no page uses."""
+
+
+class Stored:
+    """Records that are there, where a `Pool` would make those that are missing."""
+
+    out_of_time = False
+
+    def __init__(self, records: Mapping[str, Record]) -> None:
+        self.records = dict(records)
+        self.failed: dict[str, str] = {}
+        self.asked: set[str] = set()
+        """The keys of all jobs that were asked for."""
+
+    def run(self, jobs: Iterable[Job]) -> list[Record]:
+        """The records of those jobs that are there."""
+        jobs = list(jobs)
+        self.asked |= {job.key for job in jobs}
+        return [self.records[job.key] for job in jobs if job.key in self.records]
+
+
+def choices(stored: Stored) -> dict[comparison.Config, comparison.Choice]:
+    """What tuning chose."""
+    return comparison.tune(stored, comparison.configs(), comparison.tuning_names())
+
+
+def compact(records: Mapping[str, Record]) -> tuple[dict[str, Any], list[Record], set[str]]:
+    """Where and when they were made, the records that pages use, and the keys of those that are missing."""
+    stored = Stored(records)
+    tuned = choices(stored)
+    stored.run(variants.jobs(tuned))
+    stored.run(comparison.reported(tuned, comparison.SEEDS))
+    used = [records[key] for key in sorted(stored.asked & set(records))]
+    about = {
+        "device": ", ".join(sorted({r["device"] for r in used})),
+        "torch": ", ".join(sorted({r["torch"] for r in used})),
+        "date": max((r["date"] for r in used), default=""),
+        "size": "full",
+        "minutes": round(sum(r.get("seconds", 0.0) for r in used) / 60, 1),
+        "runs": len(used),
+    }
+    return about, [_slim(r) for r in used], stored.asked - set(records)
+
+
+def _slim(record: Record) -> Record:
+    slim = {name: value for name, value in record.items() if name not in _LEFT_OUT}
+    if "ranks" in slim:
+        slim["ranks"] = list(slim["ranks"].values())
+    if "use" in slim:
+        slim["use"] = dict(slim["use"], layers=list(slim["use"]["layers"].values()))
+    return slim
+
+
+def write(path: Path, about: Mapping[str, Any], records: Iterable[Record]) -> None:
+    """The same bytes for the same records."""
+    lines = [json.dumps(about), *(json.dumps(record, separators=(",", ":")) for record in records)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("\n".join(lines).encode(), 9, mtime=0))
+
+
+@lru_cache(maxsize=1)
+def read(path: Path = FILE) -> tuple[dict[str, Any], dict[str, Record]]:
+    """What `write` wrote: where and when, and the records by key."""
+    first, *lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    return json.loads(first), {record["key"]: record for record in map(json.loads, lines)}
+
+
+@lru_cache(maxsize=1)
+def full() -> tuple[dict[str, Any], dict[str, Record], Tuned]:
+    """Where and when the full run was made, its records, and what tuning chose."""
+    about, records = read()
+    return about, records, choices(Stored(records))
+
+
+def main() -> None:
+    """Write docs/evidence/records.jsonl.gz."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--to", type=Path, default=FILE)
+    options = parser.parse_args()
+    about, records, missing = compact(read_records(options.records))
+    write(options.to, about, records)
+    print(f"{len(records)} records, {options.to.stat().st_size / 1e6:.2f} MB, {about['device']}; {len(missing)} missing")
+
+
+if __name__ == "__main__":
+    main()
