@@ -132,7 +132,9 @@ class Adapter:
 
     def replaces(self, weight: object, x: Tensor) -> bool:
         """Whether `linear` can stand for the layer and its path, for a layer that is x Wᵀ + bias and no more."""
-        if not self.capacity or self.working is None or not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
+        if not self.capacity or self.working is None:
+            return False
+        if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
             return False
         return self.working[0].dtype == x.dtype and weight.device == x.device and weight.is_floating_point()
 

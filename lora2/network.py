@@ -23,7 +23,7 @@ from .settings import Settings
 from .spectrum import singular_order
 from .state import MOST_STEPS, State, damaged, restore_generator
 
-INITIAL_OVER_TARGET = 4
+INITIAL_OVER_TARGET = 2
 SMALLEST_INITIAL = 16
 
 PRESSED_SHARE, FREED_SHARE = 0.02, 0.05
@@ -357,16 +357,18 @@ class AdaptiveNetwork:
         return pressed > PRESSED_SHARE * held or freed > FREED_SHARE * held
 
     @torch.no_grad()
-    def settle(self, budget: int | None = None, weights: Mapping[str, float] | None = None) -> None:
+    def settle(
+        self, budget: int | None = None, weights: Mapping[str, float] | None = None, keep: float = 1.0
+    ) -> None:
         """Fold Λ, bring every layer into singular order, cut all together to a budget of parameters, go on as a plain LoRA.
 
         budget: the run's own if not given; where all fits, the output changes by rounding only. weights: what a unit of each
-        layer's energy is worth (sensitivity.py). Start a new optimizer afterwards: the old moments belong to other directions.
-        Where memory runs out in it, nothing learned is lost, and a second call goes on. May be called again with less.
+        layer's energy is worth (sensitivity.py). keep: the share of that which is enough. Start a new optimizer afterwards: the
+        old moments belong to other directions. Where memory runs out in it, nothing learned is lost, and a second call goes on. May be called again with less.
         """
         if self._settling is None:
             budget = self.budget if budget is None else budget
-            self._settling = fit(self.export(ordered=False), budget, self.settings.min_rank, weights, self.device)
+            self._settling = fit(self.export(ordered=False), budget, self.settings.min_rank, weights, self.device, keep)
         self.settled = True
         for name, adapter in zip(self.names, self.adapters, strict=True):
             adapter.load(self._settling[name])
@@ -407,7 +409,7 @@ class AdaptiveNetwork:
             return factors, True
         if not self.settled and self.settings.settle_at >= 1 and not self.settings.budget_mb:
             return factors, False
-        return fit(factors, self.budget, self.settings.min_rank, weights, self.device), True
+        return fit(factors, self.budget, self.settings.min_rank, weights, self.device, self.settings.enough), True
 
     def rates(self) -> dict[str, float | None]:
         """ν of every layer; None once settled."""

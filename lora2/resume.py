@@ -13,7 +13,7 @@ from .settings import Settings
 SPENT = ("seed", "init", "initial_rank")
 """What decided the start, and nothing after it."""
 
-SIZE = ("target_rank", "budget_mb", "min_rank", "max_rank", "bytes_per_parameter")
+SIZE = ("target_rank", "budget_mb", "min_rank", "max_rank", "settle_keep", "bytes_per_parameter")
 """What decides ranks: spent once layers have been cut."""
 
 CUTS = ("settle_at", "settle_cuts")

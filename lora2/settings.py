@@ -47,7 +47,9 @@ class Settings:
     so that what the last dropped positions held is learned again.
 
     target_rank: parameter-weighted mean rank to end with. budget_mb: size of the file in MB (10⁶ bytes) instead; 0 = none.
-    initial_rank: 0 chooses four times the target, at least 16. max_rank: 0 = each layer's full rank. min_rank: 0 lets a cut drop
+    settle_keep: the share of what all positions are worth which is enough: below 1, the last cut may
+    end below the target; a budget is filled all the same.
+    initial_rank: 0 chooses twice the target, at least 16. max_rank: 0 = each layer's full rank. min_rank: 0 lets a cut drop
     whole layers; no rank adapts below 1.
     q: the share of the importance mass that a rank holds. rank_weight, entropy_weight: λ_r and λ_e of the paper.
     bytes_per_parameter, file_overhead: how a number of parameters becomes a file's size; a host fills them in.
@@ -71,6 +73,7 @@ class Settings:
     rank_rest: float = 0.25
     settle_at: float = 0.45
     settle_cuts: int = 3
+    settle_keep: float = 1.0
     entropy_weight: float = 1e-4
     init: str = "fan-in"
     optimizer: str = "adamw"
@@ -107,6 +110,7 @@ class Settings:
             self._require(math.isfinite(value) and value >= 0, name, "must be zero or a positive number")
         for name in ("rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"):
             self._require(0 <= getattr(self, name) <= 1, name, "is a share and must lie between 0 and 1")
+        self._require(0.1 <= self.settle_keep <= 1, "settle_keep", "is a share and must lie between 0.1 and 1")
         self._require(0.01 <= self.q <= 0.9999, "q", "must lie between 0.01 and 0.9999")
         for name in ("initial_rank", "min_rank", "max_rank"):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
@@ -150,6 +154,11 @@ class Settings:
     def adapting_steps(self) -> int:
         """For how many steps ranks adapt at most."""
         return self.cut_steps[0] if self.cut_steps else self.steps
+
+    @property
+    def enough(self) -> float:
+        """The share of what all positions are worth that the last cut keeps; a budget is to be filled."""
+        return 1.0 if self.budget_mb else self.settle_keep
 
     @property
     def least_rank(self) -> int:

@@ -310,7 +310,8 @@ class Trainer:
         with self._changing():
             self._relieved(lambda: network.sync(self.optimizer.inner), self._graphs_dropped())
             size, weights = next_size(network.size(), network.budget, left), self.sensitivities()
-            self._relieved(lambda: network.settle(size, weights), self._graphs_dropped())
+            keep = 1.0 if left else self.settings.enough
+            self._relieved(lambda: network.settle(size, weights, keep), self._graphs_dropped())
             self.optimizer = Optimizer(network, self.settings)
             self._size = network.size()
             progress.cuts.append(self._issued)

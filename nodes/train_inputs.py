@@ -382,4 +382,15 @@ def inputs() -> list[io.Input]:
             advanced=True,
             tooltip="In how many cuts, evenly spaced up to settle_at, the ranks come down to the target.",
         ),
+        io.Float.Input(
+            "settle_keep",
+            default=DEFAULTS.settle_keep,
+            min=0.1,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="Below 1, the target is the most, not the aim: the last cut keeps as few positions as hold this share of "
+            "what all are worth, so a simple subject makes a smaller file.",
+        ),
     ]

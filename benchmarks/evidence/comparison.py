@@ -19,9 +19,13 @@ STEPS = 200
 MARKS = (60, 100, 150)
 """Steps after which a run is measured, beside its end: where it may be stopped."""
 
-RATES = tuple(10 ** (-k / 2) for k in range(10, 1, -1))
-"""1e-5 to 0.1 by half powers of ten; tuning starts in the middle and walks until the best lies inside."""
-FIRST_RATES = (4, 5)
+RATES = tuple(10 ** (-k / 4) for k in range(20, 3, -1))
+"""1e-5 to 0.1 by quarter powers of ten."""
+HALF = 2
+"""Tuning starts at FIRST_RATES and walks by half powers of ten until the best lies inside."""
+FIRST_RATES = (8, 10)
+FINE = (24,)
+"""With so many pictures it looks a quarter to both sides too: sizes differ by less there than half powers of ten do."""
 
 FIXED_RANKS = (1, 2, 4, 8, 16, 32, 64)
 TARGETS = (1, 2, 4, 8, 16, 32, 64)
@@ -49,13 +53,15 @@ Config = tuple[str, int, int]
 class Choice:
     """A learning rate and the step to stop at, with the mean loss there.
 
-    tried: all rates that were tried, rising. inside: whether a lower and a higher rate were tried too.
+    tried: all rates that were tried, rising. inside: whether a lower and a higher rate were tried too. coarse: the best of those
+    by half powers of ten.
     """
 
     rate: float
     step: int
     loss: float = math.nan
     tried: tuple[float, ...] = ()
+    coarse: float = math.nan
 
     @property
     def inside(self) -> bool:
@@ -146,16 +152,24 @@ def tune(pool: Source, wanted: Sequence[Config], names: Sequence[str]) -> dict[C
             if any(key not in pool.records and key not in pool.failed for _, key in keyed):
                 continue
             gone = {rate for rate, key in keyed if key in pool.failed}
-            choice = best(config, [(rate, pool.records[key]) for rate, key in keyed if rate not in gone])
-            if choice is None:
+            runs = [(rate, pool.records[key]) for rate, key in keyed if rate not in gone]
+            choice, coarse = best(config, runs), best(config, [run for run in runs if run[0] in RATES[::HALF]])
+            if choice is None or coarse is None:
                 continue
-            found[config] = choice = replace(choice, tried=tuple(RATES[i] for i in sorted(tried[config])))
-            index = RATES.index(choice.rate)
-            missing = {i for i in (index - 1, index + 1) if 0 <= i < len(RATES)} - tried[config]
+            rates = tuple(RATES[i] for i in sorted(tried[config]))
+            found[config] = choice = replace(choice, tried=rates, coarse=coarse.rate)
+            index = RATES.index(coarse.rate)
+            missing = _around(index, HALF) - tried[config]
+            if not missing and config[2] in FINE:
+                missing = _around(index, 1) - tried[config]
             tried[config] |= missing
             grown = grown or bool(missing)
         if not grown or pool.out_of_time:
             return {config: choice for config, choice in found.items() if choice.inside or choice.rate in (RATES[0], RATES[-1])}
+
+
+def _around(index: int, far: int) -> set[int]:
+    return {i for i in (index - far, index + far) if 0 <= i < len(RATES)}
 
 
 def reported(tuned: Tuned, seeds: Sequence[int]) -> Iterator[Job]:

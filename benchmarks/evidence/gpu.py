@@ -4,8 +4,8 @@
     python -m benchmarks.evidence.gpu RECORDS --processes 15 --seconds 540 --stage report
 
 tune: learning rates and stopping points, on the tuning subjects. ablate: one change at a time, on the same. report: the ten
-subjects that are reported, a first seed of everything and then the others. What time does not allow is left for a later call.
-Exit code 1 where anything is missing or has failed.
+subjects that are reported, a first seed of everything and then the others. keep: a target that is only the most. What time does
+not allow is left for a later call. Exit code 1 where anything is missing or has failed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence import comparison, effects, equal_bytes, variants
+from benchmarks.evidence import comparison, effects, equal_bytes, keeping, variants
 from benchmarks.evidence.comparison import Config, Tuned
 from benchmarks.evidence.experiment import plain_table
 from benchmarks.evidence.pool import Pool
 from dev.painter.subjects import SUBJECTS
 
-STAGES = ("tune", "ablate", "report")
+STAGES = ("tune", "ablate", "report", "keep")
 
 
 def tuned_table(tuned: Tuned) -> str:
@@ -109,6 +109,9 @@ def main() -> int:
             say(f"seeds {seeds}: ours at equal bytes, better or equal\n{wins_table(found, options.counts)}")
             for count in options.counts:
                 print(differences_table(found, count), flush=True)
+        if "keep" in options.stage:
+            pool.run(keeping.jobs(tuned, options.counts))
+            say("a target that is only the most is done")
         left = missing(pool, tuned, wanted, options.stage)
         say(f"{left} missing, {len(pool.failed)} failed")
     finally:

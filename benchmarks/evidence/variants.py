@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.evidence.comparison import COUNTS, RATES, UNIT, Config, Tuned, job, tuning_names
+from benchmarks.evidence.comparison import COUNTS, HALF, RATES, UNIT, Config, Tuned, job, tuning_names
 from benchmarks.evidence.personal import PAPER, SETTLING, Job
 
 RANK, PAPER_RANK = 4, 8
@@ -110,8 +110,8 @@ def rates(variant: Variant, count: int, tuned: Tuned) -> tuple[float, ...]:
     choice = tuned.get(variant.config(count))
     if choice is None:
         return ()
-    index = RATES.index(choice.rate)
-    places = range(index - 1, index + 2) if variant.sides else range(index, index + 1)
+    index = RATES.index(choice.coarse)
+    places = (index - HALF, index, index + HALF) if variant.sides else (index,)
     return tuple(RATES[i] for i in places if 0 <= i < len(RATES))
 
 
