@@ -364,7 +364,8 @@ class AdaptiveNetwork:
 
         budget: the run's own if not given; where all fits, the output changes by rounding only. weights: what a unit of each
         layer's energy is worth (sensitivity.py). keep: the share of that which is enough. Start a new optimizer afterwards: the
-        old moments belong to other directions. Where memory runs out in it, nothing learned is lost, and a second call goes on. May be called again with less.
+        old moments belong to other directions. Where memory runs out in it, nothing learned is lost, and a second call goes
+        on. May be called again with less.
         """
         if self._settling is None:
             budget = self.budget if budget is None else budget
