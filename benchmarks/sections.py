@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import statistics
 import tempfile
 import time
@@ -35,29 +34,6 @@ BYTES_PER_PARAMETER = 16
 
 MAIN = "SDXL 1024², batch 1, attention, rank 64"
 BATCH = "SDXL 1024², batch 4, attention, rank 64"
-
-
-class Overrun(Exception):
-    """A section took longer than it may."""
-
-
-@contextlib.contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise Overrun inside after so many seconds, and again every 20 s until it is over; where there are no signals, never."""
-
-    def ring(_number: int, _frame: Any) -> None:
-        raise Overrun(f"not done after {seconds:.0f} s")
-
-    if not math.isfinite(seconds) or not hasattr(signal, "setitimer"):
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 20)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 class Bench:

@@ -27,6 +27,7 @@ import traceback
 from pathlib import Path
 
 from benchmarks import models, sections, table
+from dev.limits import at_most
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "benchmarks"
@@ -61,7 +62,7 @@ def measure(names: list[str], out: Path | None, seconds: float) -> tuple[list[ta
                 continue
             begun = time.monotonic()
             try:
-                with sections.at_most(min(limit if cuda else math.inf, bench.left())):
+                with at_most(min(limit if cuda else math.inf, bench.left())):
                     section(bench)
             except Exception:
                 print(f"-- {name} failed:\n{traceback.format_exc()}", flush=True)
