@@ -146,7 +146,7 @@ class Watch:
 
     stamps: the time after every step, and how many steps were known to be done. shapes: of every step's latents. held: the most
     parameters that the adapters' arrays held. base: bytes of base weights, and of everything but the adapters before the first
-    step. recordings: how often anything was recorded as a graph.
+    step. recordings: how often anything was recorded as a graph; recording: the seconds that it took.
     """
 
     start: float = 0.0
@@ -155,6 +155,7 @@ class Watch:
     held: int = 0
     mean_rank: float = 0.0
     recordings: int = 0
+    recording: float = 0.0
     base: tuple[int, int] = (0, 0)
     on_step: Callable[[Any], None] | None = None
     """Called with the trainer after every step."""
@@ -237,7 +238,11 @@ def train(
 
     def record(self: Any, work: Any) -> Any:
         watch.recordings += 1
-        return original(self, work)
+        begun = time.perf_counter()
+        try:
+            return original(self, work)
+        finally:
+            watch.recording += time.perf_counter() - begun
 
     def finish(self: Any) -> Any:
         return session.Trained(None, Path(), "nothing", self.progress.losses)
@@ -277,6 +282,7 @@ def our_step(
         "adapter_parameters": watch.held,
         "mean_rank": round(watch.mean_rank, 1),
         "recordings": watch.recordings,
+        "recording_s": round(watch.recording, 2),
         "steps": steps,
     }
     return Figures(statistics.median(times), peak(), statistics.mean(times), more), watch

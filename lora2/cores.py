@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -25,11 +26,44 @@ def shared_out(works: Iterable[Callable[[], T]]) -> list[T]:
     What a piece raises is raised here, that of the first one in order. Works are asked for here, in their order, while others
     are under way.
     """
-    cores = torch.get_num_threads()
-    if cores == 1:
+    if workers() == 1:
         return [work() for work in works]
+    cores, waiting, more = torch.get_num_threads(), deque[tuple[int, Callable[[], T]]](), threading.Condition()
+    results, errors, open_ = dict[int, T](), dict[int, Exception](), [True]
+
+    def keep_working() -> None:
+        torch.set_num_threads(1)
+        while True:
+            with more:
+                more.wait_for(lambda: waiting or not open_)
+                if not waiting:
+                    return
+                index, work = waiting.popleft()
+            try:
+                with torch.no_grad():
+                    results[index] = work()
+            except Exception as error:
+                errors[index] = error
+
+    threads = [threading.Thread(target=keep_working, daemon=True) for _ in range(workers())]
     try:
-        with ThreadPoolExecutor(workers(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return [waiting.result() for waiting in [pool.submit(torch.no_grad()(work)) for work in works]]
+        for thread in threads:
+            thread.start()
+        for index, work in enumerate(works):
+            with more:
+                waiting.append((index, work))
+                more.notify()
+    except BaseException:
+        waiting.clear()
+        raise
     finally:
+        with more:
+            open_.clear()
+            more.notify_all()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
         torch.set_num_threads(cores)  # threads to come take the number that was set last
+    if errors:
+        raise errors[min(errors)]
+    return [results[index] for index in range(len(results))]
