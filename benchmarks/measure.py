@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from benchmarks import models
@@ -70,7 +71,9 @@ def load(patcher: Any) -> Any:
     return patcher.model
 
 
-def frozen_step(patcher: Any, sample: models.Sample, graph: bool, checkpointing: bool = False) -> Figures:
+def frozen_step(
+    patcher: Any, sample: models.Sample, graph: bool, checkpointing: bool = False, repeats: int | None = None
+) -> Figures:
     """The frozen model's forward and backward, the limit of what training can reach."""
     import comfy.model_management as management
     import torch
@@ -97,7 +100,7 @@ def frozen_step(patcher: Any, sample: models.Sample, graph: bool, checkpointing:
             model.apply_model(x, sigma, **conditioning).square().mean().backward()
 
         try:
-            return timed(recorded(work) if graph else work)
+            return timed(recorded(work) if graph else work, repeats)
         finally:
             management.in_training = False
 
@@ -143,7 +146,7 @@ class Watch:
 
     stamps: the time after every step, and how many steps were known to be done. shapes: of every step's latents. held: the most
     parameters that the adapters' arrays held. base: bytes of base weights, and of everything but the adapters before the first
-    step. recordings: how often anything was recorded as a graph.
+    step. recordings: how often anything was recorded as a graph; recording: the seconds that it took.
     """
 
     start: float = 0.0
@@ -152,6 +155,7 @@ class Watch:
     held: int = 0
     mean_rank: float = 0.0
     recordings: int = 0
+    recording: float = 0.0
     base: tuple[int, int] = (0, 0)
     on_step: Callable[[Any], None] | None = None
     """Called with the trainer after every step."""
@@ -199,7 +203,10 @@ def train(
     checkpointing: str = "off",
     **settings: Any,
 ) -> Any:
-    """Our own training of this dataset, watched. settings: of lora2.settings.Settings, which also gives the defaults."""
+    """Our own training of this dataset, watched; nothing is saved, neither states nor a LoRA.
+
+    settings: of lora2.settings.Settings, which also gives the defaults.
+    """
     import torch
 
     session, trainer = models.pack("nodes.host.session"), models.pack("lora2.trainer")
@@ -216,7 +223,7 @@ def train(
             watch.shapes.append(tuple(drawn[0].shape))
             return drawn
 
-        def run(self, on_step: Any = None) -> Any:
+        def run(self, *_given: Any, **_named: Any) -> Any:  # without live pictures and states
             def seen(progress: Any) -> None:
                 watch.stamps.append((time.perf_counter(), progress.step))
                 if progress.step % 10 == 1 or progress.step == progress.steps:
@@ -231,10 +238,19 @@ def train(
 
     def record(self: Any, work: Any) -> Any:
         watch.recordings += 1
-        return original(self, work)
+        begun = time.perf_counter()
+        try:
+            return original(self, work)
+        finally:
+            watch.recording += time.perf_counter() - begun
+
+    def finish(self: Any) -> Any:
+        return session.Trained(None, Path(), "nothing", self.progress.losses)
 
     original, own = engine.GraphEngine._record, session.Trainer
+    saves = session._Finish.__call__, session._States.save
     session.Trainer, engine.GraphEngine._record = Watched, record
+    session._Finish.__call__, session._States.save = finish, lambda self: False
     fresh()
     watch.base = (0, allocated() - (weight_bytes(patcher.model) if next(patcher.model.parameters()).is_cuda else 0))
     watch.start = time.perf_counter()
@@ -244,10 +260,11 @@ def train(
                 patcher,
                 *dataset,
                 models.pack("lora2.settings").Settings(**{"learning_rate": 1e-4, **settings}),
-                session.Request("speed", layers, checkpointing=checkpointing),
+                session.Request("speed", layers, checkpointing=checkpointing, state_every=0),
             )
     finally:
         session.Trainer, engine.GraphEngine._record = own, original
+        session._Finish.__call__, session._States.save = saves
 
 
 def our_step(
@@ -265,6 +282,7 @@ def our_step(
         "adapter_parameters": watch.held,
         "mean_rank": round(watch.mean_rank, 1),
         "recordings": watch.recordings,
+        "recording_s": round(watch.recording, 2),
         "steps": steps,
     }
     return Figures(statistics.median(times), peak(), statistics.mean(times), more), watch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +14,8 @@ __all__ = ["Sample", "flux", "import_comfy", "pack", "sample_for", "sdxl", "smal
 
 
 def import_comfy() -> None:
-    """ComfyUI on the import path: the one of the set-up, or one that is importable already."""
-    if importlib.util.find_spec("comfy") is None:
+    """ComfyUI first on the import path: the one of COMFYUI_PATH or of the set-up, or one that is importable already."""
+    if os.environ.get("COMFYUI_PATH") or importlib.util.find_spec("comfy") is None:
         from dev import host
 
         host.import_comfy()

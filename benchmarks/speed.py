@@ -1,14 +1,13 @@
 """Time and memory of training steps beside the frozen model's and other trainers': `make bench`, on whatever device there is.
 
 On a GPU: SDXL's UNet and a Flux of 12 B parameters with random weights. On a CPU: the small models of the tests. Every row is
-written as soon as it is measured; a section that fails is reported, and the others go on. `--merge FILE` measures nothing: it
-takes the rows of a run into docs/benchmarks/speed.json and writes speed.md and README's table anew.
+written as soon as it is measured; a section that fails, or on a GPU takes too long, is reported, and the others go on. `--merge
+FILE` measures nothing: it takes the rows of a run into docs/benchmarks/speed.json and writes speed.md and README's table anew.
 
 A whole run on a GPU takes longer than ten minutes; in parts, of which each keeps its own folder:
 
-    python -m benchmarks.speed --out DIR/step --only step trainlora buckets falling
-    python -m benchmarks.speed --out DIR/rest --only loading batch eight flat
-    python -m benchmarks.speed --out DIR/last --only peft flux
+    python -m benchmarks.speed --out DIR/step --only step eager everything peft trainlora buckets
+    python -m benchmarks.speed --out DIR/rest --only batch falling loading eight flux flat
     python -m benchmarks.speed --out DIR/kernels --only profile
     python -m benchmarks.speed --merge DIR/step/speed.json
 
@@ -22,16 +21,22 @@ import argparse
 import datetime
 import importlib
 import json
+import math
 import time
 import traceback
 from pathlib import Path
 
 from benchmarks import models, sections, table
+from dev.limits import at_most
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "benchmarks"
 README = ROOT / "README.md"
 README_WORKS = {"batch 1": sections.MAIN, "batch 4": sections.BATCH}
+
+
+LEAST = 5
+"""A section is not begun with fewer seconds left."""
 
 
 def measure(names: list[str], out: Path | None, seconds: float) -> tuple[list[table.Row], list[str]]:
@@ -48,17 +53,19 @@ def measure(names: list[str], out: Path | None, seconds: float) -> tuple[list[ta
     figures = table.Table(about, out / "speed.json" if out else None)
     start, missing = time.monotonic(), []
     with sections.temporary() as folder:
-        bench = sections.Bench(figures, Path(folder))
+        bench = sections.Bench(figures, folder, start + seconds)
         for name in names:
-            if time.monotonic() - start > seconds:
-                print(f"{name}: no time left", flush=True)
+            section, limit = sections.SECTIONS[name]
+            if bench.left() < LEAST:
+                print(f"-- {name}: no time left", flush=True)
                 missing.append(name)
                 continue
             begun = time.monotonic()
             try:
-                sections.SECTIONS[name](bench)
+                with at_most(min(limit if cuda else math.inf, bench.left())):
+                    section(bench)
             except Exception:
-                traceback.print_exc()
+                print(f"-- {name} failed:\n{traceback.format_exc()}", flush=True)
                 missing.append(name)
             print(f"-- {name}: {time.monotonic() - begun:.0f} s, {time.monotonic() - start:.0f} s in all", flush=True)
     return figures.rows, missing
@@ -82,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md; on a GPU the repository's own by default")
     parser.add_argument("--only", nargs="+", choices=list(sections.SECTIONS), default=usual, help="sections to run, in order")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no section after this time")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="give up after this time what is not done")
     parser.add_argument("--merge", type=Path, help="take the rows of this file into the repository; measure nothing")
     told = parser.parse_args()
     if told.merge:

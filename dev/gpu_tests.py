@@ -1,7 +1,8 @@
 """The tests that need a GPU: `make test-gpu`. What they said goes into gpu-tests.json in --out, or docs/benchmarks.
 
 Only the files that hold such tests are collected: others import tools, a browser among them, that a GPU machine need not have.
-By hand, with the host's Python: `python -m dev.gpu_tests --out DIR`; a part of them: `python -m dev.gpu_tests -k memory`.
+By hand, with the host's Python: `python -m dev.gpu_tests --out DIR`; a part of them: `python -m dev.gpu_tests -k memory`. The
+file is written anew after every test, so a run that is killed keeps what it has; a test that takes too long fails.
 """
 
 from __future__ import annotations
@@ -10,22 +11,39 @@ import argparse
 import datetime
 import importlib
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dev.host import ROOT, import_comfy
+from dev.limits import at_most
 
 DOCS = ROOT / "docs" / "benchmarks"
 MARK = "pytest.mark.gpu"
 
 
-class Record:
-    """A pytest plugin that keeps every test's outcome."""
+MOST_SECONDS = 90
+"""A test that takes longer fails, and the next one goes on."""
 
-    def __init__(self) -> None:
+
+class Record:
+    """A pytest plugin that keeps every test's outcome. path: where it is written, with what it was run on, after each."""
+
+    def __init__(self, path: Path, about: dict[str, str]) -> None:
+        self.path, self.about = path, about
         self.tests: dict[str, dict[str, Any]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Generator[None, Any, Any]:
+        """The test's own code, for so long and no longer."""
+        with at_most(MOST_SECONDS):
+            return (yield)
+
+    def pytest_runtest_logfinish(self) -> None:
+        """After every test."""
+        self.path.write_text(json.dumps({**self.about, "tests": list(self.tests.values())}, indent=1) + "\n", encoding="utf-8")
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """One phase of one test: the worst outcome counts."""
@@ -33,7 +51,8 @@ class Record:
         test["seconds"] = round(test["seconds"] + report.duration, 2)
         if report.outcome != "passed":
             test["outcome"] = report.outcome
-            test["why"] = str(report.longrepr).strip().splitlines()[-1][:300]
+            lines = str(report.longrepr).strip().splitlines()
+            test["why"] = next((line[1:].strip() for line in lines if line.startswith("E ")), lines[-1])[:300]
 
 
 def files() -> list[Path]:
@@ -51,17 +70,16 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         raise SystemExit("These tests need an NVIDIA GPU that torch can use, and there is none here.")
-    record = Record()
-    code = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", *map(str, files()), *more], plugins=[record])
-    result = {
+    about = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "comfyui": importlib.import_module("comfyui_version").__version__,
         "date": datetime.date.today().isoformat(),
-        "tests": list(record.tests.values()),
     }
     told.out.mkdir(parents=True, exist_ok=True)
-    (told.out / "gpu-tests.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    record = Record(told.out / "gpu-tests.json", about)
+    options = ["-m", "gpu", "-q", "--durations=8", "-p", "no:cacheprovider"]
+    code = pytest.main([*options, *map(str, files()), *more], plugins=[record])
     raise SystemExit(int(code))
 
 

@@ -2,10 +2,12 @@
 
 Trains the small Flux whole, whole again, and in two halves, in both number types and both forms, and prints how far the adapters
 lie apart: 0 where they are the same bit for bit. A device whose kernels add in no fixed order differs between two whole runs too.
+With --out, into halves.json there as well, after each form.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import tempfile
@@ -54,11 +56,19 @@ def measure(direct: Direct, name: str, **changes: Any) -> dict[str, float]:
 
 def main() -> None:
     """Prints the distances of every form as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for halves.json")
+    out = parser.parse_args().out
     host.import_comfy()
+    found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         direct = Direct(Path(folder))
         for number, (form, changes) in enumerate(FORMS.items()):
-            print(json.dumps({form: measure(direct, str(number), steps=STEPS, **changes)}), flush=True)
+            found[form] = measure(direct, str(number), steps=STEPS, **changes)
+            print(json.dumps({form: found[form]}), flush=True)
+            if out is not None:
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "halves.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

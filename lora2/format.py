@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .cores import shared_out, workers
 from .errors import LoraError
 from .factors import Factors
 from .info import KEY, Info
@@ -158,6 +160,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = No
             alphas[prefix] = alpha
         for suffix in (*STYLES[style], ".alpha"):
             other.pop(prefix + suffix, None)
+    _check_finite(layers)
     document = LoraDocument(layers, styles, alphas, other, dict(metadata))
     if KEY in metadata:
         try:
@@ -194,7 +197,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _checked(prefix: str, up: Tensor, down: Tensor, alpha: Tensor | None) -> Factors:
-    """The factors of one layer, if they make sense."""
+    """The factors of one layer, if they make sense; whether they are finite is asked for all layers together."""
     if up.ndim < 2 or down.ndim < 2 or up.shape[1:].numel() != down.shape[0]:
         raise LoraError(
             f"The factors of layer {shown(prefix)} do not fit together: up has the shape {list(up.shape)},"
@@ -204,11 +207,27 @@ def _checked(prefix: str, up: Tensor, down: Tensor, alpha: Tensor | None) -> Fac
         raise LoraError(f"Layer {shown(prefix)} belongs to a weight of size 0: the LoRA is damaged.")
     if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or not _finite(alpha)):
         raise LoraError(f"The alpha of layer {shown(prefix)} is not one finite number: the LoRA is damaged.")
-    if not (_finite(up) and _finite(down)):
-        raise LoraError(
-            f"Layer {shown(prefix)} holds NaN or infinity: it would turn every picture black. Use another LoRA."
-        )
     return Factors(up, down, None if alpha is None else float(alpha.item()))
+
+
+def _check_finite(layers: Mapping[str, Factors]) -> None:
+    """Raise LoraError, naming the first layer that holds NaN or infinity.
+
+    It is the first to touch a file's pages, and takes as long as memory takes to bring them: so all cores ask for some layers.
+    """
+    names = list(layers)
+    per_piece = max(1, len(names) // (4 * workers()) + 1)
+    pieces = [names[i : i + per_piece] for i in range(0, len(names), per_piece)]
+    found = shared_out(partial(_first_broken, layers, piece) for piece in pieces)
+    broken = next((name for name in found if name is not None), None)
+    if broken is not None:
+        raise LoraError(
+            f"Layer {shown(broken)} holds NaN or infinity: it would turn every picture black. Use another LoRA."
+        )
+
+
+def _first_broken(layers: Mapping[str, Factors], names: Sequence[str]) -> str | None:
+    return next((name for name in names if not (_finite(layers[name].up) and _finite(layers[name].down))), None)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -8,14 +8,14 @@ else is small, stays on the CPU, and is shared out over its cores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .cores import shared_out
 from .factors import Factors
 from .memory import attempt
 from .spectrum import singular_order
@@ -25,8 +25,6 @@ T = TypeVar("T")
 MOST_INVERSE = 1e4
 """Where ‖L⁻¹‖ of a factor's correlations is larger, its layer is decomposed by QR: what L loses is about ‖L⁻¹‖² · 1.1e-16 of
 the layer, 1e-8 at this limit, a sixth of float32's rounding."""
-
-MOST_WORKERS = 16
 
 
 class Order:
@@ -85,7 +83,7 @@ def singular_orders(layers: Mapping[str, Factors], device: torch.device | None =
         for factors in layers.values():
             yield partial(_order, factors, place, _products(factors, place))
 
-    return dict(zip(layers, _shared_out(products()), strict=True))
+    return dict(zip(layers, shared_out(products()), strict=True))
 
 
 def _products(factors: Factors, device: torch.device) -> tuple[Tensor, Tensor] | None:
@@ -147,15 +145,3 @@ def _somewhere(device: torch.device, work: Callable[[torch.device], T]) -> T:
     """Work on this device; on the CPU where its memory runs out."""
     done = attempt(lambda: work(device))
     return done[0] if done else work(torch.device("cpu"))
-
-
-def _shared_out(works: Iterable[Callable[[], T]]) -> list[T]:
-    """What these give, in their order, worked out by as many cores as torch uses: small matrices keep only one of them busy."""
-    cores = torch.get_num_threads()
-    if cores == 1:
-        return [work() for work in works]
-    try:
-        with ThreadPoolExecutor(min(cores, MOST_WORKERS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return [waiting.result() for waiting in [pool.submit(torch.no_grad()(work)) for work in works]]
-    finally:
-        torch.set_num_threads(cores)  # threads to come take the number that was set last

@@ -59,8 +59,8 @@ def run(model: Any, family: str, graphs: bool = True, shapes: Any = SHAPES[:1] *
         seen.refused += out is None
         return out
 
-    def watched(self: Any, *given: Any) -> bool:
-        changed = sync(self, *given)
+    def watched(self: Any, *given: Any, **more: Any) -> bool:
+        changed = sync(self, *given, **more)
         seen.resized += changed
         return bool(changed)
 

@@ -1,0 +1,64 @@
+"""Work shared out over cores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from lora2.cores import shared_out
+
+
+@pytest.fixture(params=[1, 2, 5])
+def cores(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many cores as torch believes in."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def fail(at: int, index: int) -> int:
+    if index >= at:
+        raise ValueError(f"piece {index}")
+    return index * index
+
+
+def test_results_come_in_order(cores: int) -> None:
+    assert shared_out(partial(fail, 100, i) for i in range(50)) == [i * i for i in range(50)]
+    assert shared_out([]) == []
+    assert torch.get_num_threads() == cores
+
+
+def test_pieces_run_at_once_and_use_one_core_each(cores: int) -> None:
+    meeting = threading.Barrier(cores)
+
+    def meet() -> tuple[int, bool]:
+        meeting.wait(60)  # all are there only if all run at once
+        return torch.get_num_threads(), torch.is_grad_enabled()
+
+    with torch.no_grad():
+        assert shared_out([meet] * cores) == [(1, False)] * cores
+
+
+def test_the_first_error_in_order_is_raised(cores: int) -> None:
+    with pytest.raises(ValueError, match="piece 7"):
+        shared_out(partial(fail, 7, i) for i in range(20))
+    assert torch.get_num_threads() == cores
+
+
+def test_whoever_stops_asking_stops_the_work(cores: int) -> None:
+    done: list[int] = []
+
+    def works() -> Iterator[Callable[[], None]]:
+        yield partial(done.append, 1)
+        raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        shared_out(works())
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == cores
