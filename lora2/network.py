@@ -23,7 +23,7 @@ from .settings import Settings
 from .spectrum import singular_order
 from .state import MOST_STEPS, State, damaged, restore_generator
 
-INITIAL_OVER_TARGET = 2
+INITIAL_OVER_TARGET = 4
 SMALLEST_INITIAL = 16
 
 PRESSED_SHARE, FREED_SHARE = 0.02, 0.05

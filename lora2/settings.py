@@ -49,7 +49,7 @@ class Settings:
     target_rank: parameter-weighted mean rank to end with. budget_mb: size of the file in MB (10⁶ bytes) instead; 0 = none.
     settle_keep: the share of what all positions are worth which is enough: below 1, the last cut may
     end below the target; a budget is filled all the same.
-    initial_rank: 0 chooses twice the target, at least 16. max_rank: 0 = each layer's full rank. min_rank: 0 lets a cut drop
+    initial_rank: 0 chooses four times the target, at least 16. max_rank: 0 = each layer's full rank. min_rank: 0 lets a cut drop
     whole layers; no rank adapts below 1.
     q: the share of the importance mass that a rank holds. rank_weight, entropy_weight: λ_r and λ_e of the paper.
     bytes_per_parameter, file_overhead: how a number of parameters becomes a file's size; a host fills them in.

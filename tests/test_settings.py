@@ -24,6 +24,7 @@ BAD = [
     *((name, value) for name in MAYBE for value in (-1, 2.5, NAN, "3", None)),
     *((name, value) for name in POSITIVE for value in (0, -1e-9, NAN, INF, "1e-4", None)),
     *((name, value) for name in NOT_NEGATIVE for value in (-1e-9, NAN, INF, -INF, "0", None)),
+    *(("settle_keep", value) for value in (0, 0.09, 1.01, -1, NAN, INF, "all", None)),
     *((name, value) for name in SHARES for value in (-0.01, 1.01, NAN, INF, "half", None)),
     *(("q", value) for value in (0, 0.009, 1, 1.5, -0.9, NAN, INF, "0.9")),
     *((name, value) for name in WORDS for value in ("", "Cosine", "linear", None, 3)),

@@ -39,6 +39,8 @@ TRUNCATED_SIZES = (12, 8, 4)
 RESIZED, ALLOCATED = "resized", "allocated"
 """Trained at LARGE, then cut: every layer to the same share of its norm, or all together by energy per parameter."""
 
+SMALLEST_START = 16
+
 UNIT = 11_776
 """Parameters per unit of rank in the drawing model's attention layers; the tests count them."""
 
@@ -78,16 +80,20 @@ def configs(counts: Sequence[int] = COUNTS) -> list[Config]:
     return [(method, rank, count) for count in counts for method in ranks for rank in ranks[method]]
 
 
-def job(config: Config, subject: str, rate: float, seed: int, **more: Any) -> Job:
-    """The adaptation that shows a config."""
+def job(
+    config: Config, subject: str, rate: float, seed: int, changes: tuple[tuple[str, Any], ...] = (), **more: Any
+) -> Job:
+    """The adaptation that shows a config. Ours starts at twice the target, at least 16."""
     method, rank, count = config
+    if method == SETTLING and 2 * rank >= SMALLEST_START:
+        changes = (("initial_rank", 2 * rank), *changes)
     if method in (RESIZED, ALLOCATED):
         method, rank = FIXED, LARGE
     if (method, rank) == (FIXED, LARGE):
         more["more"] = (RESIZED, ALLOCATED)
     if rank == TRUNCATED and method in (FIXED, SETTLING):
         more["more"] = ("shortened", "shared_out")
-    return Job(subject, count, method, rank, rate, seed, STEPS, marks=MARKS, **more)
+    return Job(subject, count, method, rank, rate, seed, STEPS, changes, MARKS, **more)
 
 
 def score(mark: Mapping[str, Any], config: Config) -> dict[str, Any]:

@@ -19,7 +19,9 @@ REPORTED = (0.9, 0.95)
 def keep_job(subject: str, count: int, keep: float, tuned: Tuned, seed: int) -> Job | None:
     """An adaptation at the learning rate of the whole target; None where that is not known."""
     choice = tuned.get((SETTLING, MOST, count))
-    return choice and job((SETTLING, MOST, count), subject, choice.rate, seed, changes=(("settle_keep", keep),))
+    if choice is None:
+        return None
+    return job((SETTLING, MOST, count), subject, choice.rate, seed, changes=(("settle_keep", keep),))
 
 
 def jobs(tuned: Tuned, counts: Sequence[int] = COUNTS) -> Iterator[Job]:

@@ -40,6 +40,10 @@ WEIGHT = Settings().rank_weight
 WEIGHTS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 SETTLED, PURE = "settled", "pure"
 STEPS = {SETTLED: 400, PURE: 1200}
+NOISE = 0.3
+"""Where the budget is too small: error that nothing can explain, as pictures always leave. What a layer is worth is told by
+its gradients, and those of a task that is learned exactly vanish."""
+
 PURE_TARGET = 2
 """The paper's form is pulled toward this; every layer above it has to hold its rank against the pull."""
 
@@ -152,7 +156,9 @@ def cases(full: bool) -> Iterator[Case]:
         yield from (Case("rest", PURE, small, seed, rest=rest) for rest in ((0.0, 0.1, 0.5) if full else (0.0,)))
     for seed in fewer:
         for share in (0.25, 0.5, 0.75, 1.5, 2.0) if full else (0.5, 2.0):
-            yield from (Case("shares", SETTLED, small, seed, decay=d, share=share) for d in ((1.0, 4.0) if full else (4.0,)))
+            decays = (1.0, 4.0) if full else (4.0,)
+            yield from (Case("shares", SETTLED, small, seed, decay=d, noise=NOISE, share=share) for d in decays)
+        yield from (Case("exact", SETTLED, small, seed, decay=4.0, share=share) for share in (0.25, 0.5, 0.75) if full)
         yield from (Case("start", SETTLED, small, seed, initial=i) for i in (2, 4, 8, 16, 24, 32, 64) if full)
         yield from (Case("noise", SETTLED, small, seed, noise=n) for n in (0.01, 0.1, 1.0) if full)
 
