@@ -1,0 +1,76 @@
+"""The page of rank against complexity: tables and plots from its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.evidence.comparison import COUNTS
+from benchmarks.evidence.complexity import CUT, IN_USE, LEARNED, MEASURES, NEEDED, WANTED, WEIGHED, correlation, of
+from benchmarks.evidence.experiment import Results, mean, table
+from benchmarks.evidence.plot import ACCENT, CALM, Plot, Series
+
+TITLES = {
+    LEARNED: "Total rank where the paper's form comes to rest",
+    NEEDED: "Mean rank of ours that a subject needs",
+    CUT: "Mean rank that a subject needs of a large rank, cut",
+}
+SHORT = {
+    LEARNED: "paper's form, total rank",
+    NEEDED: "ours, needed",
+    CUT: "cut, needed",
+    IN_USE: "in use",
+    WEIGHED: "in use, weighed",
+}
+COLOURS = {COUNTS[0]: ACCENT, COUNTS[1]: CALM}
+
+
+def build(results: Results, folder: Path) -> str:
+    """The part of the page, in Markdown; draws its pictures into the folder."""
+    rows = [[words, *(f"{correlation(results, measure, count):.2f}" for count in COUNTS)] for measure, words in MEASURES.items()]
+    parts = [
+        "## Rank and complexity",
+        "The ten subjects are grids of 1, 4, 9 … 100 coloured parts. At a target, ours has the same total rank on all of "
+        "them, so the target cannot show what a subject needs. Five measures can; Spearman's correlation of each, in the mean over "
+        f"{len(results['seeds'])} seeds, with the number of parts:",
+        table(["measure", *(f"{count} pictures" for count in COUNTS)], rows),
+        _verdict(results),
+    ]
+    for measure, title in TITLES.items():
+        series = []
+        for count in COUNTS:
+            parts_, values, low, high = of([r for r in results["rows"] if r["pictures"] == count], measure)
+            series.append(Series(f"{count} pictures", parts_, values, low=low, high=high, colour=COLOURS[count]))
+        name = f"complexity_{measure}.png"
+        Plot(title, "parts of the subject", "mean, lowest and highest of the seeds", series, x_log=2,
+             x_ticks=[(k * k, f"{k * k}") for k in (1, 2, 3, 4, 6, 8, 10)]).save(folder / name)  # fmt: skip
+        parts.append(f"![{title}]({name})")
+    parts.append(_subjects(results))
+    return "\n\n".join(parts)
+
+
+def _verdict(results: Results) -> str:
+    """Which measures follow the number of parts, and which do not."""
+    found = {m: correlation(results, m, COUNTS[0]) for m in MEASURES}
+    good, poor = ([m for m in found if (found[m] >= WANTED) is side] for side in (True, False))
+    told = []
+    if good:
+        told.append(f"With {COUNTS[0]} pictures these follow the number of parts: {'; '.join(MEASURES[m] for m in good)}.")
+    if poor:
+        told.append(f"These do not, or not well: {'; '.join(MEASURES[m] for m in poor)}.")
+    if LEARNED in poor:
+        told.append(
+            "Ranks of the paper's form move by gradients whose size an adaptive optimizer takes away, and on a subject with "
+            "little to learn noise is what is left of them: total learned rank is then no measure of what a subject needs."
+        )
+    return " ".join(told)
+
+
+def _subjects(results: Results) -> str:
+    rows = []
+    for row in (r for r in results["rows"] if r["pictures"] == COUNTS[0]):
+        cells = [f"{mean(row[m]):.{1 if m in (NEEDED, CUT) else 0}f}" if row[m] else "" for m in MEASURES]
+        rows.append([row["subject"], row["parts"], *cells])
+    body = table(["subject", "parts", *(SHORT[m] for m in MEASURES)], rows)
+    return f"{COUNTS[0]} pictures, means over seeds:\n\n{body}"
+
+
