@@ -116,7 +116,7 @@ def claims(results: Results) -> list[Claim]:
     found = []
     for count in COUNTS:
         best = max(surely_better(row) for row in ours(results, count))
-        found.append(Claim(f"{count} pictures: by how much of the loss any change is surely better than the default", best, SMALL))
+        found.append(Claim(f"{count} pictures: how much of the loss any change is surely better by", best, SMALL))
     free, held = long_run(results, FREE), long_run(results, HELD)
     return [
         *found,

@@ -23,7 +23,7 @@ def build(results: Results, folder: Path) -> str:
         f"seeds, target {RANK}. Every row is at the learning rate that is best without the change, and where a change may shift "
         "that, at the best of it and of half a decade to both sides; at the best step to stop. *Loss*: over that of the method "
         f"as it is, in the mean over {pairs} pairs of subject and seed, ± its standard error. A difference is said to be seen "
-        f"from {SURE:g} standard errors on; of some forty rows, two will seem so by chance. Ranks are weighted by what they cost.",
+        f"from {SURE:g} standard errors on; of some forty rows, two will seem so by chance. Mean ranks are weighted by cost.",
     ]
     for count in COUNTS:
         rows = ours(results, count)
@@ -39,10 +39,13 @@ def _table(rows: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> st
         side = " (best rate at the side)" if row["at_side"] else ""
         body.append([
             f"{row['setting']}", f"{defaults.get(row['setting'], '')}", f"{row['change']}{side}",
-            f"{100 * row['difference']:+.2f} ± {100 * row['error']:.2f} %", f"{row['rank']:.1f}", f"{row['low']} to {row['high']}",
-            verdict(row),
+            _loss(row), f"{row['rank']:.1f}", f"{row['low']} to {row['high']}", verdict(row),
         ])  # fmt: skip
     return table(["setting", "default", "change", "loss", "mean rank", "of a layer", "says"], body)
+
+
+def _loss(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['difference']:+.2f} ± {100 * row['error']:.2f} %"
 
 
 def _told(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -70,13 +73,16 @@ def _paper(results: Results, folder: Path) -> list[str]:
     for row in short:
         setting = row["setting"].removeprefix("paper's form, ")
         body.append([
-            setting, row["change"], f"{100 * row['difference']:+.2f} ± {100 * row['error']:.2f} %", f"{row['rank']:.1f}",
-            f"{row['low']} to {row['high']}",
+            setting, row["change"], _loss(row), f"{row['rank']:.1f}", f"{row['low']} to {row['high']}",
         ])  # fmt: skip
-    series = [Series(row["change"], [0.0, *(s for s, _ in row["growth"])], [START, *(r for _, r in row["growth"])]) for row in long]
+    series = [
+        Series(row["change"], [0.0, *(s for s, _ in row["growth"])], [START, *(r for _, r in row["growth"])]) for row in long
+    ]
     Plot(f"Ranks of the paper's form, {LONG} steps", "step", "mean rank", series, y_log=2).save(folder / "ablations_growth.png")
     steps = [step for step, _ in long[0]["growth"]] if long else []
-    grown = [[row["change"], START, *(f"{rank:.1f}" for _, rank in row["growth"]), f"{row['low']} to {row['high']}"] for row in long]
+    grown = [
+        [row["change"], START, *(f"{rank:.1f}" for _, rank in row["growth"]), f"{row['low']} to {row['high']}"] for row in long
+    ]
     return [
         "### The paper's form",
         f"Pulled toward rank {PAPER_RANK}, from rank {START}, {COUNTS[0]} pictures; loss over that of the paper's form as it is. "
@@ -92,8 +98,9 @@ def _entropy(found: Results) -> list[str]:
     rows = []
     for weight in dict.fromkeys(run["weight"] for run in found["runs"]):
         ranks = [run["ranks"] for run in chosen(found["runs"], weight=weight)]
+        changes = [f"{100 * entropy.of(found, weight, what):+.2f} %" for what in ("loss", "entropy")]
         rows.append([
-            f"{weight:g}", f"{100 * entropy.of(found, weight, 'loss'):+.2f} %", f"{100 * entropy.of(found, weight, 'entropy'):+.2f} %",
+            f"{weight:g}", *changes,
             f"{mean(r[1] for r in ranks):.2f}", f"{min(r[0] for r in ranks)} to {max(r[2] for r in ranks)}",
         ])  # fmt: skip
     return [

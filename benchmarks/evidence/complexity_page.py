@@ -30,8 +30,8 @@ def build(results: Results, folder: Path) -> str:
     parts = [
         "## Rank and complexity",
         "The ten subjects are grids of 1, 4, 9 … 100 coloured parts. At a target, ours has the same total rank on all of "
-        "them, so the target cannot show what a subject needs. Five measures can; Spearman's correlation of each, in the mean over "
-        f"{len(results['seeds'])} seeds, with the number of parts:",
+        "them, so the target cannot show what a subject needs. Five measures can; Spearman's correlation of each, in the mean "
+        f"over {len(results['seeds'])} seeds, with the number of parts:",
         table(["measure", *(f"{count} pictures" for count in COUNTS)], rows),
         _verdict(results),
     ]
