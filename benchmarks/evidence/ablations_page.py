@@ -58,9 +58,9 @@ def _told(rows: Sequence[Mapping[str, Any]]) -> str:
     free = [name for name in said if name not in opposed and name not in supported]
     told = []
     for words, names in (
-        ("Defaults that some change does worse than", supported),
-        ("Defaults that some change does better than", opposed),
-        ("Makes no difference that could be seen here", free),
+        ("Supported, since some change does worse", supported),
+        ("Not supported, since some change does better", opposed),
+        ("No difference could be seen here", free),
     ):
         told.append(f"{words}: {', '.join(names) if names else 'none'}.")
     return " ".join(told)

@@ -54,13 +54,14 @@ def _verdict(results: Results) -> str:
     good, poor = ([m for m in found if (found[m] >= WANTED) is side] for side in (True, False))
     told = []
     if good:
-        told.append(f"With {COUNTS[0]} pictures these follow the number of parts: {'; '.join(MEASURES[m] for m in good)}.")
+        told.append(f"With {COUNTS[0]} pictures these follow the number of parts: {', '.join(SHORT[m] for m in good)}.")
     if poor:
-        told.append(f"These do not, or not well: {'; '.join(MEASURES[m] for m in poor)}.")
+        told.append(f"These do not, or not well: {', '.join(SHORT[m] for m in poor)}.")
     if LEARNED in poor:
         told.append(
-            "Ranks of the paper's form move by gradients whose size an adaptive optimizer takes away, and on a subject with "
-            "little to learn noise is what is left of them: total learned rank is then no measure of what a subject needs."
+            "Where total learned rank is poor, ranks of the paper's form tell what layers need against one another, not how much "
+            "a subject needs. A likely reason, not tested: an adaptive optimizer takes the size of θ's gradients away, and where "
+            "little is to be learned their noise moves ranks too."
         )
     return " ".join(told)
 
