@@ -24,6 +24,7 @@ from benchmarks.evidence import (
     equal_bytes,
     needs,
     pareto,
+    personal,
     records,
     truncation,
     twists,
@@ -95,6 +96,11 @@ def test_every_change_is_one_of_a_setting(variant: variants.Variant) -> None:
     changed = replace(settings, **dict(variant.changes))
     if not variant.twist and variant.changes and "rank_weight" not in dict(variant.changes):
         assert changed != settings, "a change to the default shows nothing"
+
+
+def test_where_the_papers_form_starts() -> None:
+    settings = pack("lora2.settings").Settings(target_rank=variants.PAPER_RANK)
+    assert pack("lora2.network").initial_ranks(float(variants.PAPER_RANK), [256], settings) == [ablations.START]
 
 
 # -- cutting and counting ------------------------------------------------------------------------------------
@@ -365,6 +371,8 @@ def test_a_plain_lora_is_trained_plainly_and_measured_as_its_file(tmp_path: Path
         raise AssertionError("a plain LoRA is not cut")
 
     monkeypatch.setattr(network, "settle", never)
+    for name in ("HELD_OUT", "OTHERS"):
+        monkeypatch.setattr(personal, name, 2)  # what it is measured on, for the sake of time
     bench = Workbench(checkpoint)
     found = bench.adapt(Job("grid 2x2", 5, FIXED, 2, 1e-3, 0, 4, marks=(2,), more=("shortened",)))
     assert found["budget"] == 2 * UNIT == found["file"]["parameters"]

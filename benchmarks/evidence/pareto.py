@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import reduced
-from benchmarks.evidence.comparison import COUNTS, RESIZED, SEEDS, STEPS, Choice, Config, Tuned
+from benchmarks.evidence.comparison import COUNTS, RESIZED, SEEDS, STEPS, Choice, Config, Tuned, configs
 from benchmarks.evidence.equal_bytes import METHODS, Point, Points, beaten, pairs, point, points, tally
 from benchmarks.evidence.experiment import Claim, Results, main, mean
 from benchmarks.evidence.measuring import rounded
@@ -38,16 +38,16 @@ def run(full: bool) -> Results:
 
 
 def _reduced() -> Results:
-    configs: list[Config] = [(SETTLING, reduced.RANK, reduced.PICTURES), (FIXED, reduced.RANK, reduced.PICTURES)]
+    uncut: list[Config] = [(SETTLING, reduced.RANK, reduced.PICTURES), (FIXED, reduced.RANK, reduced.PICTURES)]
     cut: Config = (RESIZED, reduced.RANK, reduced.PICTURES)
-    wanted = [(name, config) for name in reduced.SUBJECTS for config in configs] + [(reduced.SUBJECTS[1], cut)]
+    wanted = [(name, config) for name in reduced.SUBJECTS for config in uncut] + [(reduced.SUBJECTS[1], cut)]
     jobs = {(name, config): reduced.job(config, name) for name, config in wanted}
     done = reduced.records(list(jobs.values()))
     found: dict[tuple[str, Config], Point] = {}
     for (name, config), job in jobs.items():
         if at := point(config, reduced.STEPS, [done[job.key]]):
             found[name, config] = at
-    tuned = {config: reduced.choice(config) for config in (*configs, cut)}
+    tuned = {config: reduced.choice(config) for config in (*uncut, cut)}
     return {"steps": reduced.STEPS, "seeds": [0], "tuned": _rows(tuned), "points": _point_rows(found)}
 
 
@@ -95,8 +95,13 @@ def claims(results: Results) -> list[Claim]:
         for count in COUNTS
         for method, needed in NEEDED.items()
     ]  # fmt: skip
+    wanted = len(configs()) * len({subject for subject, _ in found})
     edge = sum(not choice.inside for choice in choices_of(results).values())
-    return [*made, Claim("tuning: learning rates that lie at the edge of what was tried", edge, 0)]
+    return [
+        *made,
+        Claim("pairs of subject and method without a result", wanted - len(found), 0),
+        Claim("tuning: learning rates that lie at the edge of what was tried", edge, 0),
+    ]
 
 
 def _every(method: str) -> str:
