@@ -56,9 +56,8 @@ def compact(records: Mapping[str, Record]) -> tuple[dict[str, Any], list[Record]
     stored.run(comparison.reported(tuned, comparison.SEEDS))
     used = [records[key] for key in sorted(stored.asked & set(records))]
     about = {
-        "device": ", ".join(sorted({r["device"] for r in used})),
-        "torch": ", ".join(sorted({r["torch"] for r in used})),
-        "date": max((r["date"] for r in used), default=""),
+        **{name: ", ".join(sorted({r[name] for r in used if name in r})) for name in ("device", "torch")},
+        "date": max((r["date"] for r in used if "date" in r), default=""),
         "size": "full",
         "minutes": round(sum(r.get("seconds", 0.0) for r in used) / 60, 1),
         "runs": len(used),
