@@ -165,3 +165,8 @@ def test_the_results_hold_the_figures_in_one_place() -> None:
     assert results["rank_recovery"]["residual_max"] <= 1e-3
     assert results["budget"]["worst_error"] <= 0.02
     assert results["budget"]["worst_overshoot"] == 0
+    assert results["pareto"]["subjects"] == 10
+    assert results["pareto"]["seeds"] >= 3
+    assert 0 <= results["pareto"]["beats_resize"] <= 10 >= results["pareto"]["beats_fixed"] >= 0
+    assert -1 <= results["complexity"]["spearman"] <= 1
+    assert 0 <= results["truncation"]["ordered_beats_unordered"] <= 10

@@ -42,17 +42,18 @@ def points(
     for name in names:
         for config, choice in tuned.items():
             runs = [records.get(job(config, name, choice.rate, seed).key) for seed in seeds]
-            if point := _point(config, choice.step, [run for run in runs if run]):
-                found[name, config] = point
+            if at := point(config, choice.step, [run for run in runs if run]):
+                found[name, config] = at
     return found
 
 
-def _point(config: Config, step: int, runs: Sequence[Record]) -> Point | None:
+def point(config: Config, step: int, runs: Sequence[Record]) -> Point | None:
+    """The means over these runs at a step; None where there is none, or one of them diverged."""
     at: list[dict[str, Any]] = []
     for run in runs:
         at += [score(mark, config) for mark in usable(run) if mark["step"] == step]
     if not at or len(at) < len(runs):
-        return None  # a run that diverged leaves nothing to compare
+        return None
     before = [run["before"] for run in runs]
     return Point(
         mean(a["loss"] for a in at), mean(a["drift"] for a in at), mean(a["parameters"] for a in at),
@@ -82,9 +83,9 @@ class Pair:
 def ours_within(found: Points, subject: str, parameters: float, count: int) -> Point | None:
     """Ours with the largest target whose file is no larger than this."""
     for target in sorted(TARGETS, reverse=True):
-        point = found.get((subject, (SETTLING, target, count)))
-        if point and point.parameters <= parameters:
-            return point
+        at = found.get((subject, (SETTLING, target, count)))
+        if at and at.parameters <= parameters:
+            return at
     return None
 
 

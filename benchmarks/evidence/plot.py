@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from lora2.canvas import Canvas
 from lora2.colours import ACCENT, CALM, CARD, INK, PLATE, QUIET, RULE, Colour
 
@@ -44,6 +46,7 @@ class Plot:
     """One plot. x_log, y_log: powers of this number are ticks (2 or 10); 0 = a plain axis.
 
     x_ticks: places and words to write instead of the axis's own. limit: a horizontal line, with its words.
+    width, height: in units; texts keep their size.
     """
 
     title: str
@@ -55,24 +58,28 @@ class Plot:
     x_ticks: Sequence[tuple[float, str]] = ()
     y_range: tuple[float, float] | None = None
     limit: tuple[float, str] | None = None
+    width: float = WIDTH
+    height: float = HEIGHT
 
     def save(self, path: Path, pixels: int = 880) -> Path:
         """Draw it; the picture is `pixels` wide, PNG."""
-        canvas = Canvas(WIDTH, HEIGHT, pixels)
+        return _write(self.picture(pixels), path)
+
+    def picture(self, pixels: int = 880) -> Image.Image:
+        """The plot, so many pixels wide."""
+        canvas = Canvas(self.width, self.height, pixels)
         xs = [v for s in self.series for v in s.x] + [at for at, _ in self.x_ticks]
         ys = [v for s in self.series for v in (*s.y, *s.low, *s.high)] + ([self.limit[0]] if self.limit else [])
-        x_axis = _Axis(min(xs), max(xs), self.x_log, _LEFT, WIDTH - _RIGHT, self.x_ticks)
+        x_axis = _Axis(min(xs), max(xs), self.x_log, _LEFT, self.width - _RIGHT, self.x_ticks)
         low, high = self.y_range or (min(ys), max(ys))
         top = _TOP + _LINE * (self._legend_rows(canvas) - 1)
-        y_axis = _Axis(low, high, self.y_log, HEIGHT - _BOTTOM, top)
-        canvas.text(24, 40, canvas.fit(self.title, 24, WIDTH - 48), 24, INK, strong=True)
+        y_axis = _Axis(low, high, self.y_log, self.height - _BOTTOM, top)
+        canvas.text(24, 40, canvas.fit(self.title, 24, self.width - 48), 24, INK, strong=True)
         self._legend(canvas, draw=True)
         self._frame(canvas, x_axis, y_axis, top)
         for index, series in enumerate(self.series):
             _draw(canvas, series, x_axis.at, y_axis.at, series.colour or PALETTE[index % len(PALETTE)])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.picture().quantize(64).save(path, optimize=True)
-        return path
+        return canvas.picture()
 
     def _legend_rows(self, canvas: Canvas) -> int:
         return self._legend(canvas, draw=False)
@@ -82,7 +89,7 @@ class Plot:
         x, row = 24.0, 0
         for index, series in enumerate(s for s in self.series if s.name):
             wide = 34 + canvas.text_width(series.name, TEXT) + 24
-            if x + wide > WIDTH - 24 and x > 24:
+            if x + wide > self.width - 24 and x > 24:
                 x, row = 24.0, row + 1
             if draw:
                 y = 74 + row * _LINE
@@ -93,24 +100,40 @@ class Plot:
         return row + 1
 
     def _frame(self, canvas: Canvas, x_axis: _Axis, y_axis: _Axis, top: float) -> None:
-        bottom = HEIGHT - _BOTTOM
-        canvas.box(_LEFT, top, WIDTH - _LEFT - _RIGHT, bottom - top, PLATE)
+        bottom = self.height - _BOTTOM
+        canvas.box(_LEFT, top, self.width - _LEFT - _RIGHT, bottom - top, PLATE)
         for value, words in y_axis.ticks:
             y = y_axis.at(value)
-            canvas.box(_LEFT, y - 0.5, WIDTH - _LEFT - _RIGHT, 1, RULE)
+            canvas.box(_LEFT, y - 0.5, self.width - _LEFT - _RIGHT, 1, RULE)
             canvas.text(_LEFT - 10, y, words, TEXT, QUIET, "rm")
         for value, words in x_axis.ticks:
             x = x_axis.at(value)
             canvas.box(x - 0.5, top, 1, bottom - top, RULE)
             half = canvas.text_width(words, TEXT) / 2
-            canvas.text(min(x, WIDTH - 6 - half), bottom + 26, words, TEXT, QUIET, "ms")
-        canvas.text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 16, self.x_name, TEXT, QUIET, "ms")
+            canvas.text(min(x, self.width - 6 - half), bottom + 26, words, TEXT, QUIET, "ms")
+        canvas.text((_LEFT + self.width - _RIGHT) / 2, self.height - 16, self.x_name, TEXT, QUIET, "ms")
         canvas.text(24, top - 14, self.y_name, TEXT, QUIET, "ls")
         if self.limit:
             y = y_axis.at(self.limit[0])
-            _dashes(canvas, _LEFT, WIDTH - _RIGHT, y)
+            _dashes(canvas, _LEFT, self.width - _RIGHT, y)
             below = y - 28 < top
-            canvas.text(WIDTH - _RIGHT - 8, y + 24 if below else y - 8, self.limit[1], TEXT, QUIET, "rs")
+            canvas.text(self.width - _RIGHT - 8, y + 24 if below else y - 8, self.limit[1], TEXT, QUIET, "rs")
+
+
+def sheet(plots: Sequence[Plot], columns: int, path: Path, pixels: int = 440) -> Path:
+    """Several plots in one picture, row by row, each so many pixels wide."""
+    pictures = [plot.picture(pixels) for plot in plots]
+    wide, high = pictures[0].size
+    whole = Image.new("RGB", (columns * wide, math.ceil(len(pictures) / columns) * high), CARD)
+    for index, picture in enumerate(pictures):
+        whole.paste(picture, (index % columns * wide, index // columns * high))
+    return _write(whole, path)
+
+
+def _write(picture: Image.Image, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.quantize(64).save(path, optimize=True)
+    return path
 
 
 class _Axis:

@@ -21,7 +21,9 @@ from benchmarks.evidence.personal import Job
 from benchmarks.evidence.pool import Record, read_records
 
 FILE = FOLDER / "records.jsonl.gz"
-_LEFT_OUT = ("subject", "pictures", "rank", "rate", "seed", "steps", "twist", "file", "seconds", "device", "torch", "date")
+WHERE = ("device", "torch", "date")
+"""What a record says of the machine that made it."""
+_LEFT_OUT = ("subject", "pictures", "rank", "rate", "seed", "steps", "twist", "file", "seconds", *WHERE)
 """What the key says too, or no page uses."""
 
 
@@ -56,9 +58,7 @@ def compact(records: Mapping[str, Record]) -> tuple[dict[str, Any], list[Record]
     stored.run(comparison.reported(tuned, comparison.SEEDS))
     used = [records[key] for key in sorted(stored.asked & set(records))]
     about = {
-        "device": ", ".join(sorted({r["device"] for r in used})),
-        "torch": ", ".join(sorted({r["torch"] for r in used})),
-        "date": max((r["date"] for r in used), default=""),
+        **{name: ", ".join(sorted({r[name] for r in used if name in r})) for name in WHERE},
         "size": "full",
         "minutes": round(sum(r.get("seconds", 0.0) for r in used) / 60, 1),
         "runs": len(used),
@@ -101,8 +101,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path)
     parser.add_argument("--to", type=Path, default=FILE)
+    for name in WHERE:
+        parser.add_argument(f"--{name}", default="", help="of records that do not say it")
     options = parser.parse_args()
-    about, records, missing = compact(read_records(options.records))
+    told = {name: getattr(options, name) for name in WHERE if getattr(options, name)}
+    about, records, missing = compact({key: {**told, **r} for key, r in read_records(options.records).items()})
     write(options.to, about, records)
     print(f"{len(records)} records, {options.to.stat().st_size / 1e6:.2f} MB, {about['device']}; {len(missing)} missing")
 

@@ -1,0 +1,113 @@
+"""The page of what settings and parts of the method are worth: tables from its results, with what each says of the default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import entropy
+from benchmarks.evidence.ablations import SETTING_OF_LONG, START, SURE, ours, papers, verdict
+from benchmarks.evidence.comparison import COUNTS
+from benchmarks.evidence.experiment import Results, chosen, mean, table
+from benchmarks.evidence.plot import Plot, Series
+from benchmarks.evidence.variants import LONG, PAPER_RANK, RANK
+
+
+def build(results: Results, folder: Path) -> str:
+    """The part of the page, in Markdown; draws its pictures into the folder."""
+    pairs = len(results["subjects"]) * len(results["seeds"])
+    parts = [
+        "## What each setting is worth",
+        f"One change at a time, on the {len(results['subjects'])} subjects that settings are tuned on, {len(results['seeds'])} "
+        f"seeds, target {RANK}. Every row is at the learning rate that is best without the change, and where a change may shift "
+        "that, at the best of it and of half a decade to both sides; at the best step to stop. *Loss*: over that of the method "
+        f"as it is, in the mean over {pairs} pairs of subject and seed, ± its standard error. A difference is said to be seen "
+        f"from {SURE:g} standard errors on; of some forty rows, two will seem so by chance. Mean ranks are weighted by cost.",
+    ]
+    for count in COUNTS:
+        rows = ours(results, count)
+        if rows:
+            parts += [f"### {count} pictures", _table(rows, results["defaults"]), _told(rows)]
+    parts += [*_paper(results, folder), *_entropy(results["entropy"])]
+    return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> str:
+    body = []
+    for row in rows:
+        side = " (best rate at the side)" if row["at_side"] else ""
+        body.append([
+            f"{row['setting']}", f"{defaults.get(row['setting'], '')}", f"{row['change']}{side}",
+            _loss(row), f"{row['rank']:.1f}", f"{row['low']} to {row['high']}", verdict(row),
+        ])  # fmt: skip
+    return table(["setting", "default", "change", "loss", "mean rank", "of a layer", "says"], body)
+
+
+def _loss(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['difference']:+.2f} ± {100 * row['error']:.2f} %"
+
+
+def _told(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which defaults the rows support, oppose or leave open, by name."""
+    said: dict[str, set[str]] = {}
+    for row in rows:
+        said.setdefault(row["setting"], set()).add(verdict(row))
+    opposed = [name for name, verdicts in said.items() if "change better" in verdicts]
+    supported = [name for name, verdicts in said.items() if "default better" in verdicts and name not in opposed]
+    free = [name for name in said if name not in opposed and name not in supported]
+    told = []
+    for words, names in (
+        ("Supported, since some change does worse", supported),
+        ("Not supported, since some change does better", opposed),
+        ("No difference could be seen here", free),
+    ):
+        told.append(f"{words}: {', '.join(names) if names else 'none'}.")
+    return " ".join(told)
+
+
+def _paper(results: Results, folder: Path) -> list[str]:
+    rows, long = papers(results), chosen(results["rows"], setting=SETTING_OF_LONG)
+    short = [row for row in rows if row["setting"] != SETTING_OF_LONG]
+    body = []
+    for row in short:
+        setting = row["setting"].removeprefix("paper's form, ")
+        body.append([
+            setting, row["change"], _loss(row), f"{row['rank']:.1f}", f"{row['low']} to {row['high']}",
+        ])  # fmt: skip
+    series = [
+        Series(row["change"], [0.0, *(s for s, _ in row["growth"])], [START, *(r for _, r in row["growth"])]) for row in long
+    ]
+    Plot(f"Ranks of the paper's form, {LONG} steps", "step", "mean rank", series, y_log=2).save(folder / "ablations_growth.png")
+    steps = [step for step, _ in long[0]["growth"]] if long else []
+    grown = [
+        [row["change"], START, *(f"{rank:.1f}" for _, rank in row["growth"]), f"{row['low']} to {row['high']}"] for row in long
+    ]
+    return [
+        "### The paper's form",
+        f"Pulled toward rank {PAPER_RANK}, from rank {START}, {COUNTS[0]} pictures; loss over that of the paper's form as it is. "
+        "Sizes differ here, so a lower loss is no better method by itself.",
+        table(["setting", "change", "loss", "mean rank", "of a layer"], body),
+        f"**Without the pull, ranks run away.** Mean rank over {LONG} steps; a layer holds at most 256:",
+        table(["change", "start", *(f"step {step}" for step in steps), "layers at the end"], grown),
+        "![Mean rank against steps](ablations_growth.png)",
+    ]
+
+
+def _entropy(found: Results) -> list[str]:
+    rows = []
+    for weight in dict.fromkeys(run["weight"] for run in found["runs"]):
+        ranks = [run["ranks"] for run in chosen(found["runs"], weight=weight)]
+        changes = [f"{100 * entropy.of(found, weight, what):+.2f} %" for what in ("loss", "entropy")]
+        rows.append([
+            f"{weight:g}", *changes,
+            f"{mean(r[1] for r in ranks):.2f}", f"{min(r[0] for r in ranks)} to {max(r[2] for r in ranks)}",
+        ])  # fmt: skip
+    return [
+        "### Entropy of cross-attention",
+        f"A small SD 1.x UNet with random weights and three random pictures, {found['steps']} steps on a CPU, "
+        f"{len(found['seeds'])} seeds, change over training. The drawing model of the other experiments has no block that only "
+        "attends to the caption, so the term does not apply to it. This shows that the term lowers the entropy it is a term of, "
+        "and what that costs; whether sharper attention makes better pictures, a model with random weights cannot show.",
+        table(["entropy_weight", "denoising loss", "entropy", "mean rank", "of a layer"], rows),
+    ]

@@ -1,0 +1,197 @@
+"""The page of losses at equal bytes: tables and plots from its results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.evidence.comparison import (
+    ALLOCATED,
+    COUNTS,
+    CUT_RANKS,
+    FIXED_RANKS,
+    LARGE,
+    PAPER_TARGETS,
+    RESIZED,
+    TARGETS,
+    UNIT,
+    Choice,
+    Config,
+)
+from benchmarks.evidence.equal_bytes import BYTES, METHODS, Pair, Points, beaten, pairs, tally
+from benchmarks.evidence.experiment import Results, mean, table
+from benchmarks.evidence.pareto import choices_of, points_of
+from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
+from benchmarks.evidence.plot import ACCENT, CALM, ROSE, SKY, STRAW, Colour, Plot, Series, sheet
+
+WORDS = {SETTLING: "ours", **METHODS}
+COLOURS: dict[str, Colour] = {SETTLING: ACCENT, FIXED: CALM, RESIZED: ROSE, ALLOCATED: SKY, PAPER: STRAW}
+RANKS = {SETTLING: TARGETS, FIXED: FIXED_RANKS, RESIZED: CUT_RANKS, ALLOCATED: CUT_RANKS, PAPER: PAPER_TARGETS}
+UNIT_KB = UNIT * BYTES / 1000
+
+
+def build(results: Results, folder: Path) -> str:
+    """The part of the page, in Markdown; draws its pictures into the folder."""
+    found, chosen = points_of(results), choices_of(results)
+    names = list(dict.fromkeys(subject for subject, _ in found))
+    parts = ["## Loss at equal bytes", _about(results, names), "**Subjects on which ours is better or equal at every size:**"]
+    parts.append(_headline(found))
+    for count in COUNTS:
+        parts += [f"### {count} pictures", *_pictures(found, names, count, folder), _by_subject(found, names, count)]
+    parts += ["### What else changes", _drift(found, names, folder), "### What was tuned", _tuned(chosen)]
+    return "\n\n".join(parts)
+
+
+def _about(results: Results, names: Sequence[str]) -> str:
+    seeds = len(results["seeds"])
+    return (
+        f"The repository's small drawing model learns {len(names)} subjects that it has never seen, grids of 1 to 100 coloured "
+        f"parts, from {COUNTS[0]} or from {COUNTS[1]} pictures, in at most {results['steps']} steps of 4 pictures, {seeds} seeds "
+        "each. The loss is that of denoising 12 pictures of the subject at places where it was not trained. Every method, size "
+        "and number of pictures has its own learning rate (in half powers of ten, until the best lies inside what was tried) and "
+        "its own step to stop at, both tuned on four other subjects. Bytes are those of the factors in fp16: a unit of rank in "
+        f"every layer takes {UNIT_KB:.1f} KB.\n\n"
+        f"Against *fixed rank* r stands ours with the largest target whose file is no larger. *{WORDS[RESIZED]}* is a LoRA of "
+        f"rank {LARGE}, cut after training to at most the size of rank r so that every layer keeps the same share of its norm "
+        f"(as sd-scripts' sv_fro does); *{WORDS[ALLOCATED]}*: so that all layers together keep the most energy per byte. "
+        "*Paper's form* never settles: it has the size that its ranks end at, and ours is no larger."
+    )
+
+
+def _headline(found: Points) -> str:
+    rows = []
+    for count in COUNTS:
+        for method, words in METHODS.items():
+            t = tally(pairs(found, method, count))
+            rows.append([
+                count, words, f"{t['beaten']} of {t['subjects']}", f"{100 * t['share']:.0f} %",
+                f"{100 * t['difference']:+.1f} %", f"{100 * t['worst']:+.1f} %",
+            ])  # fmt: skip
+    head = ["pictures", "ours against", "subjects", "pairs of subject and size", "loss, mean difference", "worst pair"]
+    return table(head, rows)
+
+
+def _kilobytes(found: Points, names: Sequence[str], config: Config) -> float:
+    return mean(found[name, config].parameters for name in names if (name, config) in found) * BYTES / 1000
+
+
+def _line(found: Points, names: Sequence[str], method: str, count: int) -> tuple[list[float], list[float], list[float]]:
+    """KB, loss as a share of that before training, and drift over that before: means over subjects, by size."""
+    sizes, losses, drifts = [], [], []
+    for rank in RANKS[method]:
+        config = (method, rank, count)
+        own = [found[name, config] for name in names if (name, config) in found]
+        if len(own) == len(names):
+            sizes.append(_kilobytes(found, names, config))
+            losses.append(mean(p.loss / p.before for p in own))
+            drifts.append(mean(p.drift / p.drift_before for p in own))
+    return sizes, losses, drifts
+
+
+def _pictures(found: Points, names: Sequence[str], count: int, folder: Path) -> list[str]:
+    lines, beside = [], []
+    for method in WORDS:
+        sizes, losses, _ = _line(found, names, method, count)
+        lines.append(Series(WORDS[method], sizes, losses, colour=COLOURS[method]))
+        if method in (SETTLING, PAPER):
+            continue
+        compared = pairs(found, method, count)
+        ranks = sorted({p.rank for p in compared})
+        each = [[100 * p.difference for p in compared if p.rank == rank] for rank in ranks]
+        beside.append(
+            Series(f"against {WORDS[method]}", [r * UNIT_KB for r in ranks], [mean(e) for e in each],
+                   low=[min(e) for e in each] if method == FIXED else (), high=[max(e) for e in each] if method == FIXED else (),
+                   colour=COLOURS[method])
+        )  # fmt: skip
+    kept = [s for s in lines if len(s.x)]
+    Plot(f"Held-out loss against size, {count} pictures", "KB of factors, fp16", "loss, share of the base's", kept,
+         x_log=2, x_ticks=_ticks(kept)).save(folder / f"pareto_{count}.png")  # fmt: skip
+    Plot(f"Ours at equal bytes, {count} pictures", "KB of factors, fp16", "% of the other's loss; below 0: ours is better",
+         beside, x_log=2, x_ticks=_ticks(beside), limit=(0.0, "as good")).save(folder / f"pareto_beside_{count}.png")  # fmt: skip
+    sheet([_small(found, name, count) for name in names], 3, folder / f"pareto_subjects_{count}.png", 480)
+    return [
+        f"![Held-out loss against size, {count} pictures](pareto_{count}.png)",
+        f"![Ours at equal bytes, {count} pictures](pareto_beside_{count}.png)",
+        "Bars: the best and the worst subject against fixed ranks. Each subject by itself:",
+        f"![Every subject, {count} pictures](pareto_subjects_{count}.png)",
+    ]
+
+
+def _ticks(series: Sequence[Series]) -> list[tuple[float, str]]:
+    """The sizes of uniform ranks, every other one."""
+    largest = max(max(s.x) for s in series)
+    return [(r * UNIT_KB, f"{r * UNIT_KB:.0f}") for r in (1, 4, 16, 64) if r * UNIT_KB <= 1.2 * largest]
+
+
+def _small(found: Points, name: str, count: int) -> Plot:
+    lines = []
+    for method in (SETTLING, FIXED, RESIZED):
+        own = [found[name, (method, rank, count)] for rank in RANKS[method] if (name, (method, rank, count)) in found]
+        sizes, losses = [p.parameters * BYTES / 1000 for p in own], [p.loss / p.before for p in own]
+        if own:
+            lines.append(Series(WORDS[method], sizes, losses, colour=COLOURS[method]))
+    return Plot(name, "KB", "loss, share of the base's", lines, x_log=2, x_ticks=_ticks(lines), width=480, height=380)
+
+
+def _by_subject(found: Points, names: Sequence[str], count: int) -> str:
+    compared = {(p.subject, p.rank): p for p in pairs(found, FIXED, count)}
+    cut = pairs(found, RESIZED, count)
+    by_energy = pairs(found, ALLOCATED, count)
+    rows = []
+    for name in names:
+        own = [compared.get((name, rank)) for rank in FIXED_RANKS]
+        cells = ["" if p is None else f"{100 * p.difference:+.1f}" for p in own]
+        rows.append([name, *cells, _often([p for p in own if p]), _often(cut, name), _often(by_energy, name)])
+    ranks = [f"rank {rank}" for rank in FIXED_RANKS]
+    return "\n\n".join([
+        "Every subject: loss of ours over the fixed rank's at equal bytes, in %, and in how many sizes it is better or equal:",
+        table(["subject", *ranks, "fixed", WORDS[RESIZED], WORDS[ALLOCATED]], rows),
+        _not_so(beaten(list(compared.values())), beaten(cut)),
+    ])  # fmt: skip
+
+
+def _often(compared: Sequence[Pair], name: str = "") -> str:
+    own = [p for p in compared if name in ("", p.subject)]
+    return f"{sum(p.better for p in own)} of {len(own)}"
+
+
+def _not_so(fixed: dict[str, bool], cut: dict[str, bool]) -> str:
+    """Where it does not hold, by name."""
+    told = []
+    for words, each in (("every fixed rank", fixed), (f"{WORDS[RESIZED]}", cut)):
+        names = [name for name, good in each.items() if not good]
+        told.append(f"Not better than {words} at every size: {', '.join(names) if names else 'none'}.")
+    return " ".join(told)
+
+
+def _drift(found: Points, names: Sequence[str], folder: Path) -> str:
+    rows, pictures = [], []
+    for count in COUNTS:
+        for rank in FIXED_RANKS:
+            row: list[object] = [count, f"{rank * UNIT_KB:.0f}"]
+            for method in (SETTLING, FIXED, RESIZED):
+                own = [found[n, (method, rank, count)] for n in names if (n, (method, rank, count)) in found]
+                row.append(f"{mean(p.drift / p.drift_before for p in own):.2f}" if own else "")
+            rows.append(row)
+        lines = []
+        for method in WORDS:
+            _, losses, drifts = _line(found, names, method, count)
+            if losses:
+                lines.append(Series(WORDS[method], drifts, losses, colour=COLOURS[method]))
+        Plot(f"What is forgotten, {count} pictures", "loss on the world's other pictures, over the base's",
+             "loss on the subject, share of the base's", lines).save(folder / f"pareto_drift_{count}.png")  # fmt: skip
+        pictures.append(f"![What is forgotten, {count} pictures](pareto_drift_{count}.png)")
+    return "\n\n".join([
+        "Loss on twelve pictures of the base's own world, over what it was before: 1 means that nothing is forgotten.",
+        table(["pictures", "KB", "ours", "fixed rank", WORDS[RESIZED]], rows),
+        *pictures,
+    ])  # fmt: skip
+
+
+def _tuned(chosen: dict[Config, Choice]) -> str:
+    rows = []
+    for (method, rank, count), choice in chosen.items():
+        tried = f"{choice.tried[0]:.0e} to {choice.tried[-1]:.0e}" if choice.tried else ""
+        rows.append([count, WORDS[method], rank, f"{choice.rate:.1e}", choice.step, f"{choice.loss:.4f}", tried])
+    body = table(["pictures", "method", "rank", "learning rate", "stopped at step", "loss", "rates tried"], rows)
+    return f"<details>\n<summary>Learning rates and stopping points</summary>\n\n{body}\n\n</details>"

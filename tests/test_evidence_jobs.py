@@ -1,0 +1,103 @@
+"""Adaptations to subjects: one real run, and many in processes of which some fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.evidence import personal
+from benchmarks.evidence.comparison import UNIT
+from benchmarks.evidence.personal import FIXED, Job, Workbench
+from benchmarks.evidence.pool import Pool, read_records
+from benchmarks.models import pack
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# -- jobs that fail ------------------------------------------------------------------------------------------
+
+WORK = """
+import os, time
+def work(checkpoint, pipe):
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        if job.seed == 1:
+            pipe.send((None, "it broke"))
+        elif job.seed == 2:
+            os._exit(1)
+        elif job.seed == 3:
+            time.sleep(60)
+        else:
+            pipe.send(({"seed": job.seed}, ""))
+"""
+
+
+def test_a_job_that_fails_dies_or_hangs_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "evidence_work.py").write_text(WORK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import evidence_work
+
+    jobs = [Job("grid 1x1", 24, FIXED, 1, 1e-3, seed) for seed in range(6)]
+    path = tmp_path / "records.jsonl"
+    pool = Pool(path, 2, longest=8.0, work=evidence_work.work)
+    try:
+        done = pool.run(jobs)
+        assert [r["seed"] for r in done] == [0, 4, 5]
+        assert [pool.failed[job.key] for job in jobs[1:4]] == ["it broke", "its process has died", "took more than 8 s"]
+        assert pool.run(jobs[1:2]) == [], "not tried again"
+    finally:
+        pool.close()
+    assert capsys.readouterr().out.count("FAILED") == 3
+    with path.open("a") as file:
+        file.write('{"key": "half a rec')
+    assert {r["seed"] for r in read_records(path).values()} == {0, 4, 5}
+    assert len(path.read_text().splitlines()) == 3
+    late = Pool(path, 1, seconds=0.0, work=evidence_work.work)
+    assert [r["seed"] for r in late.run(jobs)] == [0, 4, 5], "no job is begun after its time"
+    assert late.out_of_time
+
+
+# -- one real run --------------------------------------------------------------------------------------------
+
+
+def test_a_plain_lora_is_trained_plainly_and_measured_as_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dev.painter.model import write_checkpoint
+
+    checkpoint = tmp_path / "painter.safetensors"
+    write_checkpoint(checkpoint)
+    network = pack("lora2.network").AdaptiveNetwork
+
+    def never(*args: Any, **more: Any) -> None:
+        raise AssertionError("a plain LoRA is not cut")
+
+    monkeypatch.setattr(network, "settle", never)
+    for name in ("HELD_OUT", "OTHERS"):
+        monkeypatch.setattr(personal, name, 2)  # what it is measured on, for the sake of time
+    bench = Workbench(checkpoint)
+    found = bench.adapt(Job("grid 2x2", 5, FIXED, 2, 1e-3, 0, 4, marks=(2,), more=("shortened",)))
+    assert found["budget"] == 2 * UNIT == found["file"]["parameters"]
+    assert set(found["ranks"].values()) == {2}
+    assert [mark["step"] for mark in found["marks"]] == [2, 4]
+    assert found["marks"][1]["loss"] < found["marks"][0]["loss"] < found["before"]["loss"]
+    # The network's own path against factors attached by hand: float32 in another order.
+    assert found["file"]["loss"] == pytest.approx(found["marks"][1]["loss"], rel=1e-4)
+    assert found["marks"][1]["shortened"]["0.5"]["parameters"] == UNIT
+    assert len(found["use"]["layers"]) == len(found["ranks"])
+    assert found["use"]["together"][0] <= 30
+    json.dumps(found)

@@ -1,0 +1,307 @@
+"""The experiments on subjects: their arithmetic on made-up records, the twists of the method, and what pages make of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from drawn import BEST_RATE, Made, everything, record
+
+from benchmarks.evidence import (
+    ablations,
+    comparison,
+    complexity,
+    cuts,
+    entropy,
+    equal_bytes,
+    needs,
+    pareto,
+    records,
+    truncation,
+    twists,
+    variants,
+)
+from benchmarks.evidence.comparison import RESIZED, UNIT, Choice
+from benchmarks.evidence.effects import effects, standard_error
+from benchmarks.evidence.equal_bytes import Point
+from benchmarks.evidence.experiment import Experiment
+from benchmarks.evidence.measuring import rounded
+from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
+from benchmarks.models import pack
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+run_of = cache(everything)
+
+
+# -- twists --------------------------------------------------------------------------------------------------
+
+
+def test_a_twist_changes_what_it_says_and_is_undone() -> None:
+    network, imp = pack("lora2.network"), pack("lora2.importance")
+    schedule, sensitivity = pack("lora2.schedule"), pack("lora2.sensitivity")
+    settings = pack("lora2.settings").Settings()
+    own = {name: [getattr(pack(m), a) for m, a, _ in patches] for name, patches in twists.TWISTS.items()}
+    j, nu = torch.arange(4.0), torch.tensor([0.3])
+    expected, slope = imp.importance(j + 1, nu), imp.log_importance_slope(j + 1, nu)
+    with twists.twisted("no gain"):
+        deviation, gain = network.starting((48, 32), 16, settings)
+    c = -math.log(1 - settings.q)
+    energy = sum((math.exp(-c / 16 * i) * (1 - math.exp(-c / 16))) ** 2 for i in range(16))
+    assert gain == 1.0
+    assert deviation == pytest.approx(math.sqrt(16 / (3 * 32 * energy)), rel=1e-9)
+    plain, factor = network.starting((48, 32), 16, settings)
+    assert plain * factor == pytest.approx(deviation, rel=1e-9), "ΛA starts as large either way"
+    with twists.twisted("positions from 1"):
+        assert torch.equal(imp.importance(j, nu), expected)
+        assert torch.equal(imp.log_importance_slope(j, nu), slope)
+    with twists.twisted("energy only"):
+        assert sensitivity.sensitivities(object(), object()) is None
+    with twists.twisted("rate as given"):
+        assert schedule.size_factor(400, 100) == 1.0
+    assert schedule.size_factor(400, 100) == 0.5
+    with pytest.raises(ZeroDivisionError), twists.twisted("rate as given"):
+        raise ZeroDivisionError
+    for name, patches in twists.TWISTS.items():
+        assert [getattr(pack(m), a) for m, a, _ in patches] == own[name]
+
+
+def test_every_twist_that_is_asked_for_is_there() -> None:
+    asked = {v.twist for v in (*variants.OURS, *variants.PAPERS)}
+    assert asked == set(twists.TWISTS)
+    with pytest.raises(KeyError, match="no such"), twists.twisted("no such"):
+        pass
+
+
+@pytest.mark.parametrize("variant", [*variants.OURS, *variants.PAPERS], ids=lambda v: f"{v.setting} {v.name}")
+def test_every_change_is_one_of_a_setting(variant: variants.Variant) -> None:
+    settings = pack("lora2.settings").Settings(target_rank=variants.RANK)
+    changed = replace(settings, **dict(variant.changes))
+    if not variant.twist and variant.changes and "rank_weight" not in dict(variant.changes):
+        assert changed != settings, "a change to the default shows nothing"
+
+
+def test_where_the_papers_form_starts() -> None:
+    settings = pack("lora2.settings").Settings(target_rank=variants.PAPER_RANK)
+    assert pack("lora2.network").initial_ranks(float(variants.PAPER_RANK), [256], settings) == [ablations.START]
+
+
+# -- cutting and counting ------------------------------------------------------------------------------------
+
+
+def layers(ranks: dict[str, int], d_out: int = 24, d_in: int = 20) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    factors = pack("lora2.factors").Factors
+    return {
+        name: factors(torch.randn(d_out, r, generator=generator), torch.randn(r, d_in, generator=generator), float(r))
+        for name, r in ranks.items()
+    }
+
+
+def test_what_is_cut_fits() -> None:
+    whole = layers({"a": 12, "b": 12, "c": 12})
+    unit = 3 * 44
+    for way in (cuts.resized, cuts.allocated):
+        for size, cut in way(whole):
+            assert cuts.size_of(cut) <= size * unit
+    for share, cut in cuts.shared_out(whole):
+        assert share * 0.9 * 12 * unit <= cuts.size_of(cut) <= share * 12 * unit
+    for share, cut in cuts.shortened({**whole, **layers({"none": 0})}):
+        assert torch.equal(cut["b"].down, whole["b"].down[: round(share * 12)]), "the first positions, as they lie"
+        assert cut["none"].rank == 0
+    shares = [{n: float(f.delta().norm() / whole[n].delta().norm()) for n, f in cut.items()} for _, cut in cuts.resized(whole)]
+    # One position of twelve is at most that much of a layer's norm.
+    assert all(max(s.values()) - min(s.values()) < 0.35 for s in shares)
+
+
+def test_positions_in_use() -> None:
+    assert needs.count(torch.tensor([5.0, 4.0, 0.5, 0.5])) == 2
+    assert needs.count(torch.tensor([5.0, 3.9, 0.6, 0.5])) == 3
+    assert needs.count(torch.zeros(3)) == 0
+    energies = {"a": torch.tensor([8.0, 0.4]), "b": torch.tensor([1.5, 0.1])}
+    assert needs.together(energies, {"a": 10, "b": 100}) == [2, 110]
+    weighed = needs.in_use(layers({"a": 4, "b": 0}), {"a": 2.0, "b": 1.0})
+    assert weighed["layers"]["b"] == 0
+    assert weighed["together"] == weighed["weighed"] == [weighed["layers"]["a"], 44 * weighed["layers"]["a"]]
+
+
+# -- tuning --------------------------------------------------------------------------------------------------
+
+
+def test_tuning_walks_until_the_best_lies_inside() -> None:
+    made = Made()
+    wanted = [(FIXED, 4, 24), (SETTLING, 4, 24), (RESIZED, 2, 24), (PAPER, 2, 24)]
+    tuned = comparison.tune(made, wanted, ["tune 1x1", "tune 3x3"])
+    for config in wanted:
+        assert tuned[config].rate == BEST_RATE
+        assert tuned[config].inside
+        assert tuned[config].step == comparison.STEPS
+
+
+def test_tuning_leaves_out_what_failed_or_is_missing() -> None:
+    config = (FIXED, 4, 24)
+    made = Made()
+    bad = comparison.job(config, "tune 1x1", BEST_RATE, 0)
+    made.failed[bad.key] = "it broke"
+    tuned = comparison.tune(made, [config], ["tune 1x1"])
+    assert tuned[config].rate in (10**-3.0, 10**-2.0)
+    stored = records.Stored(made.records)
+    assert comparison.tune(stored, [(FIXED, 8, 24)], ["tune 1x1"]) == {}
+
+
+def test_a_mark_counts_only_at_the_files_size() -> None:
+    ours = record(comparison.job((SETTLING, 4, 24), "grid 2x2", BEST_RATE, 0))
+    assert [mark["step"] for mark in comparison.usable(ours)] == [100, 150, 200]
+    paper = record(comparison.job((PAPER, 2, 24), "grid 2x2", BEST_RATE, 0))
+    assert [mark["step"] for mark in comparison.usable(paper)] == [60, 100, 150, 200]
+    held = {**paper, "changes": {"budget_mb": 0.1}}
+    assert comparison.usable(held) == []
+    ours["marks"][1]["loss"] = 0.001
+    assert comparison.best((SETTLING, 4, 24), [(1e-3, ours)]) == Choice(1e-3, 100, 0.001, (1e-3,))
+    other = record(comparison.job((SETTLING, 4, 24), "grid 3x3", BEST_RATE, 0))
+    other["marks"] = other["marks"][-1:]
+    choice = comparison.best((SETTLING, 4, 24), [(1e-3, ours), (1e-3, other)])
+    assert choice is not None
+    assert choice.step == 200, "a step that every run has"
+    gone = {**other, "marks": [], "diverged": "no numbers"}
+    assert comparison.best((SETTLING, 4, 24), [(1e-3, ours), (1e-3, gone)]) is None
+
+
+# -- statistics ----------------------------------------------------------------------------------------------
+
+
+def at(loss: float, rank: float) -> Point:
+    return Point(loss, 0.05, rank * UNIT, 0.3, 0.05, (loss,))
+
+
+def test_equal_bytes_take_the_largest_of_ours_that_fits() -> None:
+    found = {("s", (SETTLING, t, 24)): at(1.0 / t, t) for t in (1, 2, 4)}
+    found["s", (SETTLING, 12, 24)] = at(0.0, 12)  # no target that is compared
+    assert equal_bytes.ours_within(found, "s", 4 * UNIT, 24) == at(0.25, 4)
+    assert equal_bytes.ours_within(found, "s", 4 * UNIT - 1, 24) == at(0.5, 2)
+    assert equal_bytes.ours_within(found, "s", 0.5 * UNIT, 24) is None
+    assert equal_bytes.ours_within(found, "s", 64 * UNIT, 24) == at(0.25, 4)
+
+
+def test_a_subject_is_beaten_at_every_size_or_not() -> None:
+    found = {(s, (SETTLING, t, 24)): at(1.0, t) for s in ("one", "two") for t in (1, 2)}
+    found |= {("one", (FIXED, 1, 24)): at(1.25, 1), ("one", (FIXED, 2, 24)): at(1.0, 2)}
+    found |= {("two", (FIXED, 1, 24)): at(1.25, 1), ("two", (FIXED, 2, 24)): at(0.8, 2)}
+    compared = equal_bytes.pairs(found, FIXED, 24)
+    assert equal_bytes.beaten(compared) == {"one": True, "two": False}
+    tally = equal_bytes.tally(compared)
+    assert (tally["subjects"], tally["beaten"], tally["share"]) == (2, 1, 0.75)
+    assert tally["difference"] == pytest.approx((-0.2 + 0 - 0.2 + 0.25) / 4)
+    assert tally["worst"] == pytest.approx(0.25)
+    cut = {**found, ("one", (RESIZED, 2, 24)): at(0.9, 1.9)}
+    assert [p.ours.parameters for p in equal_bytes.pairs(cut, RESIZED, 24)] == [2 * UNIT], "both may have the size of rank 2"
+    paper = {**found, ("one", (PAPER, 2, 24)): at(0.9, 1.9)}
+    assert [p.ours.parameters for p in equal_bytes.pairs(paper, PAPER, 24)] == [UNIT], "no larger than the paper's form is"
+
+
+def test_a_change_is_measured_pair_by_pair() -> None:
+    kept, tuned = run_of()
+    kept = dict(kept)
+    [variant] = [v for v in variants.OURS if v.setting == "min_rank"]
+    jobs = variants.jobs_of(variant, 24, BEST_RATE)
+    base = {(j.subject, j.seed): kept[j.key] for j in variants.jobs_of(variants.AS_IT_IS, 24, BEST_RATE)}
+    worse = dict(zip(((j.subject, j.seed) for j in jobs), np.linspace(0.98, 1.06, len(jobs)), strict=True))
+    for job in jobs:
+        changed = json.loads(json.dumps(kept[job.key]))
+        for mark, own in zip(changed["marks"], base[job.subject, job.seed]["marks"], strict=True):
+            mark["loss"] = own["loss"] * worse[job.subject, job.seed]
+        kept[job.key] = changed
+    [effect] = [e for e in effects(kept, tuned, 24) if e.variant == variant]
+    values = np.array(list(worse.values()))
+    assert effect.difference == pytest.approx(float(values.mean()) - 1)
+    assert effect.error == pytest.approx(float(values.std(ddof=1)) / len(values) ** 0.5)
+    assert (effect.pairs, effect.step, effect.rank) == (8, 200, 4.0)
+    assert math.isnan(standard_error([1.0]))
+    del kept[jobs[0].key]
+    assert variant not in [e.variant for e in effects(kept, tuned, 24)], "not told of until every run is there"
+
+
+def test_the_size_that_is_needed() -> None:
+    curve = {1.0: 0.8, 4.0: 0.4, 16.0: 0.2}
+    # Of 0.8 that the best takes off, 75 % leave a loss of 0.4, and 62.5 % one of 0.5: three quarters of the way from 1 to 4.
+    assert complexity.needed(curve, 1.0, 0.75) == pytest.approx(4.0)
+    assert complexity.needed(curve, 1.0, 0.625) == pytest.approx(4.0**0.75)
+    assert complexity.needed(curve, 1.0, 0.2) == 1.0
+
+
+def test_cuts_are_compared_at_every_share_and_both_ways() -> None:
+    rows = []
+    for name, gap in (("good", 0.1), ("bad", -0.1)):
+        for share in cuts.SHARES:
+            for method, kind, loss in (
+                (SETTLING, "shortened", 1.0), (SETTLING, "shared_out", 1.0), (FIXED, "shortened", 1.0 + gap),
+            ):  # fmt: skip
+                rows.append({"subject": name, "method": method, "pictures": 24, "kind": kind, "share": share, "loss": loss})
+    results = {"rows": rows}
+    assert truncation.both_ways(results, 24) == ["good"]
+    rows[1]["loss"] = 2.0  # by the loader, at one share
+    assert truncation.ordered_wins(results, 24, "shortened") == ["good"]
+    assert truncation.both_ways(results, 24) == []
+
+
+# -- pages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experiment", [pareto, complexity, truncation, ablations], ids=lambda e: e.KEY)
+def test_a_page_and_its_figures_from_records(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept, _ = run_of()
+    path = tmp_path / "records.jsonl.gz"
+    about, slim, missing = records.compact(kept)
+    records.write(path, about, slim)
+    assert not missing
+    told, read = records.read.__wrapped__(path)
+    tuned = records.choices(records.Stored(read))
+    assert tuned == run_of()[1], "what is kept is enough to tune by"
+    monkeypatch.setattr(records, "full", lambda: (told, read, tuned))
+    looked = [{"loss": 1.0, "entropy": e} for e in (1.0, 0.8)]
+    made = [{"weight": w, "before": looked[0], "after": looked[w > 0], "ranks": [0, 1.0, 2]} for w in entropy.WEIGHTS]
+    monkeypatch.setattr(entropy, "run", lambda full: {"steps": 1, "seeds": [0], "runs": made})
+    results = json.loads(json.dumps(experiment.run(full=True)))
+    page = experiment.page(results, tmp_path)
+    for picture in tmp_path.glob("*.png"):
+        assert f"({picture.name})" in page
+    assert results["about"]["device"] == "a GPU"
+    summary, claims = experiment.summary(results), experiment.claims(results)
+    if experiment is pareto:
+        assert (summary["beats_fixed"], summary["beats_resize"], summary["subjects"], summary["seeds"]) == (10, 10, 10, 3)
+        assert all(claim.holds for claim in claims)
+        worse = [row for row in results["points"] if (row["subject"], row["method"], row["rank"]) == ("grid 4x4", SETTLING, 8)]
+        for row in worse:
+            row["loss"] = 1.0
+        assert experiment.summary(results)["beats_fixed"] == 9
+        assert "Not better than every fixed rank at every size: grid 4x4." in experiment.page(results, tmp_path)
+    if experiment is complexity:
+        # The made-up ranks and losses rise with the number of parts.
+        assert summary["spearman"] == pytest.approx(1.0)
+        assert summary["pictures_24"]["needed"] == pytest.approx(1.0)
+    if experiment is truncation:
+        assert summary["ordered_beats_unordered"] == 10
+        assert summary["pictures_24"]["fixed_cut"]["0.25"] == pytest.approx(1.3 / 0.97 - 1, abs=0.02)
+    if experiment is ablations:
+        assert summary["pictures_24"]["change_better"] == 0
+
+
+def test_six_digits_are_kept() -> None:
+    assert rounded({"a": [0.123456789, 3, (1e-9 / 3,)], "b": True}) == {"a": [0.123457, 3, [3.33333e-10]], "b": True}
