@@ -88,7 +88,8 @@ def test_arrays_are_resized_a_few_times_in_a_run_however_ranks_move() -> None:
     """600 steps, θ at full speed up, down, apart, or at random: the bound holds, and arrays hold what is asked for at the end."""
     for kind, drift in (("up", 1.0), ("down", -1.0), ("apart", None), ("noise", 0.0)):
         network = AdaptiveNetwork(
-            {str(i): nn.Linear(256, 256) for i in range(12)}, settings(initial_rank=40, target_rank=8, steps=600, settle_at=0.5, settle_cuts=1)
+            {str(i): nn.Linear(256, 256) for i in range(12)},
+            settings(initial_rank=40, target_rank=8, steps=600, settle_at=0.5, settle_cuts=1),
         )
         speed = torch.linspace(-1, 1, 12) if drift is None else torch.full((12,), drift)
         generator, resized = torch.Generator().manual_seed(0), 0
