@@ -300,11 +300,13 @@ class Trainer:
 
     def _cut_if_due(self) -> None:
         """Cut the layers where a step for it has come; the last cut meets the budget."""
-        progress, network = self.progress, self.network
-        last = progress.cuts[-1] if progress.cuts else -1
-        if progress.settled or not any(last < step <= self._issued for step in self.settings.cut_steps):
+        progress, network, steps = self.progress, self.network, self.settings.cut_steps
+        made = progress.cuts[-1] if progress.cuts else -1
+        left = sum(step > self._issued for step in steps)
+        # The last one also where it has passed unseen: a run may go on with fewer steps than it began with.
+        due = any(made < step <= self._issued for step in steps) or (bool(steps) and not left)
+        if progress.settled or not due:
             return
-        left = sum(step > self._issued for step in self.settings.cut_steps)
         self._collect(0)
         self.engine.forget()
         with self._changing():

@@ -107,8 +107,9 @@ SHRINKING: dict[str, Any] = {**GROWING, "rank_weight": 0.5, "initial_rank": WIDE
 
 FORMS: dict[str, dict[str, Any]] = {
     "settling": {**RICH},
-    "settling, growing": {**GROWING, "weight_decay": 0.01, "settle_at": 0.6},
-    "settling, shrinking": {**SHRINKING, "settle_at": 0.6},
+    "settling, growing": {**GROWING, "weight_decay": 0.01, "settle_at": 0.6, "settle_cuts": 1},
+    "settling, shrinking": {**SHRINKING, "settle_at": 0.6, "settle_cuts": 1},
+    "settling, less than the target": {"settle_at": 0.8, "settle_cuts": 2, "settle_keep": 0.7},
     "pure": {**RICH, "settle_at": 1.0},
     "pure, growing": {**GROWING, "settle_at": 1.0, "schedule": "constant"},
     "pure, shrinking": {**SHRINKING, "settle_at": 1.0, "schedule": "constant"},
@@ -131,7 +132,7 @@ def test_a_run_that_stops_and_goes_on_is_the_unbroken_run(form: str, tmp_path: P
         assert_same_run(gone_on(kept(stopped(made(**changes), step), tmp_path), **changes), whole)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if "ing" in form and form != "settling"])
+@pytest.mark.parametrize("form", [form for form in FORMS if "growing" in form or "shrinking" in form])
 def test_ranks_do_leave_their_arrays_in_these_tests(form: str) -> None:
     """Else the test above would not show that arrays which grew or shrank come back."""
     trainer = made(steps=16, **{**FORMS[form], "settle_at": 1.0})
@@ -199,16 +200,26 @@ def test_more_steps_than_planned_are_the_longer_run_where_nothing_counts_by_shar
     assert_same_run(gone_on(kept(short, tmp_path), steps=16, **changes), whole)
 
 
-@pytest.mark.parametrize(("step", "steps", "settled_at"), [(4, 12, 6), (4, 20, 10), (8, 20, 6), (11, 200, 6), (5, 8, 5)])
-def test_ranks_settle_once_whatever_steps_are_asked_for(step: int, steps: int, settled_at: int, tmp_path: Path) -> None:
-    """At half of the new total; at once where that has passed; not again where they have."""
-    found = kept(stopped(trainer_of(steps=12), step), tmp_path)
-    trainer = trainer_of(steps=steps)
+@pytest.mark.parametrize(
+    ("cuts", "step", "steps", "expected"),
+    [
+        (1, 4, 12, [6]), (1, 4, 20, [10]), (1, 8, 20, [6]), (1, 11, 200, [6]), (1, 5, 8, [5]),
+        (3, 3, 12, [2, 4, 6]), (3, 3, 24, [2, 4, 8, 12]), (3, 5, 24, [2, 4, 8, 12]), (3, 7, 200, [2, 4, 6]), (3, 5, 8, [2, 4, 5]),
+    ],
+)  # fmt: skip
+def test_ranks_settle_once_whatever_steps_are_asked_for(
+    cuts: int, step: int, steps: int, expected: list[int], tmp_path: Path
+) -> None:
+    """By the new total; at once where the moment has passed; not again where the target was met."""
+    told = {"settle_at": 0.5, "settle_cuts": cuts}
+    found = kept(stopped(trainer_of(steps=12, **told), step), tmp_path)
+    trainer = trainer_of(steps=steps, **told)
     trainer.restore(found)
-    until = min(steps, settled_at + 4)
+    until = min(steps, expected[-1] + 4)
     trainer = stopped(trainer, until) if until > trainer.progress.step else trainer
-    assert trainer.progress.settled_at == settled_at
-    assert trainer.network.settled
+    assert trainer.progress.cuts == expected
+    assert trainer.progress.phase == "settled"
+    assert trainer.network.size() <= trainer.network.budget
 
 
 def test_a_finished_run_says_what_to_do_for_more(tmp_path: Path) -> None:
@@ -277,7 +288,7 @@ def test_an_error_while_factors_change_leaves_no_state(where: str, monkeypatch: 
 @pytest.fixture(scope="module")
 def sound() -> State:
     """A state before settling, with everything in it."""
-    return stopped(trainer_of(**RICH), 4).state()
+    return stopped(trainer_of(**RICH, settle_cuts=1), 4).state()
 
 
 def test_each_tensor_is_needed_and_checked(sound: State) -> None:
@@ -441,7 +452,7 @@ def test_a_state_of_other_layers_is_refused(sound: State) -> None:
 
 
 def test_settings_come_back_from_facts(sound: State) -> None:
-    assert settings_of(json.loads(sound.metadata()[KEY])) == trainer_of(**RICH).settings
+    assert settings_of(json.loads(sound.metadata()[KEY])) == trainer_of(**RICH, settle_cuts=1).settings
     for settings in ({"steps": 3, "novelty": 1}, None, []):
         with pytest.raises(LoraError, match="does not know"):
             settings_of({"settings": settings})
