@@ -1,0 +1,162 @@
+"""What a layer's energy is worth, from the optimizer's second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora2.budget import fit, needed, next_size
+from lora2.factors import Factors
+from lora2.network import AdaptiveNetwork
+from lora2.optimizer import Optimizer
+from lora2.sensitivity import sensitivities
+from lora2.settings import Settings
+
+SCALES = {"faint": 0.3, "plain": 1.0, "loud": 3.0}
+"""How large every layer's inputs are."""
+
+WIDTH = 24
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network_of(**changes: Any) -> tuple[AdaptiveNetwork, Optimizer, dict[str, nn.Linear]]:
+    """Three layers whose outputs are summed, with updates of the same size."""
+    layers = {name: nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False) for name in SCALES}
+    compute = changes.pop("compute", torch.float32)
+    settings = Settings(**{"initial_rank": 8, "target_rank": 4, "learning_rate": 1e-5, "clip_norm": 0.0, **changes})
+    network = AdaptiveNetwork(layers, settings, compute=compute)
+    generator = torch.Generator().manual_seed(0)
+    for adapter in network.adapters:
+        adapter.up.data.normal_(0, 0.05, generator=generator)
+    network.refresh()
+    return network, Optimizer(network, settings), layers
+
+
+def inputs(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {name: scale * torch.randn(count, WIDTH, generator=generator) for name, scale in SCALES.items()}
+
+
+def outputs(layers: dict[str, nn.Linear], x: dict[str, Tensor]) -> Tensor:
+    return torch.stack([layer(x[name]) for name, layer in layers.items()]).sum(0)
+
+
+def train(network: AdaptiveNetwork, optimizer: Optimizer, layers: dict[str, nn.Linear], steps: int = 300) -> None:
+    """Toward what the adapters answer already, with an error that nothing can explain: a loss that has noise only."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = {name: value.to(network.compute) for name, value in inputs(1, generator).items()}
+        with network.attached():
+            answer = outputs(layers, x).float()
+        loss = 0.5 * (answer - answer.detach() - torch.randn(answer.shape, generator=generator)).square().sum()
+        loss.backward()
+        optimizer.step(1.0, False, loss.detach())
+        network.refresh()
+
+
+def test_it_is_adams_second_moment_over_the_energy() -> None:
+    """The formula in float64, with Λ in the energy."""
+    network, optimizer, layers = network_of()
+    train(network, optimizer, layers, steps=5)
+    found = sensitivities(network, optimizer.inner)
+    assert found is not None
+    for name, adapter in zip(network.names, network.adapters, strict=True):
+        squares = optimizer.inner.state[adapter.up]["exp_avg_sq"].double()
+        assert adapter.importance is not None
+        down = adapter.down.detach().double() * adapter.importance[:8, None].double()
+        up = adapter.up.detach().double()
+        energy = (up.square().sum(1) * down.square().sum(1)).sum()
+        assert found[name] == pytest.approx(float((squares * up.square()).sum() / energy), rel=1e-6)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_it_says_what_the_loss_says(compute: torch.dtype) -> None:
+    """Of two changes of the same energy, the one whose inputs are larger costs more, by the square of how much."""
+    network, optimizer, layers = network_of(compute=compute)
+    for layer in layers.values():
+        layer.to(compute)
+    train(network, optimizer, layers)
+    found = sensitivities(network, optimizer.inner)
+    assert found is not None
+    updates = {name: factors.delta().double() for name, factors in network.export().items()}
+    x = inputs(20_000, torch.Generator().manual_seed(2))
+    rises = {n: float((x[n].double() @ u.T).square().sum(1).mean() / u.square().sum()) for n, u in updates.items()}
+    for name in SCALES:
+        # 300 gradients of one sample each: the mean of their squares over 8 · 24 numbers is known to some 10 %.
+        assert found[name] / found["plain"] == pytest.approx(rises[name] / rises["plain"], rel=0.3)
+
+
+def test_nothing_is_known_before_the_first_step_or_of_plain_descent() -> None:
+    network, optimizer, layers = network_of()
+    assert sensitivities(network, optimizer.inner) is None
+    network, optimizer, layers = network_of(optimizer="sgd")
+    train(network, optimizer, layers, steps=3)
+    assert sensitivities(network, optimizer.inner) is None
+
+
+def test_gradients_that_are_zero_say_nothing() -> None:
+    network, optimizer, _ = network_of()
+    for adapter in network.adapters:
+        adapter.up.grad, adapter.down.grad = torch.zeros_like(adapter.up), torch.zeros_like(adapter.down)
+    optimizer.step(1.0, False, torch.ones(()))
+    assert sensitivities(network, optimizer.inner) is None
+
+
+def test_a_layer_without_energy_weighs_one() -> None:
+    network, optimizer, layers = network_of()
+    network.adapters[0].up.data.zero_()
+    train(network, optimizer, layers, steps=2)
+    network.adapters[0].up.data.zero_()
+    found = sensitivities(network, optimizer.inner)
+    assert found is not None
+    assert found["faint"] == 1
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def test_cuts_are_in_equal_ratios_and_never_below_the_target() -> None:
+    sizes = [6400]
+    for left in (2, 1, 0):
+        sizes.append(next_size(sizes[-1], 100, left))
+    assert sizes == [6400, 1600, 400, 100]
+    assert next_size(80, 100, 2) == 100
+    assert next_size(80, 100, 0) == 100
+
+
+def test_the_fewest_positions_that_hold_a_share() -> None:
+    sigmas = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 2.0, 0.5])}
+    costs = {"a": 10, "b": 4}
+    # σ² per parameter: a 0.9, 0.1; b 1, 1, 0.0625. Of 18.25 in all: b and b hold 8, with a's first 17, with its second 18.
+    for share, expected in ((0.4, 8), (0.44, 18), (0.93, 18), (0.94, 28), (0.99, 32), (1.0, 32)):
+        assert needed(sigmas, costs, share) == expected
+    assert needed({"a": torch.zeros(3)}, {"a": 5}, 0.5) == 15, "nothing was learned: nothing says what to drop"
+
+
+def test_a_cut_keeps_a_share_of_what_counts_and_no_more_than_the_budget() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = {
+        name: Factors(torch.randn(12, 6, generator=generator), scale * torch.randn(6, 12, generator=generator), 6.0)
+        for name, scale in (("a", 1.0), ("b", 0.1))
+    }
+    whole = sum(f.parameters for f in layers.values())
+    for share in (0.5, 0.9):
+        kept = fit(layers, whole, 0, None, None, share)
+        energy = sum(float(f.delta().square().sum()) for f in kept.values())
+        assert energy >= share * sum(float(f.delta().square().sum()) for f in layers.values())
+        assert sum(f.parameters for f in kept.values()) < whole
+        assert kept["b"].rank == 0
+    assert fit(layers, whole, 0, {"a": 1.0, "b": 1e6}, None, 0.9)["b"].rank > 0, "by weight"
+    assert fit(layers, whole, 2, None, None, 0.5)["b"].rank == 2, "min_rank is kept"
+    assert sum(f.parameters for f in fit(layers, 48, 0, None, None, 0.9).values()) <= 48
