@@ -167,7 +167,7 @@ def test_figures_of_the_method_page() -> None:
 
 
 def test_the_recipe_without_a_rank() -> None:
-    told = {"target_rank": 32, "settle_keep": 0.9, "initial_rank": 64}
+    told: dict[str, Any] = {"target_rank": 32, "settle_keep": 0.9, "initial_rank": 64}
     for page in (README, docs.HELP / "LoRA2_TrainAdaptiveLora.md"):
         words = text(page).replace("\n", " ")
         assert all(re.search(rf"`{name}`( to)? {value}\b", words) for name, value in told.items())
