@@ -20,6 +20,8 @@ from dev.host import ROOT
 from dev.server import ComfyServer
 from lora2 import importance, losses
 from lora2.adapter import cost, module_shape
+from lora2.budget import next_size
+from lora2.network import initial_ranks
 from lora2.settings import TARGETS, Settings
 
 README = ROOT / "README.md"
@@ -137,18 +139,41 @@ def test_the_defaults_that_the_readme_counts_on() -> None:
 
 
 def test_figures_of_the_method_page() -> None:
-    page, defaults = text(METHOD), Settings()
+    page, defaults = text(METHOD).replace("\n", " "), Settings()
     c = importance.mass_constant(0.9)
     counted_from_1 = sum(math.exp(-c / 8 * j) * -math.expm1(-c / 8) for j in range(1, 9))
-    assert f"hold only {counted_from_1:.3f} of it at q = 0.9" in page.replace("\n", " ")
+    assert f"hold only {counted_from_1:.3f} of it at q = 0.9" in page
     assert f"move the rank by {512**2 / c * 1e-4:.0f}." in page
     start = importance.paper_down_std(importance.kept_energy(64, c / 64))
-    assert f"at D = 64 it is\n{start:.1f}." in page
+    assert f"at D = 64 it is {start:.1f}." in page
+    for rank in (16, 64, 256):
+        gain = importance.gain(rank, importance.kept_energy(rank, c / rank))
+        first, last = (gain * importance.importance(torch.tensor([0.0, rank - 1.0]), torch.tensor(c / rank))).tolist()
+        assert (round(first), round(last, 1)) == (2, 0.2), "about 2 at the first position and about 0.2 at the last"
+        assert rank != 16 or f"about {gain:.0f} at rank 16" in page
+    assert "from about 2 at the first position to about 0.2 at the last" in page
     assert f"first {defaults.rank_hold:.0%} of the steps".replace("%", " %") in page
     assert f"at most {losses.ENTROPY_POSITIONS} queries" in page
     assert f"every {defaults.sync_every} steps" in page
-    assert "`settle_at` (half of the steps)" in page
-    assert defaults.settle_at == 0.5
+    assert "In three cuts (`settle_cuts`), at 15, 30 and 45 % of the steps (`settle_at` is the last)" in page
+    assert [step / defaults.steps for step in defaults.cut_steps] == [0.15, 0.3, 0.45]
+    sizes = [32 * 100]
+    for left in (2, 1, 0):
+        sizes.append(next_size(sizes[-1], 8 * 100, left))
+    assert f"From rank 32 to 8, that is over {sizes[1] / 100:.1f} and {sizes[2] / 100:.1f}." in page
+    assert sizes[3] == 8 * 100
+    assert "Layers start at four times the target, at least 16 (`initial_rank`)." in page
+    assert [initial_ranks(target, [512], defaults) for target in (2, 4, 8, 32)] == [[16], [16], [32], [128]]
+
+
+def test_the_recipe_without_a_rank() -> None:
+    told: dict[str, Any] = {"target_rank": 32, "settle_keep": 0.9, "initial_rank": 64}
+    for page in (README, docs.HELP / "LoRA2_TrainAdaptiveLora.md"):
+        words = text(page).replace("\n", " ")
+        assert all(re.search(rf"`{name}`( to)? {value}\b", words) for name, value in told.items())
+    assert initial_ranks(told["target_rank"], [512], Settings(**told)) == [64]
+    assert Settings(**told).enough == 0.9
+    assert Settings(**told, budget_mb=1.0).enough == 1, "as the page says: a budget is filled"
 
 
 @pytest.mark.parametrize("page", [README, METHOD, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
