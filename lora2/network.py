@@ -369,7 +369,7 @@ class AdaptiveNetwork:
         """
         if self._settling is None:
             budget = self.budget if budget is None else budget
-            self._settling = fit(self.export(ordered=False), budget, self.settings.min_rank, weights, self.device, keep)
+            self._settling = self._fit(self.export(ordered=False), budget, weights, keep)
         self.settled = True
         for name, adapter in zip(self.names, self.adapters, strict=True):
             adapter.load(self._settling[name])
@@ -406,11 +406,19 @@ class AdaptiveNetwork:
         last cut is cut as that would have, by `weights` as in `settle`: its file has the size that was asked for.
         """
         factors = self.export()
-        if self.settled and sum(f.parameters for f in factors.values()) <= self.budget:
+        gone = sum(not f.rank for f in factors.values())
+        room = self.budget + gone * self.settings.unused_by_layer
+        if self.settled and sum(f.parameters for f in factors.values()) <= room:
             return factors, True
         if not self.settled and self.settings.settle_at >= 1 and not self.settings.budget_mb:
             return factors, False
-        return fit(factors, self.budget, self.settings.min_rank, weights, self.device, self.settings.enough), True
+        return self._fit(factors, self.budget, weights, self.settings.enough), True
+
+    def _fit(
+        self, factors: Mapping[str, Factors], budget: int, weights: Mapping[str, float] | None, keep: float
+    ) -> dict[str, Factors]:
+        settings = self.settings
+        return fit(factors, budget, settings.min_rank, weights, self.device, keep, settings.unused_by_layer)
 
     def rates(self) -> dict[str, float | None]:
         """ν of every layer; None once settled."""

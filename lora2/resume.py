@@ -41,7 +41,7 @@ def settings_of(facts: Mapping[str, Any]) -> Settings:
 
 def merged(new: Settings, old: Settings) -> Settings:
     """The new settings with what belongs to the run: the room for the file's header, which sets the exact budget."""
-    return replace(new, file_overhead=old.file_overhead)
+    return replace(new, file_overhead=old.file_overhead, layer_overhead=old.layer_overhead)
 
 
 def compare(new: Settings, old: Settings, settled: bool, rested: bool = False) -> tuple[list[str], list[str]]:
@@ -55,7 +55,7 @@ def compare(new: Settings, old: Settings, settled: bool, rested: bool = False) -
     changed: list[str] = []
     values, before = asdict(new), asdict(old)
     for name in values:
-        if values[name] == before[name] or name in ("steps", "file_overhead"):
+        if values[name] == before[name] or name in ("steps", "file_overhead", "layer_overhead"):
             continue
         if name == "bytes_per_parameter" and not (new.budget_mb and old.budget_mb):
             continue

@@ -52,7 +52,8 @@ class Settings:
     initial_rank: 0 chooses four times the target, at least 16. max_rank: 0 = each layer's full rank. min_rank: 0 lets a cut drop
     whole layers; no rank adapts below 1.
     q: the share of the importance mass that a rank holds. rank_weight, entropy_weight: λ_r and λ_e of the paper.
-    bytes_per_parameter, file_overhead: how a number of parameters becomes a file's size; a host fills them in.
+    bytes_per_parameter, file_overhead, layer_overhead: how a number of parameters becomes a file's size, and how much smaller
+    it is without one of the layers; a host fills them in.
     min_snr_gamma: 0 = off. clip_norm: 0 = off. caption_dropout: share of captions replaced by the empty one.
     on_out_of_memory: make the step again in smaller parts, or stop. on_bad_step: what to do where gradients are not finite.
     """
@@ -90,6 +91,7 @@ class Settings:
     sync_every: int = 20
     bytes_per_parameter: int = 2
     file_overhead: int = 0
+    layer_overhead: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -99,7 +101,8 @@ class Settings:
             self._require(not isinstance(value, int) or abs(value) < MOST, field.name, "is far too large")
         self._require(0 <= self.seed < SEEDS, "seed", "must lie between 0 and 2⁶⁴ − 1")
         self._require(self.bytes_per_parameter >= 1, "bytes_per_parameter", "must be at least 1")
-        self._require(self.file_overhead >= 0, "file_overhead", "must not be negative")
+        for name in ("file_overhead", "layer_overhead"):
+            self._require(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("steps", "batch_size", "accumulation", "target_rank", "settle_cuts", "sync_every"):
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("learning_rate", "rank_learning_rate"):
@@ -174,9 +177,19 @@ class Settings:
         """The step before which ranks come to rest for good; equal to `steps` where they settle instead."""
         return self.steps - round(self.steps * self.rank_rest) if self.settle_at >= 1 else self.steps
 
-    def with_file(self, overhead: int, bytes_per_parameter: int) -> Settings:
-        """The same settings for a file with this many bytes beside the factors, and this many per parameter."""
-        return replace(self, file_overhead=overhead, bytes_per_parameter=bytes_per_parameter)
+    @property
+    def unused_by_layer(self) -> int:
+        """How many parameters more a budget allows for every layer that is not in the file."""
+        return self.layer_overhead // self.bytes_per_parameter if self.budget_mb else 0
+
+    def with_file(self, overhead: int, bytes_per_parameter: int, of_a_layer: int = 0) -> Settings:
+        """The same settings for a file with this many bytes beside the factors, and this many per parameter.
+
+        of_a_layer: of the bytes beside the factors, those that are not there without one of the layers.
+        """
+        return replace(
+            self, file_overhead=overhead, bytes_per_parameter=bytes_per_parameter, layer_overhead=of_a_layer
+        )
 
     def budget(self, costs: Sequence[int], limits: Sequence[int]) -> int:
         """How many parameters layers of these costs and largest ranks may have together once settled.

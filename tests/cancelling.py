@@ -23,7 +23,10 @@ STEPS = 10
 MIDDLE = "*input_blocks*\n*output_blocks*"
 """To exclude, so that a step is short."""
 
-RUN = {"target_rank": 2, "initial_rank": 4, "learning_rate": 1e-3, "settle_at": 0.5, "rank_hold": 0.0, "exclude": MIDDLE}
+RUN = {
+    "target_rank": 2, "initial_rank": 4, "learning_rate": 1e-3, "settle_at": 0.5, "settle_cuts": 1, "rank_hold": 0.0,
+    "exclude": MIDDLE,
+}  # fmt: skip
 
 
 @dataclass

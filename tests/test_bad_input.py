@@ -119,7 +119,7 @@ BAD_CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "all excluded": (r"No layer is left to adapt", {"exclude": "*blocks*"}),
     "target too high": (r"target_rank = 129 .*Choose a target of at most 128", {"target_rank": 129}),
     "target above max_rank": (r"target_rank = 8 must not be above max_rank = 4", {"target_rank": 8, "max_rank": 4}),
-    "budget too small": (r"budget_mb = 0.001 is smaller than rank 1 on all 12 layers.*Raise", {"budget_mb": 0.001}),
+    "budget too small": (r"budget_mb = 0.001 is smaller than rank 1 on a single layer.*Raise", {"budget_mb": 0.001}),
     "budget too large": (r"budget_mb = 900 is more than the 12 layers can hold.*Lower", {"budget_mb": 900.0}),
 }
 

@@ -14,7 +14,7 @@ from lora2.settings import INITS, OPTIMIZERS, SAMPLINGS, SCHEDULES, Settings
 
 NAN, INF = math.nan, math.inf
 COUNTS = ["steps", "batch_size", "accumulation", "target_rank", "settle_cuts", "sync_every", "bytes_per_parameter"]
-MAYBE = ["initial_rank", "min_rank", "max_rank", "file_overhead"]
+MAYBE = ["initial_rank", "min_rank", "max_rank", "file_overhead", "layer_overhead"]
 POSITIVE = ["learning_rate", "rank_learning_rate"]
 NOT_NEGATIVE = ["rank_weight", "entropy_weight", "weight_decay", "clip_norm", "min_snr_gamma", "budget_mb"]
 SHARES = ["rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"]

@@ -85,7 +85,8 @@ def main() -> None:
         for title, told in (("rank 64 everywhere", UNIFORM), ("learned ranks", LEARNED)):
             lora, path = trained(painter, drawn, told, title.replace(" ", "-"))
             ranks = ranks_of(lora)
-            words = f"{path.stat().st_size / 1000:,.0f} KB, ranks {min(ranks)} to {max(ranks)}"
+            spread = f"ranks {min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else "one rank"
+            words = f"{path.stat().st_size / 1000:,.0f} KB, {spread}"
             columns.append((title, words, drawn_with(painter, lora, captions), ranks))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     sheet(columns).save(PICTURE, optimize=True)

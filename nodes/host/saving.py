@@ -114,6 +114,10 @@ def check_place(place: Place, most_bytes: int) -> None:
         )
 
 
+ALIGNMENT = 16
+"""Bytes that a header may be filled up by, twice."""
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """What stays the same about a run's file: its names, keys and origin."""
@@ -145,10 +149,16 @@ class FileInfo:
         fixed = build(
             {}, name=stem, family=self.family, layers={}, training={}, resolution=(99999, 99999), prediction="epsilon"
         )
-        counts = dict.fromkeys(("file_overhead", "bytes_per_parameter", "pictures", "steps_done"), 10**9)
+        counts = dict.fromkeys(("file_overhead", "layer_overhead", "bytes_per_parameter", "pictures", "steps_done"), 10**9)
         extra = dict(training, **counts, layers=max(TARGETS, key=len), last_loss=-LONG_NUMBER / 1e300, seconds=LONG_NUMBER)
         full_metadata = with_info(tensors, fixed, {"format": 1, "layers": info, "training": extra})
         return len(header(tensors, full_metadata)) + 4 * len(shapes) + 64
+
+    def layer_overhead(self, shapes: Mapping[str, tuple[int, ...]], stem: str, training: Mapping[str, Any]) -> int:
+        """How many of these bytes a file without one of the layers does not have at least, whichever it is."""
+        nothing = self.overhead({}, stem, training)
+        least = min(self.overhead({name: shape}, stem, training) for name, shape in shapes.items()) - nothing
+        return max(0, least - ALIGNMENT)
 
     def state_dict(
         self,

@@ -139,7 +139,9 @@ def _train(
         images, captions = past.in_order(images, captions)
     files = _file_info(host, layers, images, request)
     shapes = {name: module_shape(m) for name, m in layers.items()}
-    settings = settings.with_file(files.overhead(shapes, place.stem, settings.to_dict()), files.dtype.itemsize)
+    told = settings.to_dict()
+    of_a_layer = files.layer_overhead(shapes, place.stem, told) if settings.budget_mb else 0
+    settings = settings.with_file(files.overhead(shapes, place.stem, told), files.dtype.itemsize, of_a_layer)
     least, most = _bytes(shapes, settings)
     check_place(place, least)
     if least < most and room(place) < most:
