@@ -28,7 +28,7 @@ from benchmarks.evidence.experiment import (
     write_json,
 )
 
-MODULES = ("recovery", "pareto", "complexity", "ablations", "truncation", "budgets")
+MODULES = ("recovery", "pareto", "keeping", "complexity", "ablations", "truncation", "budgets")
 """In the order of the page."""
 
 

@@ -24,7 +24,7 @@ KEY, FILE = "budget", "budget.json"
 WIDTHS = {"sd15": (4, 768, 0), "flux": (16, 4096, 768)}
 """Channels of the latent, width of the text, width of the pooled text."""
 
-FORMS = {"settled": 0.5, "paper's form": 1.0}
+FORMS = {"settled": models.pack("lora2.settings").Settings().settle_at, "paper's form": 1.0}
 COLOURS = {"settled": ACCENT, "paper's form": CALM}
 BUDGETS = 10
 RESOLUTION = 0.02

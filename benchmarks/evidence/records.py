@@ -26,6 +26,9 @@ WHERE = ("device", "torch", "date")
 _LEFT_OUT = ("subject", "pictures", "rank", "rate", "seed", "steps", "twist", "file", "seconds", *WHERE)
 """What the key says too, or no page uses."""
 
+_LOADERS_CUTS = ("shortened", "shared_out")
+"""They are told of the reported subjects alone."""
+
 
 class Stored:
     """Records that are there, where a `Pool` would make those that are missing."""
@@ -69,6 +72,8 @@ def compact(records: Mapping[str, Record]) -> tuple[dict[str, Any], list[Record]
 
 def _slim(record: Record) -> Record:
     slim = {name: value for name, value in record.items() if name not in _LEFT_OUT}
+    if record["subject"] in comparison.tuning_names():
+        slim["marks"] = [{k: v for k, v in mark.items() if k not in _LOADERS_CUTS} for mark in slim["marks"]]
     if "ranks" in slim:
         slim["ranks"] = list(slim["ranks"].values())
     if "use" in slim:

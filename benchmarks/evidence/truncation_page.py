@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.evidence.comparison import COUNTS
 from benchmarks.evidence.cuts import SHARES
 from benchmarks.evidence.experiment import Results, table
 from benchmarks.evidence.personal import FIXED, SETTLING
 from benchmarks.evidence.plot import ACCENT, CALM, ROSE, SKY, STRAW, Plot, Series
 from benchmarks.evidence.truncation import (
+    PICTURES,
     SHARED_OUT,
     SHORTENED,
     TRAINED,
@@ -39,9 +39,10 @@ def build(results: Results, folder: Path) -> str:
         f"25 % with no training, {len(results['seeds'])} seeds. *Each layer*: every layer keeps its first positions. *By the "
         "loader to a size*: Load Adaptive LoRA's `megabytes`, which shares the bytes out over all layers. A fixed rank's "
         "positions have no order, so leaving the last ones out takes as much as any; the loader brings such a file into singular "
-        "order first. *Trained for the size*: ours with that target, which costs a run for every size.",
+        "order first. *Trained for the size*: ours with that target, which costs a run for every size. Told of "
+        f"{PICTURES[0]} pictures only: with fewer the fixed rank's cuts were not made in the order of training.",
     ]
-    for count in COUNTS:
+    for count in PICTURES:
         parts += [f"### {count} pictures", _means(results, count), _picture(results, count, folder), _told(results, count)]
         parts.append(_subjects(results, count))
     return "\n\n".join(parts)
