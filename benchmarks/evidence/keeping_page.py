@@ -20,7 +20,8 @@ def build(results: Results, folder: Path) -> str:
         "## A target that is only the most",
         f"With `settle_keep` below 1 the target is an upper limit: the last cut keeps the fewest positions that hold that share of "
         f"what all are worth, so a subject's file is as large as it needs. Target {MOST} here, at the learning rate and step of the "
-        "whole target, beside fixed ranks at theirs. The shares were chosen on the four tuning subjects with one seed:",
+        "whole target, beside fixed ranks at theirs. What is claimed of it above was worded when the figures were known. Four shares on "
+        "the subjects that settings are tuned on, one seed:",
         _tuning(results),
     ]
     for count in COUNTS:
@@ -65,7 +66,9 @@ def _told(results: Results, count: int) -> str:
         size = mean(of(results, count, "mean_rank", method=SETTLING, keep=keep).values())
         by_rank = {rank: mean(differences(results, count, keep, FIXED, rank).values()) for rank in BESIDE}
         lower = [f"{rank}" for rank, value in by_rank.items() if value <= 0]
-        higher = [f"{rank} by {100 * value:.1f} % at {100 * size / rank:.0f} % of its bytes" for rank, value in by_rank.items() if value > 0]
+        higher = [
+            f"{rank} by {100 * value:.1f} % at {100 * size / rank:.0f} % of its bytes" for rank, value in by_rank.items() if value > 0
+        ]
         words = f"A share of {keep:g}: below fixed {', '.join(lower) if lower else 'none'} in the mean"
         told.append(words + (f", above fixed {', '.join(higher)}." if higher else "."))
     return " ".join(told)
