@@ -152,6 +152,10 @@ def test_tuning_walks_until_the_best_lies_inside() -> None:
         assert tuned[config].rate == BEST_RATE
         assert tuned[config].inside
         assert tuned[config].step == comparison.STEPS
+        assert all(any(rate == pytest.approx(BEST_RATE * f) for rate in tuned[config].tried) for f in (10**-0.25, 10**0.25))
+    [coarse] = comparison.tune(made, [(FIXED, 4, 5)], ["tune 1x1"]).values()
+    assert coarse.rate == BEST_RATE
+    assert coarse.tried == pytest.approx((1e-3, BEST_RATE, 1e-2)), "half powers of ten only"
 
 
 def test_tuning_leaves_out_what_failed_or_is_missing() -> None:
@@ -160,7 +164,8 @@ def test_tuning_leaves_out_what_failed_or_is_missing() -> None:
     bad = comparison.job(config, "tune 1x1", BEST_RATE, 0)
     made.failed[bad.key] = "it broke"
     tuned = comparison.tune(made, [config], ["tune 1x1"])
-    assert tuned[config].rate in (10**-3.0, 10**-2.0)
+    assert tuned[config].coarse in (10**-3.0, 10**-2.0)
+    assert tuned[config].rate == pytest.approx(BEST_RATE * 10**-0.25), "the nearest to the best of those that went well"
     stored = records.Stored(made.records)
     assert comparison.tune(stored, [(FIXED, 8, 24)], ["tune 1x1"]) == {}
 
@@ -331,7 +336,8 @@ def test_a_page_and_its_figures_from_records(
     if experiment is keeping:
         # 8 to 10 by the subject's parts; equal for both shares and both numbers of pictures.
         assert summary["pictures_5_keep_0.95"]["mean_rank"] == [8.02, pytest.approx(8.77, abs=0.005), 10.0]
-        assert summary["pictures_24_keep_0.9"]["difference"]["fixed_64"] > -0.03 > summary["pictures_24_keep_0.9"]["difference"]["fixed_8"]
+        against = summary["pictures_24_keep_0.9"]["difference"]
+        assert against["fixed_64"] > -0.03 > against["fixed_8"]
     if experiment is truncation:
         assert summary["ordered_beats_unordered"] == 10
         assert summary["pictures_24"]["fixed_cut"]["0.25"] == pytest.approx(1.3 / 0.97 - 1, abs=0.02)

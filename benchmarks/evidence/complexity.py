@@ -179,9 +179,12 @@ def claims(results: Results) -> list[Claim]:
     learned = correlation(results, KEPT_RANK, count)
     words = f"{count} pictures: Spearman of the positions in use of a fixed rank {LARGE} and the subject's parts"
     return [
-        Claim(f"{count} pictures: Spearman of the {MEASURES[KEPT_RANK]} and the parts (1: monotone)", learned, 1.0, above=True, open=True),
+        Claim(
+            f"{count} pictures: Spearman of the {MEASURES[KEPT_RANK]} and the parts (1: monotone)", learned, 1.0,
+            above=True, open=True,
+        ),
         Claim(words, correlation(results, IN_USE_FIXED, count), SIGNIFICANT, above=True, open=True),
-    ]
+    ]  # fmt: skip
 
 
 def summary(results: Results) -> Results:

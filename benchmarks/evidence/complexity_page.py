@@ -52,11 +52,14 @@ def build(results: Results, folder: Path) -> str:
     parts = [
         "## Rank and complexity",
         "The ten subjects are grids of 1, 4, 9 … 100 coloured parts. At a target that is filled, ours has the same total "
-        "rank on all of them. What can show a subject's need is the rank that ours comes to where the target is only the most: that is "
+        "rank on all of them. What can show a subject's need is the rank that ours comes to where the target "
+        "is only the most: that is "
         "the figure which counts here. It was made the one that counts when all figures were known; the others stand beside it. "
-        f"Spearman's correlation of each, in the mean over {len(results['seeds'])} seeds, with the number of parts; and on how many "
-        "outlines (box, hexagon, mug, drop, ball: two subjects each, k × k and (k + 5) × (k + 5) parts) the one of more parts has more:",
-        table(["measure", *(f"{count} pictures" for count in COUNTS), *(f"outlines, {count} pictures" for count in COUNTS)], rows),
+        f"Spearman's correlation of each, in the mean over {len(results['seeds'])} seeds, with the number of "
+        "parts; and on how many "
+        "outlines (box, hexagon, mug, drop, ball: two subjects each, k × k and (k + 5) × (k + 5) parts) the "
+        "one of more parts has more:",
+        table(["measure", *(f"{count} pictures" for count in COUNTS), *(f"outlines, {count}" for count in COUNTS)], rows),
         _verdict(results),
     ]
     for measure, title in TITLES.items():
@@ -96,17 +99,21 @@ def _verdict(results: Results) -> str:
     right, pairs = in_order(results, KEPT_RANK, count)
     few, _ = in_order(results, KEPT_RANK, COUNTS[1])
     told.append(
-        f"Outlines differ between subjects and may matter: they change how much of the pattern is seen. Between the two subjects of "
+        "Outlines differ between subjects and may matter: they change how much of the pattern is seen. "
+        "Between the two subjects of "
         f"an outline more parts come with more rank on {right} of {pairs} outlines (chance: {pairs} of {pairs} in one case of "
         f"{2**pairs}); with {COUNTS[1]} pictures on {few}. Outline and parts cannot be told apart further with two subjects each."
     )
     told.append(
-        f"Ten subjects in no order reach a correlation of {SIGNIFICANT:g}, of either sign, in one case of twenty. With {count} pictures "
-        f"above it: {'; '.join(good) if good else 'none'}. Below it: {'; '.join(poor) if poor else 'none'}. Of {len(found)} measures "
+        f"Ten subjects in no order reach a correlation of {SIGNIFICANT:g}, of either sign, in one case of "
+        f"twenty. With {count} pictures "
+        f"above it: {'; '.join(good) if good else 'none'}. Below it: {'; '.join(poor) if poor else 'none'}. Of "
+        f"{len(found)} measures "
         "some will lie above a limit that all are near to."
     )
     told.append(
-        "Two more reasons that may stand behind it, neither tested: an adaptive optimizer takes the size of gradients away; and the "
+        "Two more reasons that may stand behind it, neither tested: an adaptive optimizer takes the size of "
+        "gradients away; and the "
         "model's latents have one place for 8 × 8 pixels, so the parts of the finer half of the subjects are smaller than that."
     )
     return " ".join(told)

@@ -18,9 +18,12 @@ def build(results: Results, folder: Path) -> str:
     """The part of the page, in Markdown; draws its pictures into the folder."""
     parts = [
         "## A target that is only the most",
-        f"With `settle_keep` below 1 the target is an upper limit: the last cut keeps the fewest positions that hold that share of "
-        f"what all are worth, so a subject's file is as large as it needs. Target {MOST} here, at the learning rate and step of the "
-        "whole target, beside fixed ranks at theirs. What is claimed of it above was worded when the figures were known. Four shares on "
+        "With `settle_keep` below 1 the target is an upper limit: the last cut keeps the fewest positions "
+        "that hold that share of "
+        f"what all are worth, so a subject's file is as large as it needs. Target {MOST} here, at the learning "
+        "rate and step of the "
+        "whole target, beside fixed ranks at theirs. What is claimed of it above was worded when the figures "
+        "were known. Four shares on "
         "the subjects that settings are tuned on, one seed:",
         _tuning(results),
     ]
@@ -67,8 +70,9 @@ def _told(results: Results, count: int) -> str:
         by_rank = {rank: mean(differences(results, count, keep, FIXED, rank).values()) for rank in BESIDE}
         lower = [f"{rank}" for rank, value in by_rank.items() if value <= 0]
         higher = [
-            f"{rank} by {100 * value:.1f} % at {100 * size / rank:.0f} % of its bytes" for rank, value in by_rank.items() if value > 0
-        ]
+            f"{rank} by {100 * value:.1f} % at {100 * size / rank:.0f} % of its bytes"
+            for rank, value in by_rank.items() if value > 0
+        ]  # fmt: skip
         words = f"A share of {keep:g}: below fixed {', '.join(lower) if lower else 'none'} in the mean"
         told.append(words + (f", above fixed {', '.join(higher)}." if higher else "."))
     return " ".join(told)
@@ -84,8 +88,8 @@ def _picture(results: Results, count: int, folder: Path) -> str:
         xs, ys = [], []
         for keep in keeps:
             for rank in ranks:
-                rows = [r for r in chosen(results["rows"], pictures=count, method=method, rank=rank, keep=keep)]
-                rows = [r for r in rows if r["subject"] not in tuning_names()]
+                rows = chosen(results["rows"], pictures=count, method=method, rank=rank, keep=keep)
+                rows = [row for row in rows if row["subject"] not in tuning_names()]
                 xs.append(mean(r["mean_rank"] for r in rows) * UNIT_KB)
                 ys.append(mean(r["loss"] / r["before"] for r in rows))
         series.append(Series(words, xs, ys, colour=colour))

@@ -9,6 +9,7 @@ from benchmarks.evidence.experiment import Results, chosen, mean, table
 from benchmarks.evidence.plot import ACCENT, CALM, GREY, Plot, Series
 from benchmarks.evidence.recovery import (
     FORMS,
+    NOISE,
     PURE,
     PURE_TARGET,
     SETTLED,
@@ -119,7 +120,8 @@ def _details(runs: Sequence[Results]) -> list[str]:
             ["share of the steps at the end", "Spearman", "missing, worst layer of all seeds"],
             [[f"{rest:g}", f"{order(own):.3f}", f"{missing_share(own):.0e}"] for rest, own in by_rest(runs).items()],
         ),
-        "**A budget that does not pay for all, or for more** (64 × 64, settled): what was learned, "
+        "**A budget that does not pay for all, or for more** (64 × 64, settled; with "
+        f"noise, {NOISE:g} of the loss before training, that nothing can explain, as pictures always leave): what was learned, "
         "as a share of the most that the "
         "budget can hold, direction by direction. Where all directions are worth the same, it makes "
         "no difference which are kept, and "
@@ -130,6 +132,7 @@ def _details(runs: Sequence[Results]) -> list[str]:
             ["budget, of what the true ranks take", "Spearman, values alike", "falling", "learned, alike", "falling"],
             _share_rows(runs),
         ),
+        *_exact(runs),
     ]
     start = chosen(runs, group="start")
     if start:
@@ -152,6 +155,27 @@ def _details(runs: Sequence[Results]) -> list[str]:
             _line_table("noise", [(f"{v:g}", chosen(noise, noise=v)) for v in values]),
         ]
     return parts
+
+
+def _exact(runs: Sequence[Results]) -> list[str]:
+    """The same without noise."""
+    own = chosen(runs, group="exact")
+    if not own:
+        return []
+    rows = []
+    for share in sorted({run["share"] for run in own}):
+        kept = [run["kept"] for run in chosen(own, share=share)]
+        rows.append([f"{share:g}", f"{order(chosen(own, share=share)):.3f}", f"{min(kept):.3f} to {max(kept):.3f}"])
+    lowest, highest = min(run["kept"] for run in own), max(run["kept"] for run in own)
+    return [
+        "The same without noise, values falling. A task that can be learned exactly leaves no error, so "
+        "gradients vanish, and with "
+        "them what tells the worth of a layer: a budget that is too small then keeps "
+        f"{100 * lowest:.0f} to {100 * highest:.0f} % of what it could. No real loss is like that, but ranks "
+        "at a budget that is too "
+        "small should not be trusted where the loss goes to nothing:",
+        table(["budget, of what the true ranks take", "Spearman", "learned, of the most that fits, all seeds"], rows),
+    ]
 
 
 def _share_rows(runs: Sequence[Results]) -> list[list[str]]:

@@ -33,8 +33,8 @@ KEY, FILE = "truncation", "truncation.json"
 SHORTENED, SHARED_OUT, TRAINED, WHOLE = "shortened", "shared_out", "trained", "whole"
 """Every layer without its last positions; all layers together to a size, as the loader does; trained for that size; uncut."""
 PICTURES = COUNTS[:1]
-"""Cuts of the fixed rank with fewer pictures were made in singular order, which is not what a trainer of plain LoRAs writes; there
-are none of them in the records."""
+"""Cuts of the fixed rank with fewer pictures were made in singular order, which is not what a trainer of plain LoRAs writes;
+there are none of them in the records."""
 FEWER = 0.01
 """Reduced run: by so much of the loss, at least, the fixed rank's cut to a quarter must be worse than ours."""
 
