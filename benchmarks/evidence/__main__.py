@@ -63,7 +63,9 @@ HEAD = """# Evidence
 
 What the method does, measured by the scripts in `benchmarks/evidence/`. `make evidence` reruns a reduced version on a CPU and
 checks the claims; `python -m benchmarks.evidence.NAME` runs one experiment in full, and `python -m benchmarks.evidence` writes
-this page and `results.json` from the files beside it."""
+this page and `results.json` from the files beside it.
+
+What says NO is a goal that was set before and is not reached; its figure stands there, and its section says what is missing."""
 
 
 def claim_table(claims: Iterable[Claim]) -> str:

@@ -84,7 +84,7 @@ def _told(results: Results, count: int) -> str:
         f"{len(ordered_wins(results, count, SHARED_OUT))} cut by the loader; both on {len(good)}. Not so: "
         f"{', '.join(not_so) if not_so else 'none'}. The loader's own order is worth as much to any file: a "
         "fixed rank that it brings "
-        f"into singular order and cuts to {100 * SHARES[-1]:.0f} % has a loss of "
+        f"into singular order and cuts to {100 * SHARES[-1]:.0f} % has, over ours uncut, a loss of "
         f"{100 * cost(results, FIXED, SHARED_OUT, count, SHARES[-1]):+.1f} %, ours "
         f"{100 * cost(results, SETTLING, SHARED_OUT, count, SHARES[-1]):+.1f} %."
     )
