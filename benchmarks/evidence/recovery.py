@@ -40,6 +40,8 @@ WEIGHT = Settings().rank_weight
 WEIGHTS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 SETTLED, PURE = "settled", "pure"
 STEPS = {SETTLED: 400, PURE: 1200}
+RATES = {SETTLED: 1e-2, PURE: 3e-3}
+"""That of the paper's form was chosen on layers of another seed: at 1e-2 some ranks end below what their layer needs."""
 NOISE = 0.3
 """Where the budget is too small: error that nothing can explain, as pictures always leave. What a layer is worth is told by
 its gradients, and those of a task that is learned exactly vanish."""
@@ -88,7 +90,7 @@ def measure(case: Case) -> Results:
     shapes = shapes_of(case.layout)
     teachers = Teachers(RANKS, shapes, case.seed, case.decay, case.noise)
     settings = Settings(
-        steps=STEPS[case.form], learning_rate=1e-2, batch_size=48, target_rank=target_of(case), seed=case.seed,
+        steps=STEPS[case.form], learning_rate=RATES[case.form], batch_size=48, target_rank=target_of(case), seed=case.seed,
         settle_at=1.0 if case.form == PURE else Settings().settle_at, rank_weight=case.weight,
         initial_rank=case.initial, rank_rest=case.rest,
     )  # fmt: skip
@@ -182,9 +184,9 @@ def claims(results: Results) -> list[Claim]:
     full = results["about"]["size"] == "full"
     found = []
     for form, name in FORMS.items():
-        own = chosen(runs, group="shapes", form=form)
-        found.append(Claim(f"{name}: Spearman of learned and true ranks, mean", order(own), 0.95, above=True, open=full and form in OPEN))
-        found.append(Claim(f"{name}: what any layer is missing of its change", missing_share(own), 1e-3, open=full and form in OPEN))
+        own, missed = chosen(runs, group="shapes", form=form), full and form in OPEN
+        found.append(Claim(f"{name}: Spearman of learned and true ranks, mean", order(own), 0.95, above=True, open=missed))
+        found.append(Claim(f"{name}: what any layer is missing of its change", missing_share(own), 1e-3, open=missed))
     swept = by_weight(runs, SETTLED)
     found.append(Claim("settled: Spearman at the worst rank_weight", min(map(order, swept.values())), 0.95, above=True))
     found.append(Claim("settled: missing at the worst rank_weight", max(map(missing_share, swept.values())), 1e-3))
