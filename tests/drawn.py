@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from benchmarks.evidence import comparison, variants
+from benchmarks.evidence import comparison, keeping, variants
 from benchmarks.evidence.comparison import UNIT
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING, Job
 
@@ -34,13 +34,15 @@ def record(job: Job) -> dict[str, Any]:
     held = "budget_mb" in dict(job.changes)
     for step in (*job.marks, job.steps):
         size = target
+        if "settle_keep" in dict(job.changes):
+            size = round((8 + parts(job.subject) / 50) * UNIT)
         if job.method == SETTLING and step < 0.45 * job.steps:
             size = 2 * target
         if job.method == PAPER and not held:
             size = (4 + job.rank) * UNIT
         judged = {"loss": loss(job.method, size / UNIT, job, step), "drift": 0.05 + 1e-4 * step}
         mark: dict[str, Any] = {**judged, "step": step, "parameters": size}
-        for kind in job.more if size == target else ():
+        for kind in job.more if size <= target else ():
             mark[kind] = dict(_cut(kind, job, step, mark["loss"]))
         marks.append(mark)
     rank = {SETTLING: job.rank, FIXED: job.rank, PAPER: job.rank + 4}[job.method]
@@ -89,4 +91,5 @@ def everything() -> tuple[dict[str, dict[str, Any]], comparison.Tuned]:
     tuned = comparison.tune(made, comparison.configs(), comparison.tuning_names())
     made.run(variants.jobs(tuned))
     made.run(comparison.reported(tuned, comparison.SEEDS))
+    made.run(keeping.jobs(tuned))
     return made.records, tuned

@@ -22,6 +22,7 @@ from benchmarks.evidence import (
     cuts,
     entropy,
     equal_bytes,
+    keeping,
     needs,
     pareto,
     records,
@@ -151,6 +152,10 @@ def test_tuning_walks_until_the_best_lies_inside() -> None:
         assert tuned[config].rate == BEST_RATE
         assert tuned[config].inside
         assert tuned[config].step == comparison.STEPS
+        assert all(any(rate == pytest.approx(BEST_RATE * f) for rate in tuned[config].tried) for f in (10**-0.25, 10**0.25))
+    [coarse] = comparison.tune(made, [(FIXED, 4, 5)], ["tune 1x1"]).values()
+    assert coarse.rate == BEST_RATE
+    assert coarse.tried == pytest.approx((1e-3, BEST_RATE, 1e-2)), "half powers of ten only"
 
 
 def test_tuning_leaves_out_what_failed_or_is_missing() -> None:
@@ -159,7 +164,8 @@ def test_tuning_leaves_out_what_failed_or_is_missing() -> None:
     bad = comparison.job(config, "tune 1x1", BEST_RATE, 0)
     made.failed[bad.key] = "it broke"
     tuned = comparison.tune(made, [config], ["tune 1x1"])
-    assert tuned[config].rate in (10**-3.0, 10**-2.0)
+    assert tuned[config].coarse in (10**-3.0, 10**-2.0)
+    assert tuned[config].rate == pytest.approx(BEST_RATE * 10**-0.25), "the nearest to the best of those that went well"
     stored = records.Stored(made.records)
     assert comparison.tune(stored, [(FIXED, 8, 24)], ["tune 1x1"]) == {}
 
@@ -214,6 +220,34 @@ def test_a_subject_is_beaten_at_every_size_or_not() -> None:
     assert [p.ours.parameters for p in equal_bytes.pairs(paper, PAPER, 24)] == [UNIT], "no larger than the paper's form is"
 
 
+def test_the_error_of_a_pair_is_that_over_seeds() -> None:
+    def seeds(*losses: float) -> Point:
+        return Point(float(np.mean(losses)), 0.05, UNIT, 0.3, 0.05, losses)
+
+    one, flat = (FIXED, 1, 24), seeds(1.0, 1.0, 1.0)
+    found = {("a", (SETTLING, 1, 24)): seeds(1.01, 1.03, 1.05), ("a", one): flat}
+    found |= {("b", (SETTLING, 1, 24)): seeds(0.89, 0.90, 0.91), ("b", one): flat}
+    compared = equal_bytes.pairs(found, FIXED, 24)
+    # Variances 0.02² and 0.01²; their mean over 3 seeds.
+    error = math.sqrt((4e-4 + 1e-4) / 2 / 3)
+    assert equal_bytes.pair_error(compared) == pytest.approx(error)
+    assert [p.subject for p in equal_bytes.surely_worse(compared)] == ["a"], "3 % is more than twice 0.9 %"
+    assert [p.subject for p in equal_bytes.surely_better(compared)] == ["b"]
+    found["a", (SETTLING, 1, 24)] = seeds(1.00, 1.01, 1.02)
+    assert equal_bytes.surely_worse(equal_bytes.pairs(found, FIXED, 24)) == []
+
+
+def test_places_out_of_order_and_outlines() -> None:
+    """Two outlines of two subjects each; the second subject has more of the measure than its parts would give."""
+    rows = [
+        {"subject": f"s{i}", "parts": i, "outline": "ab"[i % 2], "pictures": 24, "kept_0.9": [value]}
+        for i, value in enumerate((1.0, 9.0, 2.0, 3.0))
+    ]
+    results = {"rows": rows}
+    assert complexity.shifts(results, complexity.KEPT_RANK, 24) == {"s0": 0, "s1": 2, "s2": -1, "s3": -1}
+    assert complexity.in_order(results, complexity.KEPT_RANK, 24) == (1, 2)
+
+
 def test_a_change_is_measured_pair_by_pair() -> None:
     kept, tuned = run_of()
     kept = dict(kept)
@@ -262,7 +296,7 @@ def test_cuts_are_compared_at_every_share_and_both_ways() -> None:
 # -- pages ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("experiment", [pareto, complexity, truncation, ablations], ids=lambda e: e.KEY)
+@pytest.mark.parametrize("experiment", [pareto, keeping, complexity, truncation, ablations], ids=lambda e: e.KEY)
 def test_a_page_and_its_figures_from_records(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -296,6 +330,14 @@ def test_a_page_and_its_figures_from_records(
         # The made-up ranks and losses rise with the number of parts.
         assert summary["spearman"] == pytest.approx(1.0)
         assert summary["pictures_24"]["needed"] == pytest.approx(1.0)
+        assert summary["pictures_24_outlines_in_order"]["kept_0.9"] == 5
+        assert "**Monotone:**" in page
+        assert "out of order" not in page
+    if experiment is keeping:
+        # 8 to 10 by the subject's parts; equal for both shares and both numbers of pictures.
+        assert summary["pictures_5_keep_0.95"]["mean_rank"] == [8.02, pytest.approx(8.77, abs=0.005), 10.0]
+        against = summary["pictures_24_keep_0.9"]["difference"]
+        assert against["fixed_64"] > -0.03 > against["fixed_8"]
     if experiment is truncation:
         assert summary["ordered_beats_unordered"] == 10
         assert summary["pictures_24"]["fixed_cut"]["0.25"] == pytest.approx(1.3 / 0.97 - 1, abs=0.02)

@@ -28,7 +28,7 @@ from benchmarks.evidence.experiment import (
     write_json,
 )
 
-MODULES = ("recovery", "pareto", "complexity", "ablations", "truncation", "budgets")
+MODULES = ("recovery", "pareto", "keeping", "complexity", "ablations", "truncation", "budgets")
 """In the order of the page."""
 
 
@@ -63,7 +63,9 @@ HEAD = """# Evidence
 
 What the method does, measured by the scripts in `benchmarks/evidence/`. `make evidence` reruns a reduced version on a CPU and
 checks the claims; `python -m benchmarks.evidence.NAME` runs one experiment in full, and `python -m benchmarks.evidence` writes
-this page and `results.json` from the files beside it."""
+this page and `results.json` from the files beside it.
+
+What says NO is a goal that was set before and is not reached; its figure stands there, and its section says what is missing."""
 
 
 def claim_table(claims: Iterable[Claim]) -> str:

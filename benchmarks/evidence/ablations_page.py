@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import entropy
-from benchmarks.evidence.ablations import SETTING_OF_LONG, START, SURE, ours, papers, verdict
+from benchmarks.evidence.ablations import FREE, HELD, SETTING_OF_LONG, START, SURE, ours, papers, verdict
 from benchmarks.evidence.comparison import COUNTS
 from benchmarks.evidence.experiment import Results, chosen, mean, table
 from benchmarks.evidence.plot import Plot, Series
-from benchmarks.evidence.variants import LONG, PAPER_RANK, RANK
+from benchmarks.evidence.variants import LONG, NEVER, PAPER_RANK, RANK
+
+UNSEEN = 0.001
+"""A change of the entropy by less than this share is not told of."""
 
 
 def build(results: Results, folder: Path) -> str:
@@ -63,6 +66,13 @@ def _told(rows: Sequence[Mapping[str, Any]]) -> str:
         ("No difference could be seen here", free),
     ):
         told.append(f"{words}: {', '.join(names) if names else 'none'}.")
+    for row in rows:
+        if row["setting"] == "rank_hold" and row["change"] == NEVER and verdict(row) != "default better":
+            told.append(
+                f"Ranks that do not adapt before they are cut do as well here ({_loss(row)}): what is gained "
+                "on fixed ranks on these "
+                "subjects is gained by the cuts."
+            )
     return " ".join(told)
 
 
@@ -88,10 +98,30 @@ def _paper(results: Results, folder: Path) -> list[str]:
         f"Pulled toward rank {PAPER_RANK}, from rank {START}, {COUNTS[0]} pictures; loss over that of the paper's form as it is. "
         "Sizes differ here, so a lower loss is no better method by itself.",
         table(["setting", "change", "loss", "mean rank", "of a layer"], body),
-        f"**Without the pull, ranks run away.** Mean rank over {LONG} steps; a layer holds at most 256:",
+        f"**What the pull does.** {_pull(long)} Mean rank over {LONG} steps; a layer holds at most 256:",
         table(["change", "start", *(f"step {step}" for step in steps), "layers at the end"], grown),
         "![Mean rank against steps](ablations_growth.png)",
     ]
+
+
+def _pull(long: Sequence[Mapping[str, Any]]) -> str:
+    """How far ranks grow without the pull, with the default's, with a strong one."""
+    ends = {row["change"]: row["growth"][-1][1] for row in long}
+    if not {"as it is", FREE, HELD} <= set(ends):
+        return ""
+    free, own, held = ends[FREE], ends["as it is"], ends[HELD]
+    near = "hardly less: the default is too weak to hold them" if own > 0.9 * free else "less"
+    return (
+        f"Without it ranks grow from {START} to {free:.0f}, until they come to rest; with the default weight "
+        f"to {own:.0f}, {near}; "
+        f"with {HELD} they come down to {held:.1f}."
+    )
+
+
+def _at_default(found: Results) -> str:
+    none, default = (entropy.of(found, weight, "entropy") for weight in entropy.WEIGHTS[:2])
+    small = abs(default - none) < UNSEEN
+    return f"At the default weight, {entropy.WEIGHTS[1]:g}, it changes nothing that could be seen. " if small else ""
 
 
 def _entropy(found: Results) -> list[str]:
@@ -108,6 +138,7 @@ def _entropy(found: Results) -> list[str]:
         f"A small SD 1.x UNet with random weights and three random pictures, {found['steps']} steps on a CPU, "
         f"{len(found['seeds'])} seeds, change over training. The drawing model of the other experiments has no block that only "
         "attends to the caption, so the term does not apply to it. This shows that the term lowers the entropy it is a term of, "
-        "and what that costs; whether sharper attention makes better pictures, a model with random weights cannot show.",
+        f"and what that costs. {_at_default(found)}Whether sharper attention makes better pictures, a model with random weights "
+        "cannot show.",
         table(["entropy_weight", "denoising loss", "entropy", "mean rank", "of a layer"], rows),
     ]

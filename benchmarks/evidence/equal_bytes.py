@@ -110,6 +110,36 @@ def beaten(compared: Sequence[Pair]) -> dict[str, bool]:
     return {name: all(p.better for p in compared if p.subject == name) for name in dict.fromkeys(p.subject for p in compared)}
 
 
+SURE = 2.0
+"""Standard errors from 0 at which a pair is said to differ."""
+
+
+def pair_error(compared: Sequence[Pair]) -> float:
+    """The standard error of a pair's difference in the mean over seeds, with one variance for all pairs.
+
+    A seed decides the start, the order of pictures and the noise alike for both; the subject's held-out pictures are the same.
+    """
+    variances, seeds = [], 0
+    for pair in compared:
+        each = [ours / other - 1 for ours, other in zip(pair.ours.losses, pair.other.losses, strict=True)]
+        seeds = len(each)
+        if seeds > 1:
+            variances.append(sum((d - mean(each)) ** 2 for d in each) / (seeds - 1))
+    return math.sqrt(mean(variances) / seeds) if variances else math.nan
+
+
+def surely_worse(compared: Sequence[Pair]) -> list[Pair]:
+    """Pairs in which ours is worse by more than SURE standard errors of a pair."""
+    error = pair_error(compared)
+    return [pair for pair in compared if pair.difference > SURE * error]
+
+
+def surely_better(compared: Sequence[Pair]) -> list[Pair]:
+    """Pairs in which ours is better by more than that."""
+    error = pair_error(compared)
+    return [pair for pair in compared if pair.difference < -SURE * error]
+
+
 def tally(compared: Sequence[Pair]) -> dict[str, Any]:
     """Subjects that are beaten, the share of pairs in which ours is better, the mean and the worst difference."""
     return {

@@ -1,7 +1,7 @@
 """The records of the full run, kept in docs/evidence/ without what no page uses.
 
 `python -m benchmarks.evidence.records RECORDS` writes them from the file that the GPU run made: only those of the jobs that
-tuning, ablations and the reported comparison ask for. Prints what is missing.
+tuning, ablations, the reported comparison and the target that is only the most ask for. Prints what is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import comparison, variants
+from benchmarks.evidence import comparison, keeping, variants
 from benchmarks.evidence.comparison import Tuned
 from benchmarks.evidence.experiment import FOLDER
 from benchmarks.evidence.personal import Job
@@ -25,6 +25,9 @@ WHERE = ("device", "torch", "date")
 """What a record says of the machine that made it."""
 _LEFT_OUT = ("subject", "pictures", "rank", "rate", "seed", "steps", "twist", "file", "seconds", *WHERE)
 """What the key says too, or no page uses."""
+
+_LOADERS_CUTS = ("shortened", "shared_out")
+"""They are told of the reported subjects alone."""
 
 
 class Stored:
@@ -56,6 +59,7 @@ def compact(records: Mapping[str, Record]) -> tuple[dict[str, Any], list[Record]
     tuned = choices(stored)
     stored.run(variants.jobs(tuned))
     stored.run(comparison.reported(tuned, comparison.SEEDS))
+    stored.run(keeping.jobs(tuned))
     used = [records[key] for key in sorted(stored.asked & set(records))]
     about = {
         **{name: ", ".join(sorted({r[name] for r in used if name in r})) for name in WHERE},
@@ -68,6 +72,8 @@ def compact(records: Mapping[str, Record]) -> tuple[dict[str, Any], list[Record]
 
 def _slim(record: Record) -> Record:
     slim = {name: value for name, value in record.items() if name not in _LEFT_OUT}
+    if record["subject"] in comparison.tuning_names():
+        slim["marks"] = [{k: v for k, v in mark.items() if k not in _LOADERS_CUTS} for mark in slim["marks"]]
     if "ranks" in slim:
         slim["ranks"] = list(slim["ranks"].values())
     if "use" in slim:

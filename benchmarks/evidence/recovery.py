@@ -40,6 +40,8 @@ WEIGHT = Settings().rank_weight
 WEIGHTS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 SETTLED, PURE = "settled", "pure"
 STEPS = {SETTLED: 400, PURE: 1200}
+RATES = {SETTLED: 1e-2, PURE: 3e-3}
+"""That of the paper's form was chosen on layers of another seed: at 1e-2 some ranks end below what their layer needs."""
 NOISE = 0.3
 """Where the budget is too small: error that nothing can explain, as pictures always leave. What a layer is worth is told by
 its gradients, and those of a task that is learned exactly vanish."""
@@ -88,7 +90,7 @@ def measure(case: Case) -> Results:
     shapes = shapes_of(case.layout)
     teachers = Teachers(RANKS, shapes, case.seed, case.decay, case.noise)
     settings = Settings(
-        steps=STEPS[case.form], learning_rate=1e-2, batch_size=48, target_rank=target_of(case), seed=case.seed,
+        steps=STEPS[case.form], learning_rate=RATES[case.form], batch_size=48, target_rank=target_of(case), seed=case.seed,
         settle_at=1.0 if case.form == PURE else Settings().settle_at, rank_weight=case.weight,
         initial_rank=case.initial, rank_rest=case.rest,
     )  # fmt: skip
@@ -179,16 +181,17 @@ def run(full: bool) -> Results:
 def claims(results: Results) -> list[Claim]:
     """The issue of ranks that mean something, in figures."""
     runs = results["runs"]
+    full = results["about"]["size"] == "full"
     found = []
     for form, name in FORMS.items():
-        own = chosen(runs, group="shapes", form=form)
-        found.append(Claim(f"{name}: Spearman of learned and true ranks, mean", order(own), 0.95, above=True))
-        found.append(Claim(f"{name}: what any layer is missing of its change", missing_share(own), 1e-3))
+        own, missed = chosen(runs, group="shapes", form=form), full and form in OPEN
+        found.append(Claim(f"{name}: Spearman of learned and true ranks, mean", order(own), 0.95, above=True, open=missed))
+        found.append(Claim(f"{name}: what any layer is missing of its change", missing_share(own), 1e-3, open=missed))
     swept = by_weight(runs, SETTLED)
     found.append(Claim("settled: Spearman at the worst rank_weight", min(map(order, swept.values())), 0.95, above=True))
     found.append(Claim("settled: missing at the worst rank_weight", max(map(missing_share, swept.values())), 1e-3))
     tight = [run["kept"] for run in runs if run["group"] == "shares" and run["share"] < 1]
-    found.append(Claim("too small a budget: learned, of the most that fits it", min(tight), 0.98, above=True))
+    found.append(Claim("too small a budget: learned, of the most that fits it", min(tight), 0.98, above=True, open=full))
     missing = {rest: missing_share(own) for rest, own in by_rest(runs).items()}
     gain = missing[0.0] / missing[Settings().rank_rest]
     found.append(Claim("paper's form: times less is missing with the rest at the end", gain, 10, above=True))
@@ -198,9 +201,13 @@ def claims(results: Results) -> list[Claim]:
 def summary(results: Results) -> Results:
     """Over both forms, all shapes, spectra and seeds, with the node's default weight."""
     own = chosen(results["runs"], group="shapes")
-    return {"spearman_mean": round(order(own), 4), "residual_max": missing_share(own), "runs": len(own)}
+    each = {name: {"spearman_mean": round(order(part), 4), "residual_max": missing_share(part)}
+            for name, part in ((name, chosen(own, form=form)) for form, name in FORMS.items())}  # fmt: skip
+    return {"spearman_mean": round(order(own), 4), "residual_max": missing_share(own), "runs": len(own), **each}
 
 
+OPEN = (PURE,)
+"""Forms that do not reach what is asked of them."""
 FORMS = {SETTLED: "settled", PURE: "paper's form"}
 
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.evidence.comparison import ALLOCATED, RESIZED, Choice, Config
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING, Job
@@ -22,7 +23,9 @@ LONGEST = 600.0
 _DONE: dict[str, Record] = {}
 
 
-def job(config: Config, subject: str, seed: int = 0, cuts: bool = True, steps: int = STEPS) -> Job:
+def job(
+    config: Config, subject: str, seed: int = 0, cuts: bool = True, steps: int = STEPS, changes: tuple[tuple[str, Any], ...] = ()
+) -> Job:
     """An adaptation of this size; with the cuts that are compared."""
     method, rank, count = config
     if method in (RESIZED, ALLOCATED):
@@ -30,7 +33,7 @@ def job(config: Config, subject: str, seed: int = 0, cuts: bool = True, steps: i
     more: tuple[str, ...] = ()
     if cuts and method in (FIXED, SETTLING):
         more = (RESIZED,) if rank == LARGE else ("shortened",)
-    return Job(subject, count, method, rank, RATES[method], seed, steps, more=more)
+    return Job(subject, count, method, rank, RATES[method], seed, steps, changes, more=more)
 
 
 def choice(config: Config) -> Choice:

@@ -18,6 +18,7 @@ RANK, PAPER_RANK = 4, 8
 LONG = 600
 """Steps of the paper's longer runs, in which ranks have time to run away."""
 SEEDS = (0, 1)
+NEVER = "1 (ranks never adapt)"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ OURS = [
     *_swept("initial_rank", [RANK, 2 * RANK, 8 * RANK], sides=True),
     *_swept("min_rank", [1]),
     *_swept("rank_hold", [0.0, 0.1]),
-    Variant("rank_hold", "1 (ranks never adapt)", (("rank_hold", 1.0),)),
+    Variant("rank_hold", NEVER, (("rank_hold", 1.0),)),
     *_swept("rank_learning_rate", [0.003, 0.03, 0.1]),
     *_swept("q", [0.5, 0.75, 0.95, 0.99]),
     *_swept("rank_weight", [0.0, 1e-3, 1e-2, 1e-1]),
