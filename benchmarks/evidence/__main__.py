@@ -76,13 +76,15 @@ def claim_table(claims: Iterable[Claim]) -> str:
 
 def check(only: Iterable[str]) -> bool:
     """Rerun at the reduced size; True when every claim holds."""
-    good = True
+    good, missed = True, list[str]()
     for name, experiment in experiments(only).items():
         start = time.monotonic()
         claims = experiment.claims(measured(experiment, full=False))
         print(f"\n{name}, reduced, {time.monotonic() - start:.0f} s", flush=True)
         good = report(claims) and good
-    print("\nEvery claim holds." if good else "\nA claim does not hold.", flush=True)
+        missed += [claim.words for claim in claims if claim.open and not claim.holds]
+    words = "Every claim holds" + (f", but for goals that are known to be open: {'; '.join(missed)}." if missed else ".")
+    print(f"\n{words}" if good else "\nA claim does not hold.", flush=True)
     return good
 
 
