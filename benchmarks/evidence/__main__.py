@@ -54,7 +54,9 @@ def gather(folder: Path, pictures: Path) -> tuple[Results, str]:
         about = results["about"]
         summaries[experiment.KEY] = experiment.summary(results)
         claims += experiment.claims(results)
-        source = f"{about['device']}, torch {about['torch']}, {about['date']}. All figures: [{experiment.FILE}]"
+        said = about.get("runs_that_say_where", 0)
+        silent = f" ({about['runs'] - said} of {about['runs']} records do not say it themselves)" if 0 < said < about["runs"] else ""
+        source = f"{about['device']}, torch {about['torch']}, {about['date']}{silent}. All figures: [{experiment.FILE}]"
         parts.append(f"{experiment.page(results, pictures)}\n\n<sub>{source}({experiment.FILE})</sub>")
     return summaries, "\n\n".join([HEAD, claim_table(claims), *parts]) + "\n"
 
