@@ -54,8 +54,8 @@ def gather(folder: Path, pictures: Path) -> tuple[Results, str]:
         about = results["about"]
         summaries[experiment.KEY] = experiment.summary(results)
         claims += experiment.claims(results)
-        said = about.get("runs_that_say_where", 0)
-        silent = f" ({about['runs'] - said} of {about['runs']} records do not say it themselves)" if 0 < said < about["runs"] else ""
+        others = about.get("runs", 0) - about.get("runs_that_say_where", 0)
+        silent = f" ({others} of {about['runs']} records do not say it themselves)" if others else ""
         source = f"{about['device']}, torch {about['torch']}, {about['date']}{silent}. All figures: [{experiment.FILE}]"
         parts.append(f"{experiment.page(results, pictures)}\n\n<sub>{source}({experiment.FILE})</sub>")
     return summaries, "\n\n".join([HEAD, claim_table(claims), *parts]) + "\n"

@@ -53,7 +53,9 @@ def choices(stored: Stored) -> dict[comparison.Config, comparison.Choice]:
     return comparison.tune(stored, comparison.configs(), comparison.tuning_names())
 
 
-def compact(records: Mapping[str, Record], told: Mapping[str, str] | None = None) -> tuple[dict[str, Any], list[Record], set[str]]:
+def compact(
+    records: Mapping[str, Record], told: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], list[Record], set[str]]:
     """Where and when they were made, the records that pages use, and the keys of those that are missing.
 
     told: where and when those were made that do not say it themselves.
