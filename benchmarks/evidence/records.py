@@ -53,8 +53,13 @@ def choices(stored: Stored) -> dict[comparison.Config, comparison.Choice]:
     return comparison.tune(stored, comparison.configs(), comparison.tuning_names())
 
 
-def compact(records: Mapping[str, Record]) -> tuple[dict[str, Any], list[Record], set[str]]:
-    """Where and when they were made, the records that pages use, and the keys of those that are missing."""
+def compact(
+    records: Mapping[str, Record], told: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], list[Record], set[str]]:
+    """Where and when they were made, the records that pages use, and the keys of those that are missing.
+
+    told: where and when those were made that do not say it themselves.
+    """
     stored = Stored(records)
     tuned = choices(stored)
     stored.run(variants.jobs(tuned))
@@ -62,10 +67,11 @@ def compact(records: Mapping[str, Record]) -> tuple[dict[str, Any], list[Record]
     stored.run(keeping.jobs(tuned))
     used = [records[key] for key in sorted(stored.asked & set(records))]
     about = {
-        **{name: ", ".join(sorted({r[name] for r in used if name in r})) for name in WHERE},
+        **{name: ", ".join(sorted({said[name] for r in used if name in (said := {**(told or {}), **r})})) for name in WHERE},
         "size": "full",
         "minutes": round(sum(r.get("seconds", 0.0) for r in used) / 60, 1),
         "runs": len(used),
+        "runs_that_say_where": sum(WHERE[0] in r for r in used),
     }
     return about, [_slim(r) for r in used], stored.asked - set(records)
 
@@ -111,7 +117,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", default="", help="of records that do not say it")
     options = parser.parse_args()
     told = {name: getattr(options, name) for name in WHERE if getattr(options, name)}
-    about, records, missing = compact({key: {**told, **r} for key, r in read_records(options.records).items()})
+    about, records, missing = compact(read_records(options.records), told)
     write(options.to, about, records)
     print(f"{len(records)} records, {options.to.stat().st_size / 1e6:.2f} MB, {about['device']}; {len(missing)} missing")
 

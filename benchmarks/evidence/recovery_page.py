@@ -80,7 +80,8 @@ def _found(own: Sequence[Results]) -> str:
     told.append(
         "The paper's form finds their order: its ranks are what the pull leaves, well above the truth. Its "
         "learning rate was tried "
-        f"on layers of another seed; at {RATES[SETTLED]:g} some of its ranks end below what their layer needs."
+        f"on layers of another seed; at {RATES[SETTLED]:g}, with which it was run first, some of its ranks end "
+        "below what their layer needs."
     )
     if poor:
         told.append(f"Its order is not found to 0.95 for {', '.join(poor)}.")
