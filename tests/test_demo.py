@@ -33,7 +33,7 @@ def test_the_demo_ends_with_its_line(
     assert float(found["size"]) == pytest.approx(adapter.stat().st_size / 1e6, abs=5e-4)  # three digits are printed
     # Two projections of pictures and of text in each of four blocks, but for the last of text; target_rank 4.
     assert 8 <= int(found["layers"]) <= 15, "a cut may have dropped some"
-    # Rank 4 in all layers costs 11,776 parameters a position; those that are left share out what a dropped one, of 1,024 at most, had.
+    # A unit of rank in all layers is 11,776 parameters; those that are left share what a dropped one had, at most 1,024.
     mean, most = float(found["mean"]), 4 * 11776 / (11776 - 1024 * (15 - int(found["layers"])))
     assert 1 <= int(found["low"]) <= mean <= most + 0.005
     assert int(found["high"]) >= 4
