@@ -120,8 +120,3 @@ def amplitude(layer: str, weights: Mapping[str, float]) -> float:
     if not 0 <= weight < math.inf:
         raise LoraError(f"Layer {layer} has the weight {weight} in the split of the size; it has to be 0 or more.")
     return math.sqrt(weight)
-
-
-def float32(factors: Factors) -> Factors:
-    """The same factors in float32."""
-    return Factors(factors.up.float(), factors.down.float(), factors.alpha)

@@ -50,3 +50,7 @@ class Factors:
         product = self.up.reshape(self.up.shape[0], self.rank) @ self.down.reshape(self.rank, self.down.shape[1:].numel())
         return (self.scale * product).reshape(self.up.shape[0], *self.down.shape[1:])
 
+
+def float32(factors: Factors) -> Factors:
+    """The same factors in float32."""
+    return Factors(factors.up.float(), factors.down.float(), factors.alpha)

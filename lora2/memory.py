@@ -48,6 +48,12 @@ def attempt(work: Callable[[], T]) -> list[T]:
         return []
 
 
+def on_device(device: torch.device, work: Callable[[torch.device], T]) -> T:
+    """What `work` gives on this device; on the CPU where its memory runs out."""
+    done = attempt(lambda: work(device))
+    return done[0] if done else work(torch.device("cpu"))
+
+
 def advice(settings: Settings, changes: Sequence[str]) -> str:
     """What a person can change. changes: what a run has changed by itself, in words."""
     if settings.on_out_of_memory == "stop":

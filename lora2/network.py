@@ -13,11 +13,11 @@ from torch import Generator, Tensor, nn
 
 from . import importance as imp
 from .adapter import GRANULE, HEADROOM, Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
-from .budget import fit, float32, next_pressure, scaled_ranks
+from .budget import fit, next_pressure, scaled_ranks
 from .errors import LoraError
-from .factors import Factors
+from .factors import Factors, float32
 from .keys import shown
-from .memory import attempt
+from .memory import on_device
 from .packed import Block, Packed
 from .settings import Settings
 from .spectrum import singular_order
@@ -68,6 +68,7 @@ class AdaptiveNetwork:
         self.generator = Generator().manual_seed(settings.seed)
         shapes = [module_shape(module) for module in layers.values()]
         self._limits = [rank_limit(shape, settings) for shape in shapes]
+        self._floors = [min(settings.least_rank, limit) for limit in self._limits]
         costs = [cost(shape) for shape in shapes]
         self.budget = settings.budget(costs, self._limits)
         initial = initial_ranks(self.budget / sum(costs), self._limits, settings)
@@ -164,9 +165,7 @@ class AdaptiveNetwork:
 
     def _lay_out_importance(self) -> None:
         self._limit_theta = torch.tensor(self._limits, dtype=torch.float32, device=self.device).log()
-        self._floor_theta = torch.tensor(
-            [min(self.settings.least_rank, limit) for limit in self._limits], dtype=torch.float32, device=self.device
-        ).log()
+        self._floor_theta = torch.tensor(self._floors, dtype=torch.float32, device=self.device).log()
         self._gain = torch.tensor(self.gains, device=self.device)[:, None]
         width = max(a.capacity for a in self.adapters)
         self._positions = torch.arange(width, device=self.device, dtype=torch.float32)
@@ -272,9 +271,8 @@ class AdaptiveNetwork:
         if self.settled:
             return False
         if self._steered:
-            floors = [min(self.settings.least_rank, limit) for limit in self._limits]
             costs = [a.cost for a in self.adapters]
-            ranks = scaled_ranks(self.theta.exp().tolist(), costs, floors, self._limits, self.budget)
+            ranks = scaled_ranks(self.theta.exp().tolist(), costs, self._floors, self._limits, self.budget)
             self._set_ranks(ranks)
         return self.sync(optimizer, exactly=True)
 
@@ -390,7 +388,7 @@ class AdaptiveNetwork:
         for name, adapter in zip(self.names, self.adapters, strict=True):
             plain = partial(_plain, adapter, min(ranks[name], adapter.capacity), self.settled if ordered is None else ordered)
             # A device that is full up to the last byte must not keep what was learned from being saved.
-            out[name] = (attempt(partial(plain, self.device)) or [plain(torch.device("cpu"))])[0]
+            out[name] = on_device(self.device, plain)
         return out
 
     def broken(self) -> list[str]:

@@ -10,17 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .cores import shared_out
-from .factors import Factors
-from .memory import attempt
+from .factors import Factors, float32
+from .memory import on_device
 from .spectrum import singular_order
-
-T = TypeVar("T")
 
 MOST_INVERSE = 1e4
 """Where ‖L⁻¹‖ of a factor's correlations is larger, its layer is decomposed by QR: what L loses is about ‖L⁻¹‖² · 1.1e-16 of
@@ -90,7 +87,7 @@ def _products(factors: Factors, device: torch.device) -> tuple[Tensor, Tensor] |
     """Both factors' products with themselves; None where they cannot have full rank."""
     if not 0 < factors.rank <= min(len(factors.up), factors.down[0].numel()):
         return None
-    return _somewhere(device, lambda place: _Pair(factors, place).products())
+    return on_device(device, lambda place: _Pair(factors, place).products())
 
 
 def _order(factors: Factors, device: torch.device, products: tuple[Tensor, Tensor] | None) -> Order:
@@ -114,7 +111,7 @@ def _order(factors: Factors, device: torch.device, products: tuple[Tensor, Tenso
     for_down = (inverse_d.t() @ vh.t()) * root / norms_d[:, None]
 
     def head(rank: int) -> Factors:
-        return _somewhere(device, lambda place: _Pair(factors, place).mixed(for_up[:, :rank], for_down[:, :rank]))
+        return on_device(device, lambda place: _Pair(factors, place).mixed(for_up[:, :rank], for_down[:, :rank]))
 
     return Order(sigma, head)
 
@@ -134,14 +131,4 @@ def _unmixed(product: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 def _by_qr(factors: Factors) -> Order:
     ordered, sigma = singular_order(Factors(factors.up.cpu(), factors.down.cpu(), factors.alpha))
 
-    def head(rank: int) -> Factors:
-        kept = ordered.head(rank)
-        return Factors(kept.up.float(), kept.down.float(), kept.alpha)
-
-    return Order(sigma, head)
-
-
-def _somewhere(device: torch.device, work: Callable[[torch.device], T]) -> T:
-    """Work on this device; on the CPU where its memory runs out."""
-    done = attempt(lambda: work(device))
-    return done[0] if done else work(torch.device("cpu"))
+    return Order(sigma, lambda rank: float32(ordered.head(rank)))

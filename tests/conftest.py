@@ -24,6 +24,14 @@ host.import_comfy()
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: threads only wait for each other. Whatever a test sets, the next one starts with one."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def comfy() -> ModuleType:
     """The package `comfy` with `comfy.sd` loaded, on the CPU unless torch has CUDA."""

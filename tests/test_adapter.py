@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -51,15 +50,6 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "conv3d, replicate": (lambda: nn.Conv3d(2, 4, 3, padding=1, padding_mode="replicate"), (1, 2, 4, 4, 4)),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(

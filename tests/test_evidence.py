@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,6 @@ from benchmarks.evidence.__main__ import check, experiments, gather
 from benchmarks.evidence.experiment import FOLDER, Claim, read_json, report
 from benchmarks.evidence.plot import Plot, Series
 from lora2.factors import Factors
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # -- arithmetic ----------------------------------------------------------------------------------------------
 

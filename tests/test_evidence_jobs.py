@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.evidence import personal
 from benchmarks.evidence.comparison import UNIT
 from benchmarks.evidence.personal import FIXED, Job, Workbench
 from benchmarks.evidence.pool import Pool, read_records
 from benchmarks.models import pack
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # -- jobs that fail ------------------------------------------------------------------------------------------
 

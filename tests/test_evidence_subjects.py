@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -37,15 +36,6 @@ from benchmarks.evidence.experiment import Experiment
 from benchmarks.evidence.measuring import rounded
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
 from benchmarks.models import pack
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 run_of = cache(everything)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,15 +21,6 @@ Array = NDArray[np.float64]
 # numpy's and torch's exp differ by an ulp or two of 2.2e-16;
 # 1 − e^(−ν) written out loses 1 / ν ≤ 740 of it.
 EXACT = 1e-12
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rate_of(rank: float, q: float) -> float:

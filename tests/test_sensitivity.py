@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,15 +19,6 @@ SCALES = {"faint": 0.3, "plain": 1.0, "loud": 3.0}
 """How large every layer's inputs are."""
 
 WIDTH = 24
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network_of(**changes: Any) -> tuple[AdaptiveNetwork, Optimizer, dict[str, nn.Linear]]:

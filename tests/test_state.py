@@ -25,15 +25,6 @@ from lora2.writer import write_new
 MOST = 1 << 30
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Wide(Toy):
     """The toy with 48 channels instead of 16: room for arrays of 40 positions."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,15 +22,6 @@ from lora2.trainer import EMPTY_CAPTION, Diverged, Progress, Trainer
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """As a step takes it, of all its gradients together."""
     return torch.linalg.vector_norm(gradient_norms(tensors))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Toy(nn.Module):
