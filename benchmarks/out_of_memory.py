@@ -102,6 +102,11 @@ def lora_folder() -> Iterator[Path]:
             folder_paths.set_output_directory(output)
 
 
+def loras(folder: Path) -> list[Path]:
+    """The LoRAs in a folder that holds the output folder, with states of runs, too."""
+    return [path for path in folder.rglob("*.safetensors") if "output" not in path.relative_to(folder).parts]
+
+
 def measure(**changes: Any) -> list[dict[str, Any]]:
     """A row for each limit; raises AssertionError where a promise is broken."""
     import comfy.model_management
@@ -119,11 +124,11 @@ def measure(**changes: Any) -> list[dict[str, Any]]:
         assert differs(first, plenty) < CLOSE, "two runs without a limit differ: nothing can be compared here"
         model = plenty.held
         for share in SHARES:
-            before = len(list(folder.rglob("*.safetensors")))
+            before = len(loras(folder))
             with limited_to(model + int(share * (plenty.peak - model))):
                 comfy.model_management.load_models_gpu([patcher])
                 outcome = run(patcher, **changes)
-            files = len(list(folder.rglob("*.safetensors"))) - before
+            files = len(loras(folder)) - before
             worst = differs(outcome, plenty) if outcome.losses else 0.0
             rows.append({"share": share, "files": files, "worst": worst, **vars(outcome)})
             if outcome.losses:

@@ -245,7 +245,7 @@ def test_a_model_that_waits_for_the_gpu_trains_all_the_same_and_the_log_says_so(
 
     handle = first.register_forward_hook(wait)
     try:
-        result, seen = run(model, "koala", steps=8)
+        result, seen = run(model, "koala", steps=8, settle_at=1.0)  # a cut would begin the update anew
     finally:
         handle.remove()
     assert seen.refused == 1
