@@ -72,6 +72,7 @@ def defaults() -> dict[str, Any]:
     settings = pack("lora2.settings").Settings()
     words = {
         "gain of Λ": "√(D / Σ Λ²)", "first position": "0", "what a cut goes by": "energy × sensitivity",
+        "moments at a cut": "dropped",
         "learning rate before the last cut": "× √(target / size)", "Λ in the second phase": "folded",
         "initial_rank": "4 × the target",
     }  # fmt: skip
@@ -91,7 +92,12 @@ def verdict(row: Mapping[str, Any]) -> str:
 def ours(results: Results, count: int) -> list[dict[str, Any]]:
     """Rows of changes of ours."""
     rows = chosen(results["rows"], pictures=count)
-    return [row for row in rows if not row["setting"].startswith("paper's form") and row["setting"] != "as it is"]
+    return [row for row in rows if not row["setting"].startswith(("paper's form", "fixed rank")) and row["setting"] != "as it is"]
+
+
+def fixed_ranks(results: Results) -> list[dict[str, Any]]:
+    """Rows of a fixed rank."""
+    return [row for row in results["rows"] if row["setting"].startswith("fixed rank")]
 
 
 def papers(results: Results) -> list[dict[str, Any]]:

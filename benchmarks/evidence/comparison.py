@@ -24,8 +24,7 @@ RATES = tuple(10 ** (-k / 4) for k in range(20, 3, -1))
 HALF = 2
 """Tuning starts at FIRST_RATES and walks by half powers of ten until the best lies inside."""
 FIRST_RATES = (8, 10)
-FINE = (24,)
-"""With so many pictures it looks a quarter to both sides too: sizes differ by less there than half powers of ten do."""
+"""Then it looks a quarter to both sides of the best: methods differ by less than half powers of ten do."""
 
 FIXED_RANKS = (1, 2, 4, 8, 16, 32, 64)
 TARGETS = (1, 2, 4, 8, 16, 32, 64)
@@ -39,13 +38,14 @@ TRUNCATED_SIZES = (12, 8, 4)
 RESIZED, ALLOCATED = "resized", "allocated"
 """Trained at LARGE, then cut: every layer to the same share of its norm, or all together by energy per parameter."""
 
-SMALLEST_START = 16
-
 UNIT = 11_776
 """Parameters per unit of rank in the drawing model's attention layers; the tests count them."""
 
 COUNTS = (24, 5)
 SEEDS = (0, 1, 2)
+"""Of what is reported."""
+TUNING_SEEDS = {24: (0, 1), 5: (0,)}
+"""By the number of pictures."""
 
 Config = tuple[str, int, int]
 """Method, rank whose size it has, number of pictures."""
@@ -80,13 +80,9 @@ def configs(counts: Sequence[int] = COUNTS) -> list[Config]:
     return [(method, rank, count) for count in counts for method in ranks for rank in ranks[method]]
 
 
-def job(
-    config: Config, subject: str, rate: float, seed: int, changes: tuple[tuple[str, Any], ...] = (), **more: Any
-) -> Job:
-    """The adaptation that shows a config. Ours starts at twice the target, at least 16."""
+def job(config: Config, subject: str, rate: float, seed: int, changes: tuple[tuple[str, Any], ...] = (), **more: Any) -> Job:
+    """The adaptation that shows a config."""
     method, rank, count = config
-    if method == SETTLING and 2 * rank >= SMALLEST_START:
-        changes = (("initial_rank", 2 * rank), *changes)
     if method in (RESIZED, ALLOCATED):
         method, rank = FIXED, LARGE
     if (method, rank) == (FIXED, LARGE):
@@ -151,10 +147,10 @@ def tune(pool: Source, wanted: Sequence[Config], names: Sequence[str]) -> dict[C
     """
     tried = {config: set(FIRST_RATES) for config in wanted}
     while True:
-        pool.run(job(c, name, RATES[i], 0) for c in wanted for i in sorted(tried[c]) for name in names)
+        pool.run(one for c in wanted for i in sorted(tried[c]) for one in _tries(c, RATES[i], names))
         found, grown = {}, False
         for config in wanted:
-            keyed = [(RATES[i], job(config, n, RATES[i], 0).key) for i in sorted(tried[config]) for n in names]
+            keyed = [(RATES[i], one.key) for i in sorted(tried[config]) for one in _tries(config, RATES[i], names)]
             if any(key not in pool.records and key not in pool.failed for _, key in keyed):
                 continue
             gone = {rate for rate, key in keyed if key in pool.failed}
@@ -166,7 +162,7 @@ def tune(pool: Source, wanted: Sequence[Config], names: Sequence[str]) -> dict[C
             found[config] = choice = replace(choice, tried=rates, coarse=coarse.rate)
             index = RATES.index(coarse.rate)
             missing = _around(index, HALF) - tried[config]
-            if not missing and config[2] in FINE:
+            if not missing:
                 missing = _around(index, 1) - tried[config]
             tried[config] |= missing
             grown = grown or bool(missing)
@@ -174,11 +170,16 @@ def tune(pool: Source, wanted: Sequence[Config], names: Sequence[str]) -> dict[C
             return {config: choice for config, choice in found.items() if choice.inside or choice.rate in (RATES[0], RATES[-1])}
 
 
+def _tries(config: Config, rate: float, names: Sequence[str]) -> list[Job]:
+    """The runs by which a learning rate of a config is judged."""
+    return [job(config, name, rate, seed) for seed in TUNING_SEEDS[config[2]] for name in names]
+
+
 def _around(index: int, far: int) -> set[int]:
     return {i for i in (index - far, index + far) if 0 <= i < len(RATES)}
 
 
-def reported(tuned: Tuned, seeds: Sequence[int]) -> Iterator[Job]:
+def reported(tuned: Tuned, seeds: Sequence[int] = SEEDS) -> Iterator[Job]:
     """The adaptations that are reported, seed by seed."""
     for seed in seeds:
         for subject in SUBJECTS:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from benchmarks.evidence.comparison import UNIT, Choice, Tuned, best, usable
 from benchmarks.evidence.experiment import mean
-from benchmarks.evidence.personal import PAPER
+from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
 from benchmarks.evidence.pool import Record
-from benchmarks.evidence.variants import AS_IT_IS, PAPER_AS_IT_IS, Variant, jobs_of, rates, variants
+from benchmarks.evidence.variants import AS_IT_IS, FIXED_AS_IT_IS, PAPER_AS_IT_IS, Variant, jobs_of, rates, variants
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,17 @@ def effects(records: Mapping[str, Record], tuned: Tuned, count: int) -> list[Eff
     found = []
     for variant in variants(count):
         own = _chosen(records, tuned, variant, count)
-        base = _chosen(records, tuned, PAPER_AS_IT_IS if _paper(variant) else AS_IT_IS, count)
+        base = _chosen(records, tuned, _compared_with(variant), count)
         if own and base:
             found.append(_effect(variant, own, base, rates(variant, count, tuned)))
     return found
 
 
-def _paper(variant: Variant) -> bool:
-    """Whether the paper's form as it is is what a variant is compared with."""
-    return variant.method == PAPER and not variant.budgeted
+def _compared_with(variant: Variant) -> Variant:
+    """The method as it is that a variant changes; where a budget holds the paper's form to our size, ours."""
+    if variant.budgeted:
+        return AS_IT_IS
+    return {PAPER: PAPER_AS_IT_IS, FIXED: FIXED_AS_IT_IS, SETTLING: AS_IT_IS}[variant.method]
 
 
 _Runs = tuple[Choice, dict[tuple[str, int], Record]]

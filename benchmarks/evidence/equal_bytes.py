@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.evidence.comparison import ALLOCATED, RESIZED, TARGETS, UNIT, Config, Tuned, job, score, usable
+from benchmarks.evidence.comparison import ALLOCATED, RESIZED, UNIT, Config, Tuned, job, score, usable
 from benchmarks.evidence.experiment import mean
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
 from benchmarks.evidence.pool import Record
@@ -21,7 +21,10 @@ BYTES = 2
 
 @dataclass(frozen=True)
 class Point:
-    """A config on a subject: means over the seeds. before: the base's loss and drift. losses: by seed."""
+    """A config on a subject: means over the seeds. before: the base's loss and drift. losses: by seed.
+
+    tuned: the loss of the config on the subjects that settings are tuned on.
+    """
 
     loss: float
     drift: float
@@ -29,6 +32,7 @@ class Point:
     before: float
     drift_before: float
     losses: tuple[float, ...]
+    tuned: float = math.nan
 
 
 Points = Mapping[tuple[str, Config], Point]
@@ -43,7 +47,7 @@ def points(
         for config, choice in tuned.items():
             runs = [records.get(job(config, name, choice.rate, seed).key) for seed in seeds]
             if at := point(config, choice.step, [run for run in runs if run]):
-                found[name, config] = at
+                found[name, config] = replace(at, tuned=choice.loss)
     return found
 
 
@@ -81,12 +85,9 @@ class Pair:
 
 
 def ours_within(found: Points, subject: str, parameters: float, count: int) -> Point | None:
-    """Ours with the largest target whose file is no larger than this."""
-    for target in sorted(TARGETS, reverse=True):
-        at = found.get((subject, (SETTLING, target, count)))
-        if at and at.parameters <= parameters:
-            return at
-    return None
+    """Of ours whose files are no larger than this, the one with the target that did best on the tuning subjects."""
+    own = (at for (name, config), at in found.items() if name == subject and (config[0], config[2]) == (SETTLING, count))
+    return min((at for at in own if at.parameters <= parameters), key=lambda at: at.tuned, default=None)
 
 
 def pairs(found: Points, method: str, count: int) -> list[Pair]:

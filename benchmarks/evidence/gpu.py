@@ -3,9 +3,10 @@
     python -m benchmarks.evidence.gpu RECORDS --processes 15 --seconds 540 --stage tune ablate
     python -m benchmarks.evidence.gpu RECORDS --processes 15 --seconds 540 --stage report
 
-tune: learning rates and stopping points, on the tuning subjects. ablate: one change at a time, on the same. report: the ten
-subjects that are reported, a first seed of everything and then the others. keep: a target that is only the most. What time does
-not allow is left for a later call. Exit code 1 where anything is missing or has failed.
+tune: learning rates and stopping points, on the tuning subjects. report: the ten subjects that are reported, a first seed
+of everything and then the others. graded: subjects that differ in the number of parts alone. ablate: one change at a time, on the
+tuning subjects. keep: a target that is only the most. What time does not allow is left for a later call. Exit code 1 where
+anything is missing or has failed.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence import comparison, effects, equal_bytes, keeping, variants
+from benchmarks.evidence import comparison, complexity, effects, equal_bytes, keeping, variants
 from benchmarks.evidence.comparison import Config, Tuned
 from benchmarks.evidence.experiment import plain_table
 from benchmarks.evidence.pool import Pool
 from dev.painter.subjects import SUBJECTS
 
-STAGES = ("tune", "ablate", "report", "keep")
+STAGES = ("tune", "report", "graded", "ablate", "keep")
 
 
 def tuned_table(tuned: Tuned) -> str:
@@ -77,7 +78,9 @@ def differences_table(found: equal_bytes.Points, count: int) -> str:
 def missing(pool: Pool, tuned: Tuned, wanted: Sequence[Config], stages: Sequence[str]) -> int:
     """How much of the stages is not there."""
     jobs = list(variants.jobs(tuned)) if "ablate" in stages else []
-    jobs += list(comparison.reported(tuned, comparison.SEEDS)) if "report" in stages else []
+    jobs += list(comparison.reported(tuned)) if "report" in stages else []
+    jobs += list(complexity.jobs(tuned)) if "graded" in stages else []
+    jobs += list(keeping.jobs(tuned)) if "keep" in stages else []
     return len({j.key for j in jobs} - set(pool.records)) + len(set(wanted) - set(tuned))
 
 
@@ -99,16 +102,19 @@ def main() -> int:
     try:
         tuned = comparison.tune(pool, wanted, comparison.tuning_names())
         say(f"tuned {len(tuned)} of {len(wanted)}\n{tuned_table(tuned)}")
-        if "ablate" in options.stage:
-            pool.run(variants.jobs(tuned, options.counts))
-            for count in options.counts:
-                say(f"changes of the method, {count} pictures\n{effects_table(effects.effects(pool.records, tuned, count))}")
         for seeds in (comparison.SEEDS[:1], comparison.SEEDS) if "report" in options.stage else ():
             pool.run(comparison.reported(tuned, seeds))
             found = equal_bytes.points(pool.records, tuned, [s.name for s in SUBJECTS], seeds)
             say(f"seeds {seeds}: ours at equal bytes, better or equal\n{wins_table(found, options.counts)}")
             for count in options.counts:
                 print(differences_table(found, count), flush=True)
+        if "graded" in options.stage:
+            pool.run(complexity.jobs(tuned))
+            say(f"mean rank by parts: {complexity.by_parts(pool.records, tuned)}")
+        if "ablate" in options.stage:
+            pool.run(variants.jobs(tuned, options.counts))
+            for count in options.counts:
+                say(f"changes of the method, {count} pictures\n{effects_table(effects.effects(pool.records, tuned, count))}")
         if "keep" in options.stage:
             pool.run(keeping.jobs(tuned, options.counts))
             say("a target that is only the most is done")

@@ -182,7 +182,6 @@ def page(results: Results, folder: Path) -> str:
     return build(results, folder)
 
 
-
 if __name__ == "__main__":
     from benchmarks.evidence import pareto
 

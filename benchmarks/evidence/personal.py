@@ -76,7 +76,7 @@ class Workbench:
     @cache  # noqa: B019 (one workbench a process)
     def subject(self, name: str) -> subjects.Subject:
         """A subject by its name."""
-        return next(s for s in (*subjects.SUBJECTS, *subjects.TUNING) if s.name == name)
+        return next(s for s in (*subjects.SUBJECTS, *subjects.TUNING, *subjects.GRADED) if s.name == name)
 
     @cache  # noqa: B019
     def dataset(self, name: str, count: int, held_out: bool) -> tuple[list[Tensor], list[Any]]:

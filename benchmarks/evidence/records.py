@@ -1,7 +1,7 @@
 """The records of the full run, kept in docs/evidence/ without what no page uses.
 
 `python -m benchmarks.evidence.records RECORDS` writes them from the file that the GPU run made: only those of the jobs that
-tuning, ablations, the reported comparison and the target that is only the most ask for. Prints what is missing.
+tuning, ablations, the reported comparison, graded subjects and the target that is only the most ask for. Prints what is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import comparison, keeping, variants
+from benchmarks.evidence import comparison, complexity, keeping, variants
 from benchmarks.evidence.comparison import Tuned
 from benchmarks.evidence.experiment import FOLDER
 from benchmarks.evidence.personal import Job
@@ -63,8 +63,9 @@ def compact(
     stored = Stored(records)
     tuned = choices(stored)
     stored.run(variants.jobs(tuned))
-    stored.run(comparison.reported(tuned, comparison.SEEDS))
+    stored.run(comparison.reported(tuned))
     stored.run(keeping.jobs(tuned))
+    stored.run(complexity.jobs(tuned))
     used = [records[key] for key in sorted(stored.asked & set(records))]
     about = {
         **{name: ", ".join(sorted({said[name] for r in used if name in (said := {**(told or {}), **r})})) for name in WHERE},

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.evidence import moments
 from benchmarks.models import pack
 
 Patch = tuple[str, str, Callable[[Any], Any]]
@@ -52,6 +53,8 @@ TWISTS: dict[str, tuple[Patch, ...]] = {
     ),
     "energy only": (("lora2.sensitivity", "sensitivities", _nothing),),
     "rate as given": (("lora2.schedule", "size_factor", _one),),
+    "moments carried": (("lora2.trainer", "Trainer", moments.carrying),),
+    "moments anew": (("lora2.trainer", "Trainer", moments.anew),),
 }
 
 

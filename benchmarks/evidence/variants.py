@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.evidence.comparison import COUNTS, HALF, RATES, UNIT, Config, Tuned, job, tuning_names
-from benchmarks.evidence.personal import PAPER, SETTLING, Job
+from benchmarks.evidence.personal import FIXED, PAPER, SETTLING, Job
 
 RANK, PAPER_RANK = 4, 8
 """The target of ours, and what the paper's form is pulled toward."""
@@ -38,8 +38,9 @@ class Variant:
 
     def config(self, count: int) -> Config:
         """Whose learning rate it is trained at."""
-        ours = self.budgeted or self.method == SETTLING
-        return (SETTLING, RANK, count) if ours else (self.method, PAPER_RANK, count)
+        if self.budgeted:
+            return (SETTLING, RANK, count)
+        return (self.method, PAPER_RANK if self.method == PAPER else RANK, count)
 
     @property
     def budgeted(self) -> bool:
@@ -48,6 +49,7 @@ class Variant:
 
 
 AS_IT_IS = Variant("as it is", "", sides=True)
+FIXED_AS_IT_IS = Variant("fixed rank, as it is", "", method=FIXED, sides=True)
 PAPER_AS_IT_IS = Variant("paper's form, as it is", "", method=PAPER, sides=True)
 
 
@@ -66,6 +68,7 @@ OURS = [
     Variant("gain of Λ", "none", twist="no gain", sides=True),
     Variant("first position", "1", twist="positions from 1"),
     Variant("what a cut goes by", "energy alone", twist="energy only"),
+    Variant("moments at a cut", "carried over", twist="moments carried", sides=True),
     Variant("learning rate before the last cut", "as given", twist="rate as given", sides=True),
     Variant("Λ in the second phase", "kept, ranks rest at 0.45", _kept(0.55), method=PAPER, sides=True),
     Variant("Λ in the second phase", "kept, ranks rest at 0.75", _kept(0.25), method=PAPER, sides=True),
@@ -78,6 +81,10 @@ OURS = [
     *_swept("rank_learning_rate", [0.003, 0.03, 0.1]),
     *_swept("q", [0.5, 0.75, 0.95, 0.99]),
     *_swept("rank_weight", [0.0, 1e-3, 1e-2, 1e-1]),
+]
+FIXED_ONES = [
+    FIXED_AS_IT_IS,
+    Variant("fixed rank, moments", "start anew where ours is cut", twist="moments anew", method=FIXED, sides=True),
 ]
 PAPERS = [
     PAPER_AS_IT_IS,
@@ -103,7 +110,7 @@ FEW = ("as it is", "gain of Λ", "what a cut goes by", "learning rate before the
 
 def variants(count: int) -> list[Variant]:
     """Those that are tried with so many pictures."""
-    return [*OURS, *PAPERS] if count == COUNTS[0] else [variant for variant in OURS if variant.setting in FEW]
+    return [*OURS, *FIXED_ONES, *PAPERS] if count == COUNTS[0] else [variant for variant in OURS if variant.setting in FEW]
 
 
 def rates(variant: Variant, count: int, tuned: Tuned) -> tuple[float, ...]:

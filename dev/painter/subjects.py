@@ -1,7 +1,8 @@
 """Subjects to personalise on, which the model has never seen: objects whose surface is a grid of colours of its own.
 
 Complexity is the number of differently coloured parts: k x k cells, from a plain one to a fine pattern. Those named
-"tune" choose learning rates and settings; results are told of the others.
+"tune" choose learning rates and settings; results are told of the others. The graded ones
+differ in the number of parts alone: for each, every outline and two sets of colours.
 """
 
 from __future__ import annotations
@@ -66,3 +67,9 @@ def _colour(rng: random.Random) -> world.Colour:
 
 SUBJECTS = [Subject(f"grid {k}x{k}", k, _OUTLINES[k % 5], 100 + k) for k in range(1, 11)]
 TUNING = [Subject(f"tune {k}x{k}", k, _OUTLINES[(k + 2) % 5], 500 + k) for k in (1, 3, 5, 8)]
+GRADED = [
+    Subject(f"graded {k}x{k} {shape} {colours}", k, shape, 9000 + 100 * colours + 10 * k + place)
+    for k in range(1, 11)
+    for place, shape in enumerate(_OUTLINES)
+    for colours in range(2)
+]
