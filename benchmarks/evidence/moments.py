@@ -16,7 +16,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def carrying(own: type[Any]) -> type[Any]:
     """A trainer whose moments go on in the positions that a cut makes of the old ones."""
 
-    class Carrying(own):  # type: ignore[misc]
+    class Carrying(own):
         def _cut_if_due(self) -> None:
             cuts, old = (
                 len(self.progress.cuts),
@@ -33,7 +33,7 @@ def carrying(own: type[Any]) -> type[Any]:
 def anew(own: type[Any]) -> type[Any]:
     """A trainer that drops all moments at the steps at which ours would cut, and cuts nothing."""
 
-    class Anew(own):  # type: ignore[misc]
+    class Anew(own):
         def _cut_if_due(self) -> None:
             super()._cut_if_due()
             usual = pack("lora2.settings").Settings().settle_at
