@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from .errors import LoraError
 from .factors import Factors
 from .lowrank import AddLowRank, LowRankLinear
+from .mixing import mix
 
 GRANULE = 8
 """Capacities are multiples of this: tensor cores like it, and resizing stays rare."""
@@ -182,6 +183,12 @@ class Adapter:
         rows = torch.randn(self.down.shape, generator=generator) / math.sqrt(3 * math.prod(self.shape[1:]))
         self.down.data[dead] = rows.to(self.down)[dead]
         self.up.data[dead] = 0
+
+    def mix(self) -> None:
+        """Train mixtures of the positions instead of the positions, once settled (mixing.py); the output stays."""
+        for parameter in (self.down, self.up):
+            if self.capacity:
+                parameter.data.copy_(mix(parameter.data))
 
     def load(self, factors: Factors, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Take these factors as they are, at exactly their rank; moments start at zero."""

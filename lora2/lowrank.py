@@ -1,12 +1,15 @@
-"""The low-rank path of a linear layer as one operation: few launches, and gradients that add up where they lie."""
+"""The low-rank path of a linear layer as one operation: few launches, and gradients that add up where they lie.
+
+Where steps are launched one operation at a time, a layer costs what Python takes for each: so these are as few as can be.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class AddLowRank(torch.autograd.Function):
@@ -36,28 +39,28 @@ class AddLowRank(torch.autograd.Function):
     ) -> Tensor:
         """The sum, in the output's shape."""
         rows = x.reshape(-1, x.shape[-1])
-        hidden = rows @ folded.t()
-        ctx.save_for_backward(rows, hidden, folded, cast)
-        ctx.factors, ctx.importance, ctx.sums, ctx.shape = (down, up), importance, sums, x.shape
+        hidden = F.linear(rows, folded)
+        ctx.save_for_backward(rows, hidden)
+        ctx.fixed = down, up, folded, cast, importance, sums, x.shape
         total = output.new_empty(output.shape)  # not a view, which the host's in-place additions would be refused on
         torch.addmm(output.reshape(-1, output.shape[-1]), hidden, cast, out=total.view(-1, output.shape[-1]))
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of output, x, down and up."""
-        rows, hidden, folded, cast = ctx.saved_tensors
-        down, up = ctx.factors
+        """Gradients of output, x, down and up. Raises RuntimeError where they are to be differentiated in turn."""
+        _once()
+        rows, hidden = ctx.saved_tensors
+        down, up, folded, cast, importance, sums, shape = ctx.fixed
         g = gradient.reshape(-1, gradient.shape[-1])
-        u = g @ cast.t()
-        to_x = (u @ folded).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        if ctx.sums is not None:
-            ctx.sums[0].addmm_(u.t(), rows)
-            ctx.sums[1].addmm_(hidden.t(), g)
+        u = F.linear(g, cast)
+        to_x = torch.mm(u, folded).view(shape) if ctx.needs_input_grad[1] else None
+        if sums is not None:
+            sums[0].addmm_(u.t(), rows)
+            sums[1].addmm_(hidden.t(), g)
             return gradient, to_x, None, None, None, None, None, None
         to_up = _added(up, (hidden.t() @ g)[: len(up)], None)
-        to_down = _added(down, (u.t() @ rows)[: len(down)], ctx.importance)
+        to_down = _added(down, (u.t() @ rows)[: len(down)], importance)
         return gradient, to_x, to_down, to_up, None, None, None, None
 
 
@@ -65,7 +68,7 @@ class LowRankLinear(torch.autograd.Function):
     """x Wᵀ + bias + B Λ A x: a frozen linear layer and its low-rank path as one operation.
 
     For a plain layer of weight (d_out, d_in), bias (d_out,) or None, in x's type or cast to it in either pass: the cast is not
-    kept in between. Products add onto each other in place, so that neither pass needs an addition of its own: with u = g Bᵀ,
+    kept in between. Neither weights nor working copies change before the backward pass, so only activations are saved for it. Products add onto each other in place, so that neither pass needs an addition of its own: with u = g Bᵀ,
 
         ∂L/∂x = g W + u ΛA
 
@@ -86,29 +89,42 @@ class LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         """(…, d_out)."""
         rows = x.reshape(-1, x.shape[-1])
-        hidden = rows @ folded.t()
-        ctx.save_for_backward(rows, hidden, weight, folded, cast)
-        ctx.sums, ctx.shape = sums, x.shape
-        total = x.new_empty(*x.shape[:-1], len(weight))  # not a view, as in AddLowRank
-        flat, across = total.view(-1, len(weight)), weight.to(x.dtype).t()
-        if bias is None:
-            torch.mm(rows, across, out=flat)
+        hidden = F.linear(rows, folded)
+        ctx.save_for_backward(rows, hidden)
+        ctx.fixed = weight, folded, cast, sums, x.shape
+        if weight.dtype is not x.dtype:
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        width = weight.shape[0]
+        if bias is None and x.is_contiguous():
+            total = F.linear(x, weight)
         else:
-            torch.addmm(bias.to(x.dtype), rows, across, out=flat)
-        flat.addmm_(hidden, cast)
+            total = x.new_empty((*x.shape[:-1], width))
+            flat, across = total.view(-1, width), weight.t()
+            torch.mm(rows, across, out=flat) if bias is None else torch.addmm(bias, rows, across, out=flat)
+        total.view(-1, width).addmm_(hidden, cast)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of x; those of the factors are added to the sums."""
-        rows, hidden, weight, folded, cast = ctx.saved_tensors
+        """The gradient of x; those of the factors are added to the sums. Raises RuntimeError as that of AddLowRank does."""
+        _once()
+        rows, hidden = ctx.saved_tensors
+        weight, folded, cast, sums, shape = ctx.fixed
         g = gradient.reshape(-1, gradient.shape[-1])
-        u = g @ cast.t()
-        ctx.sums[0].addmm_(u.t(), rows)
-        ctx.sums[1].addmm_(hidden.t(), g)
-        to_x = (g @ weight.to(g.dtype)).addmm_(u, folded).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return to_x, None, None, None, None, None, None
+        u = F.linear(g, cast)
+        sums[0].addmm_(u.t(), rows)
+        sums[1].addmm_(hidden.t(), g)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None, None, None
+        if weight.dtype is not g.dtype:
+            weight = weight.to(g.dtype)
+        return torch.mm(g, weight).addmm_(u, folded).view(shape), None, None, None, None, None, None
+
+
+def _once() -> None:
+    """Gradients that are added in place have no gradients of their own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("The gradients of an adapter cannot be differentiated again.")
 
 
 def _added(parameter: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor | None:

@@ -358,7 +358,9 @@ class AdaptiveNetwork:
     def settle(
         self, budget: int | None = None, weights: Mapping[str, float] | None = None, keep: float = 1.0
     ) -> None:
-        """Fold Λ, bring every layer into singular order, cut all together to a budget of parameters, go on as a plain LoRA.
+        """Fold Λ, cut all layers together in their singular order to a budget of parameters, go on as a plain LoRA.
+
+        What is trained from then on are mixtures of the positions that were kept (mixing.py).
 
         budget: the run's own if not given; where all fits, the output changes by rounding only. weights: what a unit of each
         layer's energy is worth (sensitivity.py). keep: the share of that which is enough. Start a new optimizer afterwards: the
@@ -372,6 +374,7 @@ class AdaptiveNetwork:
         for name, adapter in zip(self.names, self.adapters, strict=True):
             adapter.load(self._settling[name])
             adapter.revive(self.generator)
+            adapter.mix()
         self._rebuild()
         self._settling = None
 

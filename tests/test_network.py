@@ -540,7 +540,9 @@ def test_settling_without_a_cut_changes_the_output_by_rounding_only() -> None:
         assert relative(factors.delta(), change[name]) < 5e-7
     for adapter in network.adapters:
         assert adapter.importance is None
-        weights = adapter.up.double().norm(dim=1) * adapter.down.flatten(1).double().norm(dim=1)
+        assert adapter.capacity == network.ranks()[network.names[network.adapters.index(adapter)]]
+    for factors in network.export().values():
+        weights = factors.up.double().norm(dim=0) * factors.down.flatten(1).double().norm(dim=1)
         assert bool((weights.diff() < 1e-6).all()), "in the order of singular values"
         up = adapter.up.detach().double()
         gram = up @ up.T

@@ -55,6 +55,33 @@ def test_a_plain_layer_and_its_path_are_one_operation(bias: bool, weights: torch
     assert "forward" not in vars(layer)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("place", ["contiguous", "of a wider tensor", "turned"])
+def test_a_model_may_add_to_a_layers_output_in_place(bias: bool, place: str) -> None:
+    """As Flux does: autograd refuses that on a view that an operation of ours gives out."""
+    layer = frozen(nn.Linear(24, 16, bias=bias).bfloat16())
+    network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=torch.bfloat16))
+    whole = pictures(3, 5, 48).bfloat16().requires_grad_()
+    x = {"contiguous": whole[..., :24].contiguous(), "of a wider tensor": whole[..., :24], "turned": whole[..., :24].transpose(0, 1)}
+    with network.attached():
+        out = layer(x[place])
+        kept = out.detach().clone()
+        out += 1
+    assert torch.equal(out, kept + 1)
+    out.float().square().mean().backward()
+    assert whole.grad is not None
+    assert bool(whole.grad.any())
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_gradients_that_add_up_in_place_are_not_differentiated_again(compute: torch.dtype) -> None:
+    layer = frozen(nn.Linear(24, 16).to(compute))
+    network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=compute))
+    x = pictures(3, 24).to(compute).requires_grad_()
+    with network.attached(), pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(layer(x).float().square().mean(), x, create_graph=True)
+
+
 def test_steps_over_blocks_are_the_steps_of_each_factor() -> None:
     """Blocks, whose moments lie together, against an optimizer tensor by tensor, through resizing and restoring."""
     models, told = [Model().double() for _ in range(2)], settings(initial_rank=16, learning_rate=1e-2)

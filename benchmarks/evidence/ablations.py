@@ -72,6 +72,7 @@ def defaults() -> dict[str, Any]:
     settings = pack("lora2.settings").Settings()
     words = {
         "gain of Λ": "√(D / Σ Λ²)", "first position": "0", "what a cut goes by": "energy × sensitivity",
+        "positions after a cut": "mixed",
         "moments at a cut": "dropped",
         "learning rate before the last cut": "× √(target / size)", "Λ in the second phase": "folded",
         "initial_rank": "4 × the target",

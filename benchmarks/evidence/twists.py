@@ -39,6 +39,11 @@ def _nothing(own: Callable[..., Any]) -> Callable[..., None]:
     return lambda *args, **more: None
 
 
+def _as_they_are(own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The positions themselves."""
+    return lambda rows: rows
+
+
 def _one(own: Callable[..., float]) -> Callable[..., float]:
     """The learning rate as it was given, however many parameters are trained."""
     return lambda *args, **more: 1.0
@@ -53,6 +58,7 @@ TWISTS: dict[str, tuple[Patch, ...]] = {
     ),
     "energy only": (("lora2.sensitivity", "sensitivities", _nothing),),
     "rate as given": (("lora2.schedule", "size_factor", _one),),
+    "not mixed": (("lora2.adapter", "mix", _as_they_are),),
     "moments carried": (("lora2.trainer", "Trainer", moments.carrying),),
     "moments anew": (("lora2.trainer", "Trainer", moments.anew),),
 }

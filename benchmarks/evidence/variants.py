@@ -68,19 +68,20 @@ OURS = [
     Variant("gain of Λ", "none", twist="no gain", sides=True),
     Variant("first position", "1", twist="positions from 1"),
     Variant("what a cut goes by", "energy alone", twist="energy only"),
+    Variant("positions after a cut", "in singular order", twist="not mixed", sides=True),
     Variant("moments at a cut", "carried over", twist="moments carried", sides=True),
     Variant("learning rate before the last cut", "as given", twist="rate as given", sides=True),
     Variant("Λ in the second phase", "kept, ranks rest at 0.45", _kept(0.55), method=PAPER, sides=True),
     Variant("Λ in the second phase", "kept, ranks rest at 0.75", _kept(0.25), method=PAPER, sides=True),
     *_swept("settle_at", [0.15, 0.25, 0.3, 0.6]),
     *_swept("settle_cuts", [1, 2, 4, 5]),
-    *_swept("initial_rank", [RANK, 2 * RANK, 8 * RANK], sides=True),
+    *_swept("initial_rank", [RANK, 2 * RANK, 8 * RANK]),
     *_swept("min_rank", [1]),
     *_swept("rank_hold", [0.0, 0.1]),
     Variant("rank_hold", NEVER, (("rank_hold", 1.0),)),
-    *_swept("rank_learning_rate", [0.003, 0.03, 0.1]),
-    *_swept("q", [0.5, 0.75, 0.95, 0.99]),
-    *_swept("rank_weight", [0.0, 1e-3, 1e-2, 1e-1]),
+    *_swept("rank_learning_rate", [0.003, 0.03]),
+    *_swept("q", [0.5, 0.75, 0.99]),
+    *_swept("rank_weight", [0.0, 1e-3, 1e-2]),
 ]
 FIXED_ONES = [
     FIXED_AS_IT_IS,
@@ -104,7 +105,7 @@ PAPERS = [
     Variant("paper's form, 600 steps", "rank_learning_rate 0.03", (("rank_learning_rate", 0.03),), method=PAPER, steps=LONG),
 ]  # fmt: skip
 
-FEW = ("as it is", "gain of Λ", "what a cut goes by", "learning rate before the last cut", "settle_at", "settle_cuts", "min_rank")
+FEW = ("as it is", "positions after a cut", "what a cut goes by", "learning rate before the last cut", "settle_at", "settle_cuts")
 """What is tried with few pictures too."""
 
 
