@@ -68,7 +68,8 @@ class LowRankLinear(torch.autograd.Function):
     """x Wᵀ + bias + B Λ A x: a frozen linear layer and its low-rank path as one operation.
 
     For a plain layer of weight (d_out, d_in), bias (d_out,) or None, in x's type or cast to it in either pass: the cast is not
-    kept in between. Neither weights nor working copies change before the backward pass, so only activations are saved for it. Products add onto each other in place, so that neither pass needs an addition of its own: with u = g Bᵀ,
+    kept in between. Neither weights nor working copies change before the backward pass, so only activations are saved for it.
+    Products add onto each other in place, so that neither pass needs an addition of its own: with u = g Bᵀ,
 
         ∂L/∂x = g W + u ΛA
 

@@ -62,9 +62,10 @@ def test_a_model_may_add_to_a_layers_output_in_place(bias: bool, place: str) -> 
     layer = frozen(nn.Linear(24, 16, bias=bias).bfloat16())
     network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=torch.bfloat16))
     whole = pictures(3, 5, 48).bfloat16().requires_grad_()
-    x = {"contiguous": whole[..., :24].contiguous(), "of a wider tensor": whole[..., :24], "turned": whole[..., :24].transpose(0, 1)}
+    part = whole[..., :24]
+    x = {"contiguous": part.contiguous(), "of a wider tensor": part, "turned": part.transpose(0, 1)}[place]
     with network.attached():
-        out = layer(x[place])
+        out = layer(x)
         kept = out.detach().clone()
         out += 1
     assert torch.equal(out, kept + 1)
