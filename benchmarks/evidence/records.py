@@ -2,11 +2,13 @@
 
 `python -m benchmarks.evidence.records RECORDS` writes them from the file that the GPU run made: only those of the jobs that
 tuning, ablations, the reported comparison, graded subjects and the target that is only the most ask for. Prints what is missing.
+`--begin` makes such a file instead, to go on from: what is kept of methods that a change of ours leaves as they were.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import gzip
 import json
 from collections.abc import Iterable, Mapping
@@ -17,7 +19,7 @@ from typing import Any
 from benchmarks.evidence import comparison, complexity, keeping, variants
 from benchmarks.evidence.comparison import Tuned
 from benchmarks.evidence.experiment import FOLDER
-from benchmarks.evidence.personal import Job
+from benchmarks.evidence.personal import SETTLING, Job
 from benchmarks.evidence.pool import Record, read_records
 
 FILE = FOLDER / "records.jsonl.gz"
@@ -82,10 +84,34 @@ def _slim(record: Record) -> Record:
     if record["subject"] in comparison.tuning_names():
         slim["marks"] = [{k: v for k, v in mark.items() if k not in _LOADERS_CUTS} for mark in slim["marks"]]
     if "ranks" in slim:
-        slim["ranks"] = list(slim["ranks"].values())
+        slim["ranks"] = _values(slim["ranks"])
     if "use" in slim:
-        slim["use"] = dict(slim["use"], layers=list(slim["use"]["layers"].values()))
+        slim["use"] = dict(slim["use"], layers=_values(slim["use"]["layers"]))
     return slim
+
+
+def _values(layers: Any) -> list[Any]:
+    """By layer, in their order; a record that was kept has no names any more."""
+    return list(layers.values()) if isinstance(layers, dict) else list(layers)
+
+
+def job_of(key: str) -> Job:
+    """The job whose key this is."""
+    call = ast.parse(key, mode="eval").body
+    assert isinstance(call, ast.Call)
+    told: dict[str, Any] = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+    return Job(**told)
+
+
+def beginning(about: Mapping[str, Any], kept: Mapping[str, Record]) -> list[Record]:
+    """Records as a pool has them, of what is kept of fixed ranks and of the paper's form."""
+    found = []
+    for key, record in kept.items():
+        job = job_of(key)
+        if job.method != SETTLING:
+            told = {name: getattr(job, name) for name in ("subject", "pictures", "rank", "rate", "seed", "steps", "twist")}
+            found.append({**told, **{name: about[name] for name in WHERE}, **record})
+    return found
 
 
 def write(path: Path, about: Mapping[str, Any], records: Iterable[Record]) -> None:
@@ -116,11 +142,17 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=FILE)
     for name in WHERE:
         parser.add_argument(f"--{name}", default="", help="of records that do not say it")
+    parser.add_argument("--begin", action="store_true", help="write RECORDS from what is kept")
     options = parser.parse_args()
+    if options.begin:
+        begun = beginning(*read(options.to))
+        options.records.write_text("".join(f"{json.dumps(record)}\n" for record in begun), encoding="utf-8")
+        print(f"{len(begun)} records")
+        return
     told = {name: getattr(options, name) for name in WHERE if getattr(options, name)}
-    about, records, missing = compact(read_records(options.records), told)
-    write(options.to, about, records)
-    print(f"{len(records)} records, {options.to.stat().st_size / 1e6:.2f} MB, {about['device']}; {len(missing)} missing")
+    about, found, missing = compact(read_records(options.records), told)
+    write(options.to, about, found)
+    print(f"{len(found)} records, {options.to.stat().st_size / 1e6:.2f} MB, {about['device']}; {len(missing)} missing")
 
 
 if __name__ == "__main__":
