@@ -345,6 +345,22 @@ def loading(bench: Bench) -> None:
     )  # fmt: skip
 
 
+def streams(bench: Bench) -> None:
+    """Steps recorded on one stream and on two (lora2/beside.py), by turns; later sections take the faster. Adds no row."""
+    if not cuda():
+        return
+    engine, patcher, sample = models.pack("lora2.engine"), bench.sdxl, models.sample_for("sdxl", 128, 128)
+    seen: dict[bool, list[Figures]] = {True: [], False: []}
+    for overlap in (False, True, True, False):
+        engine.OVERLAP = overlap
+        seen[overlap].append(our_step(patcher, sample, steps=30, rank=64, rank_learning_rate=1e-9)[0])
+    engine.OVERLAP = min(seen, key=lambda overlap: min(f.ms for f in seen[overlap]))
+    for overlap, figures in seen.items():
+        found = ", ".join(f"{f.ms:.1f} ms and {f.peak:.2f} GiB" for f in figures)
+        print(f"{'two streams' if overlap else 'one stream'}: {found}", flush=True)
+    print(f"from here on: {'two' if engine.OVERLAP else 'one'}", flush=True)
+
+
 def profile(bench: Bench) -> None:
     """The kernels of a step, longest first, into profile.txt; adds no row."""
     if not cuda():
@@ -391,10 +407,11 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "eight": (eight, 45),
     "flux": (flux, 110),
     "flat": (flat, 70),
+    "streams": (streams, 60),
     "profile": (profile, 60),
 }
 """What is measured, in the order of worth, and the seconds on a GPU after which a section is given up. `flux` drops the model
-that the others share; `profile` only when asked for by name."""
+that the others share; `streams` and `profile` only when asked for by name."""
 
 
 @contextlib.contextmanager

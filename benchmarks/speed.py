@@ -8,7 +8,7 @@ A whole run on a GPU takes longer than ten minutes; in parts, of which each keep
 
     python -m benchmarks.speed --out DIR/step --only step eager everything peft trainlora buckets
     python -m benchmarks.speed --out DIR/rest --only batch falling loading eight flux flat
-    python -m benchmarks.speed --out DIR/kernels --only profile
+    python -m benchmarks.speed --out DIR/kernels --only streams profile
     python -m benchmarks.speed --merge DIR/step/speed.json
 
 Without --out a run on a GPU writes the repository's own pages, and --merge does so for each part. PEFT's section needs `peft` and
@@ -85,7 +85,7 @@ def publish(rows: list[table.Row]) -> None:
 
 def main() -> None:
     """Measure, print, write."""
-    usual = [name for name in sections.SECTIONS if name != "profile"]
+    usual = [name for name in sections.SECTIONS if name not in ("streams", "profile")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md; on a GPU the repository's own by default")
     parser.add_argument("--only", nargs="+", choices=list(sections.SECTIONS), default=usual, help="sections to run, in order")

@@ -10,7 +10,17 @@ from benchmarks.evidence.comparison import UNIT, Choice, Tuned, best, usable
 from benchmarks.evidence.experiment import mean
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
 from benchmarks.evidence.pool import Record
-from benchmarks.evidence.variants import AS_IT_IS, FIXED_AS_IT_IS, PAPER_AS_IT_IS, Variant, jobs_of, rates, variants
+from benchmarks.evidence.twists import AND
+from benchmarks.evidence.variants import (
+    AS_IT_IS,
+    FIXED_AS_IT_IS,
+    PAPER_AS_IT_IS,
+    UNMIXED,
+    Variant,
+    jobs_of,
+    rates,
+    variants,
+)
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,11 @@ def effects(records: Mapping[str, Record], tuned: Tuned, count: int) -> list[Eff
 
 
 def _compared_with(variant: Variant) -> Variant:
-    """The method as it is that a variant changes; where a budget holds the paper's form to our size, ours."""
+    """The method as it is, or was, that a variant changes; where a budget holds the paper's form to our size, ours."""
     if variant.budgeted:
         return AS_IT_IS
+    if variant != UNMIXED and UNMIXED.twist in variant.twist.split(AND):
+        return UNMIXED
     return {PAPER: PAPER_AS_IT_IS, FIXED: FIXED_AS_IT_IS, SETTLING: AS_IT_IS}[variant.method]
 
 

@@ -49,6 +49,9 @@ def _one(own: Callable[..., float]) -> Callable[..., float]:
     return lambda *args, **more: 1.0
 
 
+AND = ", "
+"""Between the names of twists that are made together."""
+
 TWISTS: dict[str, tuple[Patch, ...]] = {
     "": (),
     "no gain": (("lora2.network", "starting", _no_gain),),
@@ -66,15 +69,16 @@ TWISTS: dict[str, tuple[Patch, ...]] = {
 
 @contextmanager
 def twisted(name: str) -> Iterator[None]:
-    """While inside, the pack's method has this twist; "" for none. Raises KeyError for one that there is not.
+    """While inside, the pack's method has these twists, with commas between them; "" for none.
 
-    Raises AttributeError where the pack no longer has what a twist replaces.
+    Raises KeyError for one that there is not, and AttributeError where the pack no longer has what a twist replaces.
     """
-    if name not in TWISTS:
-        raise KeyError(f"There is no twist {name!r}; there are {', '.join(sorted(filter(None, TWISTS)))}.")
+    names = name.split(AND)
+    if gone := [one for one in names if one not in TWISTS]:
+        raise KeyError(f"There is no twist {gone[0]!r}; there are {', '.join(sorted(filter(None, TWISTS)))}.")
     kept: list[tuple[Any, str, Any]] = []
     try:
-        for module_name, attribute, replacement in TWISTS[name]:
+        for module_name, attribute, replacement in (patch for one in names for patch in TWISTS[one]):
             module = pack(module_name)
             own = getattr(module, attribute)
             kept.append((module, attribute, own))

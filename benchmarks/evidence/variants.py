@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.evidence.comparison import COUNTS, HALF, RATES, UNIT, Config, Tuned, job, tuning_names
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING, Job
+from benchmarks.evidence.twists import AND
 
 RANK, PAPER_RANK = 4, 8
 """The target of ours, and what the paper's form is pulled toward."""
@@ -62,27 +63,33 @@ def _kept(rest: float) -> tuple[tuple[str, Any], ...]:
     return (("budget_mb", 2e-6 * RANK * UNIT), ("rank_rest", rest))
 
 
-OURS = [
-    AS_IT_IS,
+UNMIXED = Variant("positions after a cut", "in singular order", twist="not mixed", sides=True)
+_FIRST = [
     *_swept("init", ["paper"], sides=True),
     Variant("gain of Λ", "none", twist="no gain", sides=True),
     Variant("first position", "1", twist="positions from 1"),
     Variant("what a cut goes by", "energy alone", twist="energy only"),
-    Variant("positions after a cut", "in singular order", twist="not mixed", sides=True),
     Variant("moments at a cut", "carried over", twist="moments carried", sides=True),
     Variant("learning rate before the last cut", "as given", twist="rate as given", sides=True),
-    Variant("Λ in the second phase", "kept, ranks rest at 0.45", _kept(0.55), method=PAPER, sides=True),
-    Variant("Λ in the second phase", "kept, ranks rest at 0.75", _kept(0.25), method=PAPER, sides=True),
     *_swept("settle_at", [0.15, 0.25, 0.3, 0.6]),
     *_swept("settle_cuts", [1, 2, 4, 5]),
     *_swept("initial_rank", [RANK, 2 * RANK, 8 * RANK]),
     *_swept("min_rank", [1]),
     *_swept("rank_hold", [0.0, 0.1]),
     Variant("rank_hold", NEVER, (("rank_hold", 1.0),)),
-    *_swept("rank_learning_rate", [0.003, 0.03]),
-    *_swept("q", [0.5, 0.75, 0.99]),
-    *_swept("rank_weight", [0.0, 1e-3, 1e-2]),
+    *_swept("rank_learning_rate", [0.003, 0.03, 0.1]),
+    *_swept("q", [0.5, 0.75, 0.95, 0.99]),
+    *_swept("rank_weight", [0.0, 1e-3, 1e-2, 1e-1]),
 ]
+OURS = [
+    AS_IT_IS,
+    UNMIXED,
+    *(replace(variant, twist=AND.join(filter(None, (UNMIXED.twist, variant.twist)))) for variant in _FIRST),
+    Variant("Λ in the second phase", "kept, ranks rest at 0.45", _kept(0.55), method=PAPER, sides=True),
+    Variant("Λ in the second phase", "kept, ranks rest at 0.75", _kept(0.25), method=PAPER, sides=True),
+]
+"""Mixtures came last: the others were tried without them, and are compared with the method without them."""
+
 FIXED_ONES = [
     FIXED_AS_IT_IS,
     Variant("fixed rank, moments", "start anew where ours is cut", twist="moments anew", method=FIXED, sides=True),
