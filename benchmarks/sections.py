@@ -346,19 +346,23 @@ def loading(bench: Bench) -> None:
 
 
 def streams(bench: Bench) -> None:
-    """Steps recorded on one stream and on two (lora2/beside.py), by turns; later sections take the faster. Adds no row."""
+    """Steps recorded on one stream and on two (lora2/beside.py), by turns, and how far their losses lie apart; adds no row."""
     if not cuda():
         return
     engine, patcher, sample = models.pack("lora2.engine"), bench.sdxl, models.sample_for("sdxl", 128, 128)
-    seen: dict[bool, list[Figures]] = {True: [], False: []}
-    for overlap in (False, True, True, False):
-        engine.OVERLAP = overlap
-        seen[overlap].append(our_step(patcher, sample, steps=30, rank=64, rank_learning_rate=1e-9)[0])
-    engine.OVERLAP = min(seen, key=lambda overlap: min(f.ms for f in seen[overlap]))
-    for overlap, figures in seen.items():
-        found = ", ".join(f"{f.ms:.1f} ms and {f.peak:.2f} GiB" for f in figures)
-        print(f"{'two streams' if overlap else 'one stream'}: {found}", flush=True)
-    print(f"from here on: {'two' if engine.OVERLAP else 'one'}", flush=True)
+    seen: dict[bool, list[tuple[Figures, list[float]]]] = {True: [], False: []}
+    usual = engine.OVERLAP
+    try:
+        for engine.OVERLAP in (False, True, True, False):
+            figures, watch = our_step(patcher, sample, steps=30, rank=64, rank_learning_rate=1e-9)
+            seen[engine.OVERLAP].append((figures, watch.losses))
+    finally:
+        engine.OVERLAP = usual
+    first = seen[False][0][1]
+    for overlap, runs in seen.items():
+        found = ", ".join(f"{f.ms:.1f} ms, {f.peak:.3f} GiB, {f.more['recordings']} recordings" for f, _ in runs)
+        apart = max(abs(a / b - 1) for _, losses in runs for a, b in zip(losses, first, strict=True))
+        print(f"{'two streams' if overlap else 'one stream'}: {found}; losses within {apart:.1e} of the first run's", flush=True)
 
 
 def profile(bench: Bench) -> None:

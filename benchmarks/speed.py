@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(sections.SECTIONS), default=usual, help="sections to run, in order")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="give up after this time what is not done")
     parser.add_argument("--merge", type=Path, help="take the rows of this file into the repository; measure nothing")
+    parser.add_argument("--one-stream", action="store_true", help="record steps on one stream (lora2/engine.py, OVERLAP)")
     told = parser.parse_args()
     if told.merge:
         publish(json.loads(told.merge.read_text(encoding="utf-8")))
@@ -98,6 +99,8 @@ def main() -> None:
     models.import_comfy()
     import torch
 
+    if told.one_stream:
+        models.pack("lora2.engine").OVERLAP = False
     rows, missing = measure(told.only, told.out, told.seconds)
     print(table.page(rows))
     if told.out is not None:
