@@ -24,8 +24,8 @@ def build(results: Results, folder: Path) -> str:
         "## What each setting is worth",
         f"One change at a time, on the {len(results['subjects'])} subjects that settings are tuned on, {len(results['seeds'])} "
         f"seeds, target {RANK}. Every row is at the learning rate that is best without the change, and where a change may shift "
-        "that, at the best of it and of half a decade to both sides; at the best step to stop. *Loss*: over that of the method as "
-        f"it is, in the mean over {pairs} pairs of subject and seed, ± its standard error. A difference is said to be seen "
+        "that, at the best of it and of half a decade to both sides; at the best step to stop. *Loss*: over that of the method "
+        f"as it is, in the mean over {pairs} pairs of subject and seed, ± its standard error. A difference is said to be seen "
         f"from {SURE:g} standard errors on; of some forty rows, two will seem so by chance. Mean ranks are weighted by cost.",
         "That settled layers train mixtures of their positions came last. Rows but those of *positions after a cut* and of *Λ in "
         "the second phase* are of the method as it was before, over the loss that it had then.",
