@@ -246,7 +246,7 @@ def train(
             watch.recording += time.perf_counter() - begun
 
     def finish(self: Any) -> Any:
-        watch.losses = list(self.progress.losses)
+        watch.losses = list(self.trainer.progress.losses)
         return session.Trained(None, Path(), "nothing", watch.losses)
 
     original, own = engine.GraphEngine._record, session.Trainer

@@ -243,7 +243,12 @@ def _tight(bench: Bench, work: str, patcher: Any, sample: models.Sample, gigabyt
     with allowed(gigabytes):
         bench.table.add(work, "limit", frozen_step(patcher, sample, True, checkpointing=True, repeats=8), "limit")
         watch = Watch()
-        train(patcher, sample.dataset(), watch, checkpointing="on", steps=steps)
+        try:
+            train(patcher, sample.dataset(), watch, checkpointing="on", steps=steps)
+        except Exception:
+            most = f"{peak():.2f} GiB in tensors, {torch.cuda.max_memory_reserved() / GIB:.2f} GiB reserved"
+            print(f"-- {work}: at most {most}, {watch.recordings} recordings", flush=True)
+            raise
         times = [ms for _, ms in watch.steps(4)]
         figures = Figures(statistics.median(times), peak(), statistics.mean(times))
         bench.table.add(
