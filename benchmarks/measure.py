@@ -144,9 +144,9 @@ def timed(work: Callable[[], Any], repeats: int | None = None) -> Figures:
 class Watch:
     """What is seen of a run while it trains.
 
-    stamps: the time after every step, and how many steps were known to be done. shapes: of every step's latents. losses: of every
-    step. held: the most parameters that the adapters' arrays held. base: bytes of base weights, and of everything but the adapters
-    before the first step. recordings: how often anything was recorded as a graph; recording: the seconds that it took.
+    stamps: the time after every step, and how many steps were known to be done. shapes: of every step's latents. losses: of
+    every step. held: the most parameters that the adapters' arrays held. base: bytes of base weights, and of everything but the
+    adapters before the first step. recordings: how often anything was recorded as a graph; recording: the seconds that it took.
     """
 
     start: float = 0.0
