@@ -350,26 +350,6 @@ def loading(bench: Bench) -> None:
     )  # fmt: skip
 
 
-def streams(bench: Bench) -> None:
-    """Steps recorded on one stream and on two (lora2/beside.py), by turns, and how far their losses lie apart; adds no row."""
-    if not cuda():
-        return
-    engine, patcher, sample = models.pack("lora2.engine"), bench.sdxl, models.sample_for("sdxl", 128, 128)
-    seen: dict[bool, list[tuple[Figures, list[float]]]] = {True: [], False: []}
-    usual = engine.OVERLAP
-    try:
-        for engine.OVERLAP in (False, True, True, False):
-            figures, watch = our_step(patcher, sample, steps=30, rank=64, rank_learning_rate=1e-9)
-            seen[engine.OVERLAP].append((figures, watch.losses))
-    finally:
-        engine.OVERLAP = usual
-    first = seen[False][0][1]
-    for overlap, runs in seen.items():
-        found = ", ".join(f"{f.ms:.1f} ms, {f.peak:.3f} GiB, {f.more['recordings']} recordings" for f, _ in runs)
-        apart = max(abs(a / b - 1) for _, losses in runs for a, b in zip(losses, first, strict=True))
-        print(f"{'two streams' if overlap else 'one stream'}: {found}; losses within {apart:.1e} of the first run's", flush=True)
-
-
 def profile(bench: Bench) -> None:
     """The kernels of a step, longest first, into profile.txt; adds no row."""
     if not cuda():
@@ -416,11 +396,10 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "eight": (eight, 45),
     "flux": (flux, 110),
     "flat": (flat, 70),
-    "streams": (streams, 60),
     "profile": (profile, 60),
 }
 """What is measured, in the order of worth, and the seconds on a GPU after which a section is given up. `flux` drops the model
-that the others share; `streams` and `profile` only when asked for by name."""
+that the others share; `profile` only when asked for by name."""
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ A whole run on a GPU takes longer than ten minutes; in parts, of which each keep
 
     python -m benchmarks.speed --out DIR/step --only step eager everything peft trainlora buckets
     python -m benchmarks.speed --out DIR/rest --only batch falling loading eight flux flat
-    python -m benchmarks.speed --out DIR/kernels --only streams profile
+    python -m benchmarks.speed --out DIR/kernels --only profile
     python -m benchmarks.speed --merge DIR/step/speed.json
 
 Without --out a run on a GPU writes the repository's own pages, and --merge does so for each part. PEFT's section needs `peft` and
@@ -85,13 +85,12 @@ def publish(rows: list[table.Row]) -> None:
 
 def main() -> None:
     """Measure, print, write."""
-    usual = [name for name in sections.SECTIONS if name not in ("streams", "profile")]
+    usual = [name for name in sections.SECTIONS if name != "profile"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md; on a GPU the repository's own by default")
     parser.add_argument("--only", nargs="+", choices=list(sections.SECTIONS), default=usual, help="sections to run, in order")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="give up after this time what is not done")
     parser.add_argument("--merge", type=Path, help="take the rows of this file into the repository; measure nothing")
-    parser.add_argument("--one-stream", action="store_true", help="record steps on one stream (lora2/engine.py, OVERLAP)")
     told = parser.parse_args()
     if told.merge:
         publish(json.loads(told.merge.read_text(encoding="utf-8")))
@@ -99,8 +98,6 @@ def main() -> None:
     models.import_comfy()
     import torch
 
-    if told.one_stream:
-        models.pack("lora2.engine").OVERLAP = False
     rows, missing = measure(told.only, told.out, told.seconds)
     print(table.page(rows))
     if told.out is not None:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .beside import Beside, around
 from .memory import out_of_memory
 from .network import AdaptiveNetwork
 from .optimizer import Optimizer
@@ -25,9 +23,6 @@ log = logging.getLogger("lora2")
 
 WARM_VISITS = 2
 """Steps of a shape that run as written before it is recorded: libraries choose their kernels and buffers in them."""
-
-OVERLAP = True
-"""Whether a recorded step's gradients of factors are worked out beside the rest (beside.py)."""
 
 MOST_GRAPHS = 12
 """Shapes that are recorded; further ones run as written."""
@@ -100,19 +95,16 @@ class GraphEngine(Engine):
         self._update: _Recorded | None = None
         self._updates = 0
         self._pool: Any = None
-        self.beside = Beside(network.device) if OVERLAP and network.device.type == "cuda" else None
 
     def backward(self, part: Part) -> Tensor:
         """As written the first times, then recorded, then replayed."""
         key = signature(part)
         if key not in self._graphs:
             visits = self._visits[key] = self._visits.get(key, 0) + 1
-            if self.failed or len(self._graphs) >= MOST_GRAPHS:
+            if self.failed or visits <= WARM_VISITS or len(self._graphs) >= MOST_GRAPHS:
                 return super().backward(part)
-            if visits <= WARM_VISITS:  # on two streams already: libraries get a buffer for each
-                return self._overlapped(part)
             static = copied(part)
-            recorded = self._record(partial(self._overlapped, static))
+            recorded = self._record(lambda: super(GraphEngine, self).backward(static))
             if recorded is None:
                 return super().backward(part)
             recorded.inputs = static
@@ -120,11 +112,6 @@ class GraphEngine(Engine):
         recorded = self._graphs[key]
         fill(recorded.inputs, part)
         return recorded.replay().clone()
-
-    def _overlapped(self, part: Part) -> Tensor:
-        """As written, on all streams."""
-        with around(self.beside):
-            return super().backward(part)
 
     def update(self, optimizer: Optimizer, loss: Tensor) -> Tensor:
         """As written the first time, when the optimizer makes its moments; then recorded and replayed."""

@@ -5,14 +5,11 @@ Where steps are launched one operation at a time, a layer costs what Python take
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .beside import alongside
 
 
 class AddLowRank(torch.autograd.Function):
@@ -59,7 +56,8 @@ class AddLowRank(torch.autograd.Function):
         u = F.linear(g, cast)
         to_x = torch.mm(u, folded).view(shape) if ctx.needs_input_grad[1] else None
         if sums is not None:
-            alongside(partial(_add, sums, u, rows, hidden, g), u, rows, hidden, g)
+            sums[0].addmm_(u.t(), rows)
+            sums[1].addmm_(hidden.t(), g)
             return gradient, to_x, None, None, None, None, None, None
         to_up = _added(up, (hidden.t() @ g)[: len(up)], None)
         to_down = _added(down, (u.t() @ rows)[: len(down)], importance)
@@ -115,18 +113,13 @@ class LowRankLinear(torch.autograd.Function):
         weight, folded, cast, sums, shape = ctx.fixed
         g = gradient.reshape(-1, gradient.shape[-1])
         u = F.linear(g, cast)
-        alongside(partial(_add, sums, u, rows, hidden, g), u, rows, hidden, g)
+        sums[0].addmm_(u.t(), rows)
+        sums[1].addmm_(hidden.t(), g)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None, None
         if weight.dtype is not g.dtype:
             weight = weight.to(g.dtype)
         return torch.mm(g, weight).addmm_(u, folded).view(shape), None, None, None, None, None, None
-
-
-def _add(sums: tuple[Tensor, Tensor], u: Tensor, rows: Tensor, hidden: Tensor, g: Tensor) -> None:
-    """∂L/∂(ΛA) = uᵀ x and ∂L/∂B = (ΛA x)ᵀ g, added to the sums."""
-    sums[0].addmm_(u.t(), rows)
-    sums[1].addmm_(hidden.t(), g)
 
 
 def _once() -> None:

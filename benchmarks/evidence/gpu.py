@@ -12,14 +12,17 @@ anything is missing or has failed.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.evidence import comparison, complexity, effects, equal_bytes, keeping, variants
 from benchmarks.evidence.comparison import Config, Tuned
 from benchmarks.evidence.experiment import plain_table
-from benchmarks.evidence.pool import Pool
+from benchmarks.evidence.pool import LONGEST, Pool
 from dev.painter.subjects import SUBJECTS
 
 STAGES = ("tune", "report", "graded", "ablate", "keep")
@@ -92,8 +95,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="which of them")
     parser.add_argument("--counts", nargs="+", type=int, default=list(comparison.COUNTS), choices=comparison.COUNTS, metavar="N")
+    parser.add_argument("--types-of-gpu", action="store_true", help="on a CPU, load models as a GPU would")
     options = parser.parse_args()
-    pool = Pool(options.records, options.processes, options.seconds)
+    longest = LONGEST if torch.cuda.is_available() else math.inf
+    pool = Pool(options.records, options.processes, options.seconds, longest, types_of_gpu=options.types_of_gpu)
 
     def say(words: str) -> None:
         print(f"\n{time.monotonic() - pool.start:.0f} s, {len(pool.records)} records: {words}", flush=True)
