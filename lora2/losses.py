@@ -152,6 +152,7 @@ class EntropyProbe:
         self.blocks = list(blocks)
         self._queries: dict[int, Tensor] = {}
         self._heard: list[tuple[Tensor, Tensor, int]] = []
+        self._listening = True
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -168,14 +169,16 @@ class EntropyProbe:
             self.forget()
 
     def forget(self) -> None:
-        """Forget what was heard; before a forward, since a backward with checkpointing runs the blocks again."""
+        """Forget what was heard, and listen to the next forward."""
         self._queries.clear()
         self._heard.clear()
+        self._listening = True
 
     def take(self) -> Tensor | None:
         """The mean entropy of all forwards heard, every sample counted alike, and forget them; None if there were none.
 
-        Blocks of one shape are computed together: there are dozens, and each by itself would be a dozen launches.
+        Nothing is heard from here to the next `forget`: a backward with checkpointing runs the blocks again, and what was heard
+        in it would keep all that they compute. Blocks of one shape are computed together: there are dozens, and each by itself would be a dozen launches.
         """
         shapes: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, int]]] = {}
         for q, k, heads in self._heard:
@@ -183,6 +186,7 @@ class EntropyProbe:
         self.forget()
         if not shapes:
             return None
+        self._listening = False
         sums, samples = [], 0
         for blocks in shapes.values():
             count = len(blocks) * blocks[0][0].shape[0]
@@ -193,7 +197,8 @@ class EntropyProbe:
 
     def _hear_query(self, index: int) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            self._queries[index] = _spaced(output).contiguous()
+            if self._listening:
+                self._queries[index] = _spaced(output).contiguous()
 
         return hook
 
