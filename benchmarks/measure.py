@@ -144,9 +144,9 @@ def timed(work: Callable[[], Any], repeats: int | None = None) -> Figures:
 class Watch:
     """What is seen of a run while it trains.
 
-    stamps: the time after every step, and how many steps were known to be done. shapes: of every step's latents. losses: of
-    every step. held: the most parameters that the adapters' arrays held. base: bytes of base weights, and of everything but the
-    adapters before the first step. recordings: how often anything was recorded as a graph; recording: the seconds that it took.
+    stamps: the time after every step, and how many steps were known to be done. shapes: of every step's latents. held: the most
+    parameters that the adapters' arrays held. base: bytes of base weights, and of everything but the adapters before the first
+    step. recordings: how often anything was recorded as a graph; recording: the seconds that it took.
     """
 
     start: float = 0.0
@@ -154,7 +154,6 @@ class Watch:
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     held: int = 0
     mean_rank: float = 0.0
-    losses: list[float] = field(default_factory=list)
     recordings: int = 0
     recording: float = 0.0
     base: tuple[int, int] = (0, 0)
@@ -246,8 +245,7 @@ def train(
             watch.recording += time.perf_counter() - begun
 
     def finish(self: Any) -> Any:
-        watch.losses = list(self.trainer.progress.losses)
-        return session.Trained(None, Path(), "nothing", watch.losses)
+        return session.Trained(None, Path(), "nothing", self.trainer.progress.losses)
 
     original, own = engine.GraphEngine._record, session.Trainer
     saves = session._Finish.__call__, session._States.save

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import models
 
 SIDE, BATCH, STEPS = 96, 8, 8
-SHARES = (1.0, 0.8, 0.5, 0.3, 0.15, 0.05)
+SHARES = (1.0, 0.8, 0.5, 0.3, 0.15, 0.05, 0.01)
 """Of the memory that a run without a limit takes beyond the loaded model."""
 
 CLOSE = 0.02

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Generator, Tensor, nn
 from .errors import LoraError
 from .factors import Factors
 from .lowrank import AddLowRank, LowRankLinear
+from .memory import on_device
 from .mixing import mix
 
 GRANULE = 8
@@ -187,8 +189,7 @@ class Adapter:
     def mix(self) -> None:
         """Train mixtures of the positions instead of the positions, once settled (mixing.py); the output stays."""
         for parameter in (self.down, self.up):
-            if self.capacity:
-                parameter.data.copy_(mix(parameter.data))
+            parameter.data.copy_(on_device(self.device, partial(mix, parameter.data)))
 
     def load(self, factors: Factors, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Take these factors as they are, at exactly their rank; moments start at zero."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .errors import LoraError
 from .factors import Factors
+from .spectrum import float64
 
 
 @torch.no_grad()
@@ -17,8 +18,8 @@ def energies(factors: Factors) -> Tensor:
     rank × rank matrices are decomposed, which is many times faster than an SVD and exact enough for shares of
     the energy (relative error about 1e-15 of the largest). Raises LoraError on NaN or infinity.
     """
-    up = _float64(factors.up).reshape(factors.up.shape[0], factors.rank)
-    down = _float64(factors.down).reshape(factors.rank, factors.down.shape[1:].numel())
+    up = float64(factors.up).reshape(factors.up.shape[0], factors.rank)
+    down = float64(factors.down).reshape(factors.rank, factors.down.shape[1:].numel())
     if factors.rank > min(up.shape[0], down.shape[1]):
         # More positions than directions: the product is the smaller matrix, whatever rank a file claims.
         product = up @ down
@@ -52,7 +53,3 @@ def energy_rank(factors: Factors, share: float) -> int:
     total = float(kept[-1]) if len(kept) else 0.0
     # The last sum is the total itself, so a share of 1 finds it in spite of rounding.
     return 0 if total == 0.0 else int((kept < share * total).sum()) + 1
-
-
-def _float64(tensor: Tensor) -> Tensor:
-    return (tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()).double()

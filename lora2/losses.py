@@ -177,8 +177,9 @@ class EntropyProbe:
     def take(self) -> Tensor | None:
         """The mean entropy of all forwards heard, every sample counted alike, and forget them; None if there were none.
 
-        Nothing is heard from here to the next `forget`: a backward with checkpointing runs the blocks again, and what was heard
-        in it would keep all that they compute. Blocks of one shape are computed together: there are dozens, and each by itself would be a dozen launches.
+        After that nothing is heard until the next `forget`: a backward with checkpointing runs the blocks again, and what was
+        heard in it would keep all that they compute. Blocks of one shape are computed together: there are dozens, and each by
+        itself would be a dozen launches.
         """
         shapes: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, int]]] = {}
         for q, k, heads in self._heard:

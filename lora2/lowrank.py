@@ -1,6 +1,6 @@
 """The low-rank path of a linear layer as one operation: few launches, and gradients that add up where they lie.
 
-Where steps are launched one operation at a time, a layer costs what Python takes for each: so these are as few as can be.
+Where steps are launched one operation at a time, a layer costs what Python takes for each, so these are few.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class AddLowRank(torch.autograd.Function):
         """The sum, in the output's shape."""
         rows = x.reshape(-1, x.shape[-1])
         hidden = F.linear(rows, folded)
-        ctx.save_for_backward(rows, hidden)
-        ctx.fixed = down, up, folded, cast, importance, sums, x.shape
+        # Working copies stay as they are until the backward pass. Others are made for this call: saved, checkpointing drops them.
+        ctx.save_for_backward(rows, hidden, *(() if sums else (folded, cast)))
+        ctx.fixed = down, up, (folded, cast) if sums else None, importance, sums, x.shape
         total = output.new_empty(output.shape)  # not a view, which the host's in-place additions would be refused on
         torch.addmm(output.reshape(-1, output.shape[-1]), hidden, cast, out=total.view(-1, output.shape[-1]))
         return total
@@ -50,8 +51,9 @@ class AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of output, x, down and up. Raises RuntimeError where they are to be differentiated in turn."""
         _once()
-        rows, hidden = ctx.saved_tensors
-        down, up, folded, cast, importance, sums, shape = ctx.fixed
+        down, up, copies, importance, sums, shape = ctx.fixed
+        rows, hidden, *made = ctx.saved_tensors
+        folded, cast = copies or made
         g = gradient.reshape(-1, gradient.shape[-1])
         u = F.linear(g, cast)
         to_x = torch.mm(u, folded).view(shape) if ctx.needs_input_grad[1] else None
@@ -94,14 +96,18 @@ class LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(rows, hidden)
         ctx.fixed = weight, folded, cast, sums, x.shape
         if weight.dtype is not x.dtype:
-            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+            weight = weight.to(x.dtype)
+        if bias is not None and bias.dtype is not x.dtype:
+            bias = bias.to(x.dtype)
         width = weight.shape[0]
         if bias is None and x.is_contiguous():
             total = F.linear(x, weight)
-        else:
+        else:  # not a view, as in AddLowRank
             total = x.new_empty((*x.shape[:-1], width))
-            flat, across = total.view(-1, width), weight.t()
-            torch.mm(rows, across, out=flat) if bias is None else torch.addmm(bias, rows, across, out=flat)
+            if bias is None:
+                torch.mm(rows, weight.t(), out=total.view(-1, width))
+            else:
+                torch.addmm(bias, rows, weight.t(), out=total.view(-1, width))
         total.view(-1, width).addmm_(hidden, cast)
         return total
 

@@ -1,8 +1,9 @@
 """Positions of a layer turned into mixtures of each other, without any change of the layer.
 
 Adam gives every number a step of the same size, whatever its gradient. In the singular order that would be as much for a
-direction that holds next to nothing, and whose gradient is noise, as for the strongest. In positions that each hold some of all
-directions, noise and signal share their steps as they share their gradients.
+direction that holds next to nothing, and whose gradient is noise, as for the strongest. In positions that each hold some of
+almost all directions, noise and signal share their steps as they share their gradients. That is why it was tried; what it is
+worth is measured in docs/evidence.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from .spectrum import float64
 
 
 def mixing(rank: int) -> Tensor:
@@ -24,8 +27,7 @@ def mixing(rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def mix(rows: Tensor) -> Tensor:
-    """Q times rows (rank, …), in their type and on their device; (Q up)ᵀ (Q down) is upᵀ down."""
-    place = torch.device("cpu") if rows.device.type == "mps" else rows.device  # Apple's has no float64
-    flat = rows.detach().to(place).double().flatten(1)
-    return (mixing(len(rows)).to(place) @ flat).to(rows).reshape(rows.shape)
+def mix(rows: Tensor, device: torch.device) -> Tensor:
+    """Q times rows (rank, …), in their type, worked out in float64 on this device; (Q up)ᵀ (Q down) is upᵀ down."""
+    flat = float64(rows.to(device)).flatten(1)
+    return (mixing(len(rows)).to(flat) @ flat).to(rows).reshape(rows.shape)

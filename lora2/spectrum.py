@@ -11,7 +11,7 @@ from .errors import LoraError
 from .factors import Factors
 
 
-def _float64(tensor: Tensor) -> Tensor:
+def float64(tensor: Tensor) -> Tensor:
     """The tensor in float64; on the CPU where the device (Apple's) has no float64."""
     return (tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()).double()
 
@@ -28,8 +28,8 @@ def singular_order(factors: Factors) -> tuple[Factors, Tensor]:
     σ (k,) float64, non-increasing, on the factors' device (the CPU for Apple's, which has no float64). Raises LoraError if a
     factor holds NaN or infinity. For many layers of which a part is kept, see orders.py.
     """
-    up = _float64(factors.up).reshape(factors.up.shape[0], factors.rank)
-    down = _float64(factors.down).reshape(factors.rank, factors.down.shape[1:].numel())
+    up = float64(factors.up).reshape(factors.up.shape[0], factors.rank)
+    down = float64(factors.down).reshape(factors.rank, factors.down.shape[1:].numel())
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
     core = factors.scale * (r_up @ r_down.T)

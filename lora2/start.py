@@ -77,7 +77,7 @@ def _arrays(
 
 @torch.no_grad()
 def factors_of(state: State, q: float) -> dict[str, Factors]:
-    """The factors of a training state's network by layer, Λ folded in, as they would be saved; on the CPU.
+    """The factors of a training state's network by layer, Λ folded in, in the order that they lie in; on the CPU.
 
     q: of the settings that it was made with.
     """

@@ -30,7 +30,7 @@ from benchmarks.evidence import (
     variants,
 )
 from benchmarks.evidence.comparison import RESIZED, UNIT, Choice
-from benchmarks.evidence.effects import effects, standard_error
+from benchmarks.evidence.effects import effects, mixtures, standard_error
 from benchmarks.evidence.equal_bytes import Point
 from benchmarks.evidence.experiment import Experiment
 from benchmarks.evidence.measuring import rounded
@@ -63,6 +63,11 @@ def test_a_twist_changes_what_it_says_and_is_undone() -> None:
         assert torch.equal(imp.log_importance_slope(j, nu), slope)
     with twists.twisted("energy only"):
         assert sensitivity.sensitivities(object(), object()) is None
+    rows, mixing = torch.eye(8), pack("lora2.adapter")
+    with twists.twisted("not mixed, rate as given"):
+        assert mixing.mix(rows, rows.device) is rows
+        assert schedule.size_factor(400, 100) == 1.0
+    assert not torch.equal(mixing.mix(rows, rows.device), rows)
     with twists.twisted("rate as given"):
         assert schedule.size_factor(400, 100) == 1.0
     assert schedule.size_factor(400, 100) == 0.5
@@ -247,7 +252,8 @@ def test_a_change_is_measured_pair_by_pair() -> None:
     kept = dict(kept)
     [variant] = [v for v in variants.OURS if v.setting == "min_rank"]
     jobs = variants.jobs_of(variant, 24, BEST_RATE)
-    base = {(j.subject, j.seed): kept[j.key] for j in variants.jobs_of(variants.AS_IT_IS, 24, BEST_RATE)}
+    base = {(j.subject, j.seed): kept[j.key] for j in variants.jobs_of(variants.UNMIXED, 24, BEST_RATE)}
+    assert variant.twist == "not mixed", "it came before mixtures, and is compared with what was then"
     worse = dict(zip(((j.subject, j.seed) for j in jobs), np.linspace(0.98, 1.06, len(jobs)), strict=True))
     for job in jobs:
         changed = json.loads(json.dumps(kept[job.key]))
@@ -338,18 +344,34 @@ def test_a_page_and_its_figures_from_records(
         assert summary["pictures_24"]["change_better"] == 0
 
 
-def test_what_a_change_of_ours_leaves_as_it_was_is_begun_with() -> None:
-    """Records that were kept, with those of ours made anew, are kept again as all of them were."""
+def test_a_change_of_ours_is_begun_with_what_is_kept() -> None:
+    """All records that are kept can be gone on from; ours are of the former method, and a pool takes none of them for new."""
     made, _ = run_of()
     about, slim, _ = records.compact(made)
-    begun = records.beginning(about, {record["key"]: record for record in slim})
-    assert {record["method"] for record in begun} == {FIXED, PAPER}
+    begun = records.beginning({record["key"]: record for record in slim})
+    assert {record["key"] for record in begun} == {record["key"] for record in slim}
+    assert {record["method"] for record in begun if not record.get("former")} == {FIXED, PAPER}
+    assert {record["method"] for record in begun if record.get("former")} == {SETTLING}
     ours = {key: record for key, record in made.items() if record["method"] == SETTLING}
-    again, kept, missing = records.compact({record["key"]: record for record in begun} | ours)
+    again, kept, missing = records.compact({record["key"]: record for record in begun} | ours, about)
     assert not missing
     assert kept == slim
     assert {name: again[name] for name in records.WHERE} == {name: about[name] for name in records.WHERE}
+    own = sum(record["method"] == SETTLING for record in slim)
+    assert again["runs_that_say_where"] == own, "the others are not made to say it"
     assert all(records.job_of(key).key == key for key in made)
+    jobs = [records.job_of(record["key"]) for record in begun[:50]]
+    assert records.former({record["key"]: record for record in begun}, jobs) == any(one.method == SETTLING for one in jobs)
+
+
+def test_mixtures_are_compared_at_the_best_of_either() -> None:
+    kept, tuned = run_of()
+    rows = mixtures(kept, tuned)
+    assert [row["target"] for row in rows] == [2, 4], "of which there are runs without"
+    for row in rows:
+        assert row["rate_with"] == row["rate_without"] == BEST_RATE
+        assert row["difference"] == pytest.approx(1 / 1.01 - 1, abs=1e-5)
+        assert row["with"] == pytest.approx(row["without"] / 1.01, rel=1e-5)
 
 
 def test_six_digits_are_kept() -> None:

@@ -299,7 +299,7 @@ def test_the_probe_counts_every_sample_alike_when_a_batch_runs_in_parts() -> Non
 def test_entropy_has_the_same_gradient_with_checkpointing() -> None:
     """The backward runs the blocks again. What is heard then must not count in the next step, nor be kept.
 
-    It would keep all that was computed again: on SDXL more than a GiB of what checkpointing saves.
+    It would keep all that was computed again, which is what checkpointing saves.
     """
     gradients = []
     for through in (None, checkpoint):

@@ -172,16 +172,21 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -
 
 @pytest.mark.parametrize(("owner", "name", "at"), [
     ("Adapter", "resize", 2), ("AdaptiveNetwork", "_rebuild", 1), ("AdaptiveNetwork", "_rebuild", 2), ("Adapter", "load", 3),
+    ("Adapter", "mix", 1), ("Adapter", "mix", 3),
 ])  # fmt: skip
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_arrays_that_find_no_room_to_grow_or_settle_are_tried_again(
     owner: str, name: str, at: int, compute: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of all layers; the run ends well, with as many positions as ranks, and a finite loss."""
+    """In the middle of all layers; the run ends well, with as many positions as ranks, and a finite loss.
+
+    Settled layers are those of a run with room enough, bit for bit: all of them are mixed, and none twice, which would undo it.
+    """
     import lora2.adapter
     import lora2.network
 
-    trainer = trainer_of(compute=compute, **GROWING)
+    trainer, plenty = (trainer_of(compute=compute, **GROWING) for _ in range(2))
+    plenty.run()
     module = lora2.adapter if owner == "Adapter" else lora2.network
     calls = fail_once(monkeypatch, getattr(module, owner), name, at)
     progress = trainer.run()
@@ -192,6 +197,9 @@ def test_arrays_that_find_no_room_to_grow_or_settle_are_tried_again(
     assert network._laid_out == [a.capacity for a in network.adapters]
     assert network.size() <= network.budget
     assert progress.changes == []
+    if name in ("load", "mix"):
+        for one, other in zip(network.parameters(), plenty.network.parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_arrays_that_find_no_room_stay_as_they_are_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,16 @@ from lora2.network import MOST_RESIZES, AdaptiveNetwork
 from lora2.optimizer import Optimizer
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("weights", [torch.float64, torch.float32])
-def test_a_plain_layer_and_its_path_are_one_operation(bias: bool, weights: torch.dtype) -> None:
+@pytest.mark.parametrize("bias", [torch.float64, torch.float32, None], ids=str)
+@pytest.mark.parametrize("weights", [torch.float64, torch.float32], ids=str)
+def test_a_plain_layer_and_its_path_are_one_operation(bias: torch.dtype | None, weights: torch.dtype) -> None:
     """The same as the layer with its path added, in float64: output, gradient of the input and of the factors.
 
-    Weights of another type are cast. The layer keeps its hooks, and gets its own forward back.
+    Weights and biases of another type are cast, each by itself. The layer keeps its hooks, and gets its own forward back.
     """
-    layer = frozen(nn.Linear(24, 16, bias=bias).to(weights))
+    layer = frozen(nn.Linear(24, 16, bias=bias is not None).to(weights))
+    if bias is not None:
+        layer.bias.data = layer.bias.data.to(bias)
     outputs, heard = [], []
     layer.register_forward_hook(lambda _m, _a, out: heard.append(out.shape))
     network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=torch.float64))

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.evidence import entropy, reduced
 from benchmarks.evidence.comparison import COUNTS
-from benchmarks.evidence.effects import Effect, effects, ranks_of
+from benchmarks.evidence.effects import Effect, effects, mixtures, ranks_of
 from benchmarks.evidence.experiment import Claim, Results, chosen, main, mean
 from benchmarks.evidence.measuring import rounded
 from benchmarks.evidence.personal import PAPER
@@ -43,7 +43,7 @@ def run(full: bool) -> Results:
     rows = [_row(effect, count) for count in COUNTS for effect in effects(kept, tuned, count)]
     return {
         "about": about, "subjects": [s.name for s in TUNING], "seeds": list(SEEDS), "defaults": defaults(),
-        "rows": rounded(rows), "entropy": rounded(entropy.run(full=True)),
+        "rows": rounded(rows), "mixtures": rounded(mixtures(kept, tuned)), "entropy": rounded(entropy.run(full=True)),
     }  # fmt: skip
 
 

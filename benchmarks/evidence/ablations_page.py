@@ -27,8 +27,9 @@ def build(results: Results, folder: Path) -> str:
         "that, at the best of it and of half a decade to both sides; at the best step to stop. *Loss*: over that of the method "
         f"as it is, in the mean over {pairs} pairs of subject and seed, ± its standard error. A difference is said to be seen "
         f"from {SURE:g} standard errors on; of some forty rows, two will seem so by chance. Mean ranks are weighted by cost.",
-        "That settled layers train mixtures of their positions came last. Rows but those of *positions after a cut* and of *Λ in "
-        "the second phase* are of the method as it was before, over the loss that it had then.",
+        "That settled layers train mixtures of their positions came last. All rows except that of *positions after a cut* are of "
+        "the method as it was before, over the loss that it had then.",
+        *_mixtures(results["mixtures"]),
     ]
     for count in COUNTS:
         rows = ours(results, count)
@@ -37,6 +38,22 @@ def build(results: Results, folder: Path) -> str:
     parts += [_moments(fixed_ranks(results))]
     parts += [*_paper(results, folder), *_entropy(results["entropy"])]
     return "\n\n".join(parts)
+
+
+def _mixtures(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """What they are worth, target by target."""
+    if not rows:
+        return []
+    body = [
+        [f"{row['target']:g}", f"{row['without']:.5f}", f"{row['with']:.5f}", _loss(row)] for row in rows
+    ]  # fmt: skip
+    return [
+        "### Mixtures of positions",
+        "What settled layers gain by training mixtures of their positions (lora2/mixing.py) instead of "
+        f"the positions, {COUNTS[0]} pictures, on the tuning subjects; each at its own best learning rate and step. The more "
+        "positions a layer has, the more of them hold next to nothing:",
+        table(["target", "loss without", "loss with", "difference"], body),
+    ]
 
 
 def _table(rows: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> str:

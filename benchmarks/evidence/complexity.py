@@ -87,8 +87,8 @@ def run(full: bool) -> Results:
         for subject in SUBJECTS
     ]
     return {
-        "about": about, "seeds": list(SEEDS), "graded_seeds": list(GRADED_SEEDS), "graded": rounded(graded(kept, tuned)),
-        "rows": rounded(beside),
+        "about": about, "seeds": list(SEEDS), "graded_seeds": list(GRADED_SEEDS), "former": records.former(kept, jobs(tuned)),
+        "graded": rounded(graded(kept, tuned)), "rows": rounded(beside),
     }  # fmt: skip
 
 

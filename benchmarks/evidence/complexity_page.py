@@ -10,6 +10,7 @@ from benchmarks.evidence.complexity import MEASURES, SIGNIFICANT, SURE, correlat
 from benchmarks.evidence.experiment import Results, mean, table
 from benchmarks.evidence.keeping import MOST
 from benchmarks.evidence.plot import ACCENT, Plot, Series
+from benchmarks.evidence.records import FORMER_WORDS
 
 TITLE = "Rank that ours comes to"
 PICTURE = "complexity.png"
@@ -37,6 +38,7 @@ def build(results: Results, folder: Path) -> str:
         f"{len(results['graded_seeds'])} seeds. Where a target is filled, the size is the same on all of them. Here the target, "
         f"{MOST}, is only the most (`settle_keep` 0.9), and the mean rank, which is the file's size, is what ours comes to by "
         "itself:",
+        *([FORMER_WORDS] if results.get("former") else []),
         table(["parts", "mean rank", *outlines], body),
         f"![{TITLE}]({PICTURE})",
         _verdict(results),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.evidence.comparison import UNIT, Choice, Tuned, best, usable
+from benchmarks.evidence.comparison import COUNTS, RATES, TARGETS, UNIT, Choice, Tuned, best, job, usable
 from benchmarks.evidence.experiment import mean
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
 from benchmarks.evidence.pool import Record
@@ -19,6 +19,7 @@ from benchmarks.evidence.variants import (
     Variant,
     jobs_of,
     rates,
+    unmixed,
     variants,
 )
 
@@ -27,7 +28,7 @@ from benchmarks.evidence.variants import (
 class Effect:
     """A variant at the best of its learning rates and steps.
 
-    difference: of its loss to that of the method as it is, as a share, in the mean; error: the standard error of that mean over
+    difference: of its loss to that of the method that it changes, as a share, in the mean; error: that mean's standard error over
     pairs. rank: mean, weighted by what a rank costs; low, high: the lowest and highest of a layer. growth: mean rank at every
     mark. at_side: whether the best rate is one of the two at the sides.
     """
@@ -57,10 +58,8 @@ def effects(records: Mapping[str, Record], tuned: Tuned, count: int) -> list[Eff
 
 
 def _compared_with(variant: Variant) -> Variant:
-    """The method as it is, or was, that a variant changes; where a budget holds the paper's form to our size, ours."""
-    if variant.budgeted:
-        return AS_IT_IS
-    if variant != UNMIXED and UNMIXED.twist in variant.twist.split(AND):
+    """The method that a variant changes: as it is, or as it was without mixtures; ours where the paper's form has our size."""
+    if variant.budgeted or (variant != UNMIXED and UNMIXED.twist in variant.twist.split(AND)):
         return UNMIXED
     return {PAPER: PAPER_AS_IT_IS, FIXED: FIXED_AS_IT_IS, SETTLING: AS_IT_IS}[variant.method]
 
@@ -89,6 +88,26 @@ def _effect(variant: Variant, own: _Runs, base: _Runs, tried: tuple[float, ...])
         variant, choice.rate, choice.step, mean(changes), standard_error(changes), len(changes),
         dict(growth)[choice.step], min(ranks), max(ranks), growth, len(tried) > 1 and choice.rate in (tried[0], tried[-1]),
     )  # fmt: skip
+
+
+def mixtures(records: Mapping[str, Record], tuned: Tuned) -> list[dict[str, float]]:
+    """What settled layers gain by training mixtures, target by target: both at the best of their learning rates and steps."""
+    found = []
+    for target in TARGETS:
+        config = (SETTLING, target, COUNTS[0])
+        runs = [(rate, records[job.key]) for rate in RATES for job in unmixed(target, rate) if job.key in records]
+        without, choice = best(config, runs), tuned.get(config)
+        if without is None or choice is None:
+            continue
+        changes = []
+        for before in unmixed(target, without.rate):
+            after = job(config, before.subject, choice.rate, before.seed)
+            changes.append(_at(records[after.key], choice.step) / _at(records[before.key], without.step) - 1)
+        found.append({
+            "target": target, "without": without.loss, "with": choice.loss, "difference": mean(changes),
+            "error": standard_error(changes), "rate_without": without.rate, "rate_with": choice.rate,
+        })  # fmt: skip
+    return found
 
 
 def _at(run: Record, step: int) -> float:

@@ -72,7 +72,8 @@ def run(full: bool) -> Results:
                 at = (method, rank, count)
                 keys = [job(at, name, tuned[at].rate, seed).key for seed in seeds]
                 rows += _rows(name, at, 0.0, tuned[at].step, [kept[key] for key in keys if key in kept])
-    return {"about": about, "most": MOST, "seeds": list(SEEDS), "rows": rounded(rows)}
+    old = [count for count in COUNTS if records.former(kept, jobs(tuned, [count]))]
+    return {"about": about, "most": MOST, "seeds": list(SEEDS), "former": old, "rows": rounded(rows)}
 
 
 def keep_runs(kept: Mapping[str, Record], tuned: Tuned, name: str, count: int, keep: float) -> list[Record]:

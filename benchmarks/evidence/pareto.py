@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import reduced
-from benchmarks.evidence.comparison import COUNTS, RESIZED, SEEDS, STEPS, Choice, Config, Tuned, configs
+from benchmarks.evidence.comparison import COUNTS, RESIZED, SEEDS, STEPS, Choice, Config, Tuned, configs, reported
 from benchmarks.evidence.equal_bytes import (
     METHODS,
     Point,
@@ -46,7 +46,10 @@ def run(full: bool) -> Results:
 
     about, kept, tuned = records.full()
     found = points(kept, tuned, [subject.name for subject in SUBJECTS], SEEDS)
-    return {"about": about, "steps": STEPS, "seeds": list(SEEDS), "tuned": _rows(tuned), "points": _point_rows(found)}
+    old = [count for count in COUNTS if records.former(kept, (one for one in reported(tuned, SEEDS) if one.pictures == count))]
+    return {
+        "about": about, "steps": STEPS, "seeds": list(SEEDS), "former": old, "tuned": _rows(tuned), "points": _point_rows(found),
+    }  # fmt: skip
 
 
 def _reduced() -> Results:

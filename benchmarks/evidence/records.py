@@ -2,7 +2,7 @@
 
 `python -m benchmarks.evidence.records RECORDS` writes them from the file that the GPU run made: only those of the jobs that
 tuning, ablations, the reported comparison, graded subjects and the target that is only the most ask for. Prints what is missing.
-`--begin` makes such a file instead, to go on from: what is kept of methods that a change of ours leaves as they were.
+`--begin` makes such a file instead, to go on from after a change of ours: all that is kept, ours marked as of the former method.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import ast
 import gzip
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from benchmarks.evidence import comparison, complexity, keeping, variants
 from benchmarks.evidence.comparison import Tuned
 from benchmarks.evidence.experiment import FOLDER
 from benchmarks.evidence.personal import SETTLING, Job
-from benchmarks.evidence.pool import Record, read_records
+from benchmarks.evidence.pool import FORMER, Record, read_records
 
 FILE = FOLDER / "records.jsonl.gz"
 WHERE = ("device", "torch", "date")
@@ -30,6 +31,12 @@ _LEFT_OUT = ("subject", "pictures", "rank", "rate", "seed", "steps", "twist", "f
 
 _LOADERS_CUTS = ("shortened", "shared_out")
 """They are told of the reported subjects alone."""
+
+
+FORMER_WORDS = (
+    "Runs of ours here were made before settled layers trained mixtures of their positions. What those are worth stands in the "
+    "section on settings."
+)
 
 
 class Stored:
@@ -50,6 +57,11 @@ class Stored:
         return [self.records[job.key] for job in jobs if job.key in self.records]
 
 
+def former(records: Mapping[str, Record], jobs: Iterable[Job]) -> bool:
+    """Whether any of the jobs' records was made before mixtures."""
+    return any(records.get(job.key, {}).get(FORMER, False) for job in jobs)
+
+
 def choices(stored: Stored) -> dict[comparison.Config, comparison.Choice]:
     """What tuning chose."""
     return comparison.tune(stored, comparison.configs(), comparison.tuning_names())
@@ -68,11 +80,12 @@ def compact(
     stored.run(comparison.reported(tuned))
     stored.run(keeping.jobs(tuned))
     stored.run(complexity.jobs(tuned))
+    stored.run(job for job in variants.all_unmixed() if job.key in records)
     used = [records[key] for key in sorted(stored.asked & set(records))]
     about = {
         **{name: ", ".join(sorted({said[name] for r in used if name in (said := {**(told or {}), **r})})) for name in WHERE},
+        "devices": dict(sorted(Counter({**(told or {}), **r}["device"] for r in used).items())),
         "size": "full",
-        "minutes": round(sum(r.get("seconds", 0.0) for r in used) / 60, 1),
         "runs": len(used),
         "runs_that_say_where": sum(WHERE[0] in r for r in used),
     }
@@ -103,14 +116,13 @@ def job_of(key: str) -> Job:
     return Job(**told)
 
 
-def beginning(about: Mapping[str, Any], kept: Mapping[str, Record]) -> list[Record]:
-    """Records as a pool has them, of what is kept of fixed ranks and of the paper's form."""
+def beginning(kept: Mapping[str, Record]) -> list[Record]:
+    """What is kept as a pool has it, in which ours is of the former method: a pool makes that anew."""
     found = []
     for key, record in kept.items():
         job = job_of(key)
-        if job.method != SETTLING:
-            told = {name: getattr(job, name) for name in ("subject", "pictures", "rank", "rate", "seed", "steps", "twist")}
-            found.append({**told, **{name: about[name] for name in WHERE}, **record})
+        told = {name: getattr(job, name) for name in ("subject", "pictures", "rank", "rate", "seed", "steps", "twist")}
+        found.append({**told, **record, **({FORMER: True} if job.method == SETTLING else {})})
     return found
 
 
@@ -141,15 +153,17 @@ def main() -> None:
     parser.add_argument("records", type=Path)
     parser.add_argument("--to", type=Path, default=FILE)
     for name in WHERE:
-        parser.add_argument(f"--{name}", default="", help="of records that do not say it")
+        parser.add_argument(f"--{name}", default="", help="of records that do not say it; by default that of those kept")
     parser.add_argument("--begin", action="store_true", help="write RECORDS from what is kept")
     options = parser.parse_args()
+    about, kept = read(options.to)
     if options.begin:
-        begun = beginning(*read(options.to))
-        options.records.write_text("".join(f"{json.dumps(record)}\n" for record in begun), encoding="utf-8")
+        begun = beginning(kept)
+        with options.records.open("x", encoding="utf-8") as file:  # never over hours of work
+            file.writelines(f"{json.dumps(record)}\n" for record in begun)
         print(f"{len(begun)} records")
         return
-    told = {name: getattr(options, name) for name in WHERE if getattr(options, name)}
+    told = {name: getattr(options, name) or about[name] for name in WHERE}
     about, found, missing = compact(read_records(options.records), told)
     write(options.to, about, found)
     print(f"{len(found)} records, {options.to.stat().st_size / 1e6:.2f} MB, {about['device']}; {len(missing)} missing")

@@ -39,9 +39,9 @@ def _nothing(own: Callable[..., Any]) -> Callable[..., None]:
     return lambda *args, **more: None
 
 
-def _as_they_are(own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _as_they_are(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The positions themselves."""
-    return lambda rows: rows
+    return lambda rows, device: rows
 
 
 def _one(own: Callable[..., float]) -> Callable[..., float]:

@@ -10,7 +10,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.evidence.comparison import COUNTS, HALF, RATES, UNIT, Config, Tuned, job, tuning_names
+from benchmarks.evidence.comparison import (
+    COUNTS,
+    HALF,
+    RATES,
+    TARGETS,
+    TUNING_SEEDS,
+    UNIT,
+    Config,
+    Tuned,
+    job,
+    tuning_names,
+)
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING, Job
 from benchmarks.evidence.twists import AND
 
@@ -151,3 +162,17 @@ def jobs(tuned: Tuned, counts: Sequence[int] = COUNTS) -> Iterator[Job]:
         for variant in variants(count):
             for rate in rates(variant, count, tuned):
                 yield from jobs_of(variant, count, rate)
+
+
+def unmixed(target: int, rate: float) -> list[Job]:
+    """The tuning runs of a target at a learning rate, without mixtures."""
+    count = COUNTS[0]
+    config = (SETTLING, target, count)
+    return [job(config, name, rate, seed, twist=UNMIXED.twist) for seed in TUNING_SEEDS[count] for name in tuning_names()]
+
+
+def all_unmixed() -> Iterator[Job]:
+    """Those of every target and learning rate, of which not all need to have been made."""
+    for target in TARGETS:
+        for rate in RATES:
+            yield from unmixed(target, rate)
