@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from benchmarks.evidence.comparison import COUNTS, RATES, TARGETS, UNIT, Choice, Tuned, best, job, usable
 from benchmarks.evidence.experiment import mean
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
-from benchmarks.evidence.pool import Record
+from benchmarks.evidence.pool import FORMER, Record
 from benchmarks.evidence.twists import AND
 from benchmarks.evidence.variants import (
     AS_IT_IS,
@@ -47,12 +47,12 @@ class Effect:
 
 
 def effects(records: Mapping[str, Record], tuned: Tuned, count: int) -> list[Effect]:
-    """Of every variant whose runs are all there."""
+    """Of every variant whose runs are all there, and not beside the method's own runs from before it had mixtures."""
     found = []
     for variant in variants(count):
         own = _chosen(records, tuned, variant, count)
         base = _chosen(records, tuned, _compared_with(variant), count)
-        if own and base:
+        if own and base and (variant == AS_IT_IS or not any(run.get(FORMER) for run in base[1].values())):
             found.append(_effect(variant, own, base, rates(variant, count, tuned)))
     return found
 

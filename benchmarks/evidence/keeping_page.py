@@ -19,13 +19,11 @@ def build(results: Results, folder: Path) -> str:
     """The part of the page, in Markdown; draws its pictures into the folder."""
     parts = [
         "## A target that is only the most",
-        "With `settle_keep` below 1 the target is an upper limit: the last cut keeps the fewest positions "
-        "that hold that share of "
-        f"what all are worth, so a subject's file is as large as it needs. Target {MOST} here, at the learning "
-        "rate and step of the "
-        "whole target, beside fixed ranks at theirs. What is claimed of it above was worded when the figures "
-        "were known. Four shares on "
-        "the subjects that settings are tuned on, one seed:",
+        "With `settle_keep` below 1 the target is an upper limit: the last cut keeps the fewest positions that hold that share of "
+        f"what all are worth, so a subject's file is as large as it needs. Target {MOST} here, at the learning rate and step of the "
+        "whole target, beside fixed ranks at theirs. What is claimed of it above is no goal that was set before: it was worded when "
+        "the figures were known, and worded anew when they had changed. Four shares on the subjects that settings are tuned on, "
+        "one seed:",
         _tuning(results),
     ]
     for count in COUNTS:
@@ -76,7 +74,8 @@ def _told(results: Results, count: int) -> str:
             f"{rank} by {100 * value:.1f} % at {100 * size / rank:.0f} % of its bytes"
             for rank, value in by_rank.items() if value > 0
         ]  # fmt: skip
-        words = f"A share of {keep:g}: below fixed {', '.join(lower) if lower else 'none'} in the mean"
+        below = f"below fixed {', '.join(lower)} in the mean" if lower else "in the mean below no fixed rank"
+        words = f"A share of {keep:g}: {below}"
         told.append(words + (f", above fixed {', '.join(higher)}." if higher else "."))
     return " ".join(told)
 
