@@ -27,8 +27,8 @@ def build(results: Results, folder: Path) -> str:
         "that, at the best of it and of half a decade to both sides; at the best step to stop. *Loss*: over that of the method "
         f"as it is, in the mean over {pairs} pairs of subject and seed, ± its standard error. A difference is said to be seen "
         f"from {SURE:g} standard errors on; of some forty rows, two will seem so by chance. Mean ranks are weighted by cost.",
-        "That settled layers train mixtures of their positions came last. Every row but *positions after a cut* changes the method "
-        "as it was before, and its loss is over the one that it had then.",
+        "That settled layers train mixtures of their positions came last. Every row but *positions after a cut* changes the "
+        "method as it was before, and its loss is over the one that it had then.",
         *_mixtures(results["mixtures"]),
     ]
     for count in COUNTS:
@@ -141,8 +141,8 @@ def _pull(long: Sequence[Mapping[str, Any]]) -> str:
     free, own, held = ends[FREE], ends["as it is"], ends[HELD]
     near = "hardly less: the default is too weak to hold them" if own > 0.9 * free else "less"
     return (
-        f"Without it ranks grow from {START} to {free:.0f}, until they come to rest; with the default weight to {own:.0f}, {near}; "
-        f"with {HELD} they come down to {held:.1f}."
+        f"Without it ranks grow from {START} to {free:.0f}, until they come to rest; with the default weight to {own:.0f}, "
+        f"{near}; with {HELD} they come down to {held:.1f}."
     )
 
 

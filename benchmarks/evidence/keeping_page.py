@@ -19,11 +19,11 @@ def build(results: Results, folder: Path) -> str:
     """The part of the page, in Markdown; draws its pictures into the folder."""
     parts = [
         "## A target that is only the most",
-        "With `settle_keep` below 1 the target is an upper limit: the last cut keeps the fewest positions that hold that share of "
-        f"what all are worth, so a subject's file is as large as it needs. Target {MOST} here, at the learning rate and step of the "
-        "whole target, beside fixed ranks at theirs. What is claimed of it above is no goal that was set before: it was worded when "
-        "the figures were known, and worded anew when they had changed. Four shares on the subjects that settings are tuned on, "
-        "one seed:",
+        "With `settle_keep` below 1 the target is an upper limit: the last cut keeps the fewest positions that hold that share "
+        f"of what all are worth, so a subject's file is as large as it needs. Target {MOST} here, at the learning rate and step "
+        "of the whole target, beside fixed ranks at theirs. What is claimed of it above is no goal that was set before: it was "
+        "worded when the figures were known, and worded anew when they had changed. Four shares on the subjects that settings "
+        "are tuned on, one seed:",
         _tuning(results),
     ]
     for count in COUNTS:
