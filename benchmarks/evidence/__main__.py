@@ -55,7 +55,7 @@ def gather(folder: Path, pictures: Path) -> tuple[Results, str]:
         summaries[experiment.KEY] = experiment.summary(results)
         claims += experiment.claims(results)
         others = about.get("runs", 0) - about.get("runs_that_say_where", 0)
-        silent = f" ({others} of {about['runs']} records do not say it themselves)" if others else ""
+        silent = f" (of {about['runs']} runs, {others} were noted together, not one by one)" if others else ""
         source = f"{about['device']}, torch {about['torch']}, {about['date']}{silent}. All figures: [{experiment.FILE}]"
         parts.append(f"{experiment.page(results, pictures)}\n\n<sub>{source}({experiment.FILE})</sub>")
     return summaries, "\n\n".join([HEAD, claim_table(claims), *parts]) + "\n"
@@ -64,10 +64,10 @@ def gather(folder: Path, pictures: Path) -> tuple[Results, str]:
 HEAD = """# Evidence
 
 What the method does, measured by the scripts in `benchmarks/evidence/`. `make evidence` reruns a reduced version on a CPU and
-checks the claims; `python -m benchmarks.evidence.NAME` runs one experiment in full, and `python -m benchmarks.evidence` writes
-this page and `results.json` from the files beside it.
+checks that nothing is grossly wrong, which is less than what is claimed here. `python -m benchmarks.evidence.NAME` runs one
+experiment in full, and `python -m benchmarks.evidence` writes this page and `results.json` from the files beside it.
 
-What says NO is a goal that was set before and is not reached; its figure stands there, and its section says what is missing."""
+What says NO is a goal that is not reached; its section says what is missing."""
 
 
 def claim_table(claims: Iterable[Claim]) -> str:

@@ -23,10 +23,13 @@ def build(results: Results, folder: Path) -> str:
     parts = [
         "## What each setting is worth",
         f"One change at a time, on the {len(results['subjects'])} subjects that settings are tuned on, {len(results['seeds'])} "
-        f"seeds, target {RANK}. Every row is at the learning rate that is best without the change, and where a change may shift "
-        "that, at the best of it and of half a decade to both sides; at the best step to stop. *Loss*: over that of the method "
-        f"as it is, in the mean over {pairs} pairs of subject and seed, ± its standard error. A difference is said to be seen "
-        f"from {SURE:g} standard errors on; of some forty rows, two will seem so by chance. Mean ranks are weighted by cost.",
+        f"seeds, target {RANK}. Every row is at the learning rate, of half powers of ten, that is best without the change, and "
+        "where a change may shift that, at the best of it and of half a decade to both sides; at the best step to stop. *Loss*: "
+        f"over that of the method as it is, in the mean over {pairs} pairs of subject and seed, ± its standard error. A "
+        f"difference is said to be seen from {SURE:g} standard errors on; of some forty rows, three or four will seem so by "
+        "chance. Mean ranks are weighted by cost. Not tried here: learning rate (tuned in each experiment), steps, batch, "
+        "target, schedule, warm-up, optimizer, weight decay and clipping. "
+        "Their defaults come from practice with other trainers, not from here.",
         "That settled layers train mixtures of their positions came last. Every row but *positions after a cut* changes the "
         "method as it was before, and its loss is over the one that it had then.",
         *_mixtures(results["mixtures"]),
@@ -51,7 +54,7 @@ def _mixtures(rows: Sequence[Mapping[str, float]]) -> list[str]:
         "### Mixtures of positions",
         "What settled layers gain by training mixtures of their positions (lora2/mixing.py) instead of "
         f"the positions, {COUNTS[0]} pictures, on the tuning subjects; each at its own best learning rate and step. The more "
-        "positions a layer has, the more of them hold next to nothing:",
+        "positions a layer has, the more of them hold next to nothing. Differences are means over pairs of subject and seed:",
         table(["target", "loss without", "loss with", "difference"], body),
     ]
 
@@ -74,6 +77,7 @@ def _moments(rows: Sequence[Mapping[str, Any]]) -> str:
         "**Moments that start anew.** A cut drops the optimizer's moments. So does this, at the same steps, with a plain LoRA of "
         f"fixed rank {RANK}, of which nothing is cut: what it gains is no gain of ranks that differ.",
         table(["method", "change", "loss over that without it"], [["fixed rank", row["change"], _loss(row)] for row in changed]),
+        "So that much of what ours gains on fixed ranks may come from there.",
     ])  # fmt: skip
 
 
@@ -141,7 +145,7 @@ def _pull(long: Sequence[Mapping[str, Any]]) -> str:
     free, own, held = ends[FREE], ends["as it is"], ends[HELD]
     near = "hardly less: the default is too weak to hold them" if own > 0.9 * free else "less"
     return (
-        f"Without it ranks grow from {START} to {free:.0f}, until they come to rest; with the default weight to {own:.0f}, "
+        f"Without it ranks grow from {START} to {free:.0f} and level off; with the default weight to {own:.0f}, "
         f"{near}; with {HELD} they come down to {held:.1f}."
     )
 

@@ -10,7 +10,7 @@ from benchmarks.evidence.complexity import MEASURES, SIGNIFICANT, SURE, correlat
 from benchmarks.evidence.experiment import Results, mean, table
 from benchmarks.evidence.keeping import MOST
 from benchmarks.evidence.plot import ACCENT, Plot, Series
-from benchmarks.evidence.records import FORMER_WORDS
+from benchmarks.evidence.pool import FORMER_WORDS
 
 TITLE = "Rank that ours comes to"
 PICTURE = "complexity.png"
@@ -34,7 +34,7 @@ def build(results: Results, folder: Path) -> str:
     return "\n\n".join([
         "## Rank and complexity",
         f"Grids of 1, 4, 9 … 100 coloured parts, for each number of parts on {len(outlines)} outlines in two sets of colours: "
-        f"{len(rows) // len(found)} subjects that differ in nothing else, {COUNTS[0]} pictures of each, "
+        f"the same {len(rows) // len(found)} looks for every number, {COUNTS[0]} pictures of each, "
         f"{len(results['graded_seeds'])} seeds. Where a target is filled, the size is the same on all of them. Here the target, "
         f"{MOST}, is only the most (`settle_keep` 0.9), and the mean rank, which is the file's size, is what ours comes to by "
         "itself:",
@@ -57,7 +57,8 @@ def _verdict(results: Results) -> str:
         told = f"**{kind}:** the mean falls {where}; at most by {largest_fall(results):.1f} standard errors."
     return (
         f"{told} Spearman's correlation is {ordered(results):.3f}. A single colour takes {min(ranks) / max(ranks):.0%} of the "
-        "most: rank is also spent on what all subjects share, being at a place and having an outline."
+        "most: rank is also spent on what all subjects share, being at a place and having an outline. It takes the mean over "
+        "these looks to see the order: of a single subject, rank says little about its parts, as the next table shows."
     )
 
 

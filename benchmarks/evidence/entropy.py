@@ -80,4 +80,5 @@ def of(results: Results, weight: float, what: str) -> float:
 def claims(results: Results) -> list[Claim]:
     """The term lowers what it is a term of."""
     strong = of(results, WEIGHTS[-1], "entropy") - of(results, WEIGHTS[0], "entropy")
-    return [Claim("entropy term, weight 1: change of cross-attention's entropy over that without, as a share", strong, LOWER)]
+    words = "entropy term, weight 1: change of cross-attention's entropy in training, less that without the term"
+    return [Claim(words, strong, LOWER)]

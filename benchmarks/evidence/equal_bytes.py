@@ -106,6 +106,16 @@ def pairs(found: Points, method: str, count: int) -> list[Pair]:
     return result
 
 
+def same_target(found: Points, method: str, count: int) -> list[Pair]:
+    """Ours with the same target as the other's rank beside it, for what has its size by a rank; ours is no larger."""
+    result = []
+    for (subject, config), other in found.items():
+        ours = found.get((subject, (SETTLING, config[1], count)))
+        if config[0] == method and config[2] == count and ours and ours.parameters <= config[1] * UNIT:
+            result.append(Pair(subject, config[1], ours, other))
+    return result
+
+
 def beaten(compared: Sequence[Pair]) -> dict[str, bool]:
     """By subject: whether ours is better or equal at every size."""
     return {name: all(p.better for p in compared if p.subject == name) for name in dict.fromkeys(p.subject for p in compared)}

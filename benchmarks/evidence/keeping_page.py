@@ -10,7 +10,7 @@ from benchmarks.evidence.experiment import Results, chosen, mean, table
 from benchmarks.evidence.keeping import BESIDE, KEEPS, MOST, REPORTED, differences, of
 from benchmarks.evidence.personal import FIXED, SETTLING
 from benchmarks.evidence.plot import ACCENT, CALM, ROSE, Plot, Series
-from benchmarks.evidence.records import FORMER_WORDS
+from benchmarks.evidence.pool import FORMER_WORDS
 
 UNIT_KB = UNIT * BYTES / 1000
 

@@ -14,6 +14,7 @@ from benchmarks.evidence import reduced
 from benchmarks.evidence.comparison import COUNTS, RESIZED, SEEDS, STEPS, Choice, Config, Tuned, configs, reported
 from benchmarks.evidence.equal_bytes import (
     METHODS,
+    Pair,
     Point,
     Points,
     beaten,
@@ -21,6 +22,7 @@ from benchmarks.evidence.equal_bytes import (
     pairs,
     point,
     points,
+    same_target,
     surely_better,
     surely_worse,
     tally,
@@ -28,6 +30,7 @@ from benchmarks.evidence.equal_bytes import (
 from benchmarks.evidence.experiment import Claim, Results, main, mean
 from benchmarks.evidence.measuring import rounded
 from benchmarks.evidence.personal import FIXED, SETTLING
+from benchmarks.evidence.pool import FORMER_MARK
 
 KEY, FILE = "pareto", "pareto.json"
 
@@ -104,23 +107,30 @@ def claims(results: Results) -> list[Claim]:
         return _reduced_claims(found)
     made = [
         Claim(
-            f"{count} pictures, equal bytes: subjects on which ours is better than or equal to {_every(method)}",
+            f"{_told(results, count)}, equal bytes: subjects on which ours is better than or equal to {_every(method)}",
             wins(found, method, [count]), needed, above=True, open=True,
         )
         for count in COUNTS
         for method, needed in NEEDED.items()
     ]  # fmt: skip
     made += [
-        Claim(f"{count} pictures, equal bytes: ours over the fixed rank, loss, mean of all pairs", 1 + _mean(found, count), 1.0)
-        for count in COUNTS
+        Claim(f"{_told(results, count)}, equal bytes: ours over the fixed rank, loss, mean of all pairs", of, 1.0)
+        for count, of in ((count, 1 + _mean(found, count)) for count in COUNTS)
     ]
     wanted = len(configs()) * len({subject for subject, _ in found})
-    edge = sum(not choice.inside for choice in choices_of(results).values())
+    chosen = choices_of(results)
+    edge = sum(not choice.inside for choice in chosen.values())
+    last = sum(choice.step == results["steps"] for choice in chosen.values())
     return [
         *made,
         Claim("pairs of subject and method without a result", wanted - len(found), 0),
         Claim("tuning: learning rates that lie at the edge of what was tried", edge, 0),
+        Claim(f"tuning: of {len(chosen)} stopping points, those at the last step that was tried", last, 0, open=True),
     ]
+
+
+def _told(results: Results, count: int) -> str:
+    return f"{count} pictures{FORMER_MARK if count in results.get('former', []) else ''}"
 
 
 def _mean(found: Points, count: int) -> float:
@@ -162,10 +172,10 @@ def summary(results: Results) -> Results:
     for count in COUNTS:
         of = {}
         for method in METHODS:
-            t = tally(pairs(found, method, count))
-            of[method] = {"subjects_beaten": t["beaten"], **{k: round(t[k], 4) for k in ("share", "difference", "worst")}}
+            of[method] = _tallied(pairs(found, method, count))
         against = pairs(found, FIXED, count)
         told[f"pictures_{count}"] = {
+            **({"former": True} if count in results.get("former", []) else {}),
             "pairs": len(against),
             "pairs_better": sum(pair.better for pair in against),
             "mean_difference": round(_mean(found, count), 4),
@@ -173,9 +183,15 @@ def summary(results: Results) -> Results:
             "surely_better": len(surely_better(against)),
             "surely_worse": len(surely_worse(against)),
             **of,
+            "same_target": {method: _tallied(same_target(found, method, count)) for method in (FIXED, RESIZED)},
         }
     told["both"] = {"beats_fixed": wins(found, FIXED, COUNTS), "beats_resize": wins(found, RESIZED, COUNTS)}
     return told
+
+
+def _tallied(compared: Sequence[Pair]) -> Results:
+    told = tally(compared)
+    return {"subjects_beaten": told["beaten"], **{k: round(told[k], 4) for k in ("share", "difference", "worst")}}
 
 
 def page(results: Results, folder: Path) -> str:

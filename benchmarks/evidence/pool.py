@@ -22,6 +22,12 @@ Record = dict[str, Any]
 
 FORMER = "former"
 """True in records of a method that has changed since: their jobs are made anew, and until then stand for what they are."""
+FORMER_WORDS = (
+    "Runs of ours here were made before settled layers trained mixtures of their positions. What those are worth stands in the "
+    "section on settings."
+)
+FORMER_MARK = " (former method, without mixtures)"
+"""Of such records, on a page and in a claim."""
 
 LONGEST = 300.0
 """Seconds that one job may take, the first one's loading included, before its process is ended."""

@@ -32,13 +32,6 @@ _LEFT_OUT = ("subject", "pictures", "rank", "rate", "seed", "steps", "twist", "f
 _LOADERS_CUTS = ("shortened", "shared_out")
 """They are told of the reported subjects alone."""
 
-
-FORMER_WORDS = (
-    "Runs of ours here were made before settled layers trained mixtures of their positions. What those are worth stands in the "
-    "section on settings."
-)
-
-
 class Stored:
     """Records that are there, where a `Pool` would make those that are missing."""
 

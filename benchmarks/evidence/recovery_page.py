@@ -73,8 +73,11 @@ ENOUGH = 1e-3
 
 def _found(own: Sequence[Results]) -> str:
     """Whether each form finds the ranks, their order, and all of the change."""
-    far = _furthest(chosen(own, form=SETTLED))
-    told = [f"Settling cuts to the true ranks, with at most {far} more or fewer: the target pays for some more than they need."]
+    fewer, more = _off(chosen(own, form=SETTLED))
+    told = [
+        f"Settling cuts to the true ranks: no layer gets more than {fewer} fewer or {more} more than it needs. The target pays "
+        "for a little more than all need together."
+    ]
     part = chosen(own, form=PURE)
     layouts = dict.fromkeys(run["layout"] for run in part)
     poor = [name.replace(" x ", " × ") for name in layouts if order(chosen(part, layout=name)) < 0.95]
@@ -91,9 +94,10 @@ def _found(own: Sequence[Results]) -> str:
     return " ".join(words for words in told if words)
 
 
-def _furthest(own: Sequence[Results]) -> int:
-    """The furthest that a learned rank is from the true one, in any run."""
-    return max(abs(rank - true) for run in own for rank, true in zip(run["ranks"], RANKS, strict=True))
+def _off(own: Sequence[Results]) -> tuple[int, int]:
+    """By how much a learned rank is below and above the true one at most, in any run."""
+    off = [rank - true for run in own for rank, true in zip(run["ranks"], RANKS, strict=True)]
+    return max(0, -min(off)), max(0, max(off))
 
 
 def _weights_told(runs: Sequence[Results]) -> str:
@@ -164,11 +168,11 @@ def _details(runs: Sequence[Results]) -> list[str]:
         "as a share of the most that the "
         "budget can hold, direction by direction. Where all directions are worth the same, it makes "
         "no difference which are kept, and "
-        "the order of ranks then says nothing; where they differ, the right ones are kept. What is "
-        "not needed is spent on noise, so "
-        "ask for no more than you need:",
+        "the order of ranks then says nothing; where they differ, almost all of the right ones are. "
+        "What is not needed is spent on noise, so ask for no more than you need:",
         table(
-            ["budget, of what the true ranks take", "Spearman, values alike", "falling", "learned, alike", "falling"],
+            ["budget, of what the true ranks take", "Spearman, values alike", "falling", "learned, alike", "falling",
+             "worst seed of both"],
             _share_rows(runs),
         ),
         *_exact(runs),
@@ -222,7 +226,8 @@ def _share_rows(runs: Sequence[Results]) -> list[list[str]]:
         both = [chosen(runs, group="shares", share=share, decay=decay) for decay in (1.0, 4.0)]
         orders = [f"{order(own):.3f}" if own else "" for own in both]
         kept = [f"{mean(run['kept'] for run in own):.3f}" if own else "" for own in both]
-        rows.append([f"{share:g}", *orders, *kept])
+        worst = min(run["kept"] for own in both for run in own)
+        rows.append([f"{share:g}", *orders, *kept, f"{worst:.3f}"])
     return rows
 
 

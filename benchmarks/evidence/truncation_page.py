@@ -82,11 +82,11 @@ def _told(results: Results, count: int) -> str:
         f"Ours, cut in its order, is better than the fixed rank without its last positions at every share on "
         f"{len(ordered_wins(results, count, SHORTENED))} of {len(names)} subjects cut layer by layer, on "
         f"{len(ordered_wins(results, count, SHARED_OUT))} cut by the loader; both on {len(good)}. Not so: "
-        f"{', '.join(not_so) if not_so else 'none'}. The loader's own order is worth as much to any file: a "
-        "fixed rank that it brings "
-        f"into singular order and cuts to {100 * SHARES[-1]:.0f} % has, over ours uncut, a loss of "
-        f"{100 * cost(results, FIXED, SHARED_OUT, count, SHARES[-1]):+.1f} %, ours "
-        f"{100 * cost(results, SETTLING, SHARED_OUT, count, SHARES[-1]):+.1f} %."
+        f"{', '.join(not_so) if not_so else 'none'}. But the loader gives any file "
+        "such an order, and a fixed rank then loses less by a cut than ours does: cut to "
+        f"{100 * SHARES[-1]:.0f} % by the loader, it has {100 * cost(results, FIXED, SHARED_OUT, count, SHARES[-1]):+.1f} % over "
+        f"ours uncut, ours {100 * cost(results, SETTLING, SHARED_OUT, count, SHARES[-1]):+.1f} %. Ours is better at every share "
+        f"on {len(ordered_wins(results, count, SHARED_OUT, SHARED_OUT))} of {len(names)} subjects then."
     )
 
 
