@@ -161,9 +161,9 @@ def page(results: Results, folder: Path) -> str:
             "## A budget is met",
             "Ten budgets in equal ratios for each small model with random weights, from the smallest that fits rank 1 in every "
             "layer to nine tenths of full rank everywhere, fp16. Where a position of the largest layer is more than 2 % of that "
-            "smallest one, they start higher: a file of whole positions cannot come closer. What counts is the file on the disk with "
-            "its header and metadata. Settled runs are cut to the budget by what the layers learned. In the paper's form a budget "
-            "steers the ranks, and where they come to rest all are scaled together to meet it.",
+            "smallest one, they start higher: a file of whole positions cannot come closer. What counts is the file on the disk "
+            "with its header and metadata. Settled runs are cut to the budget by what the layers learned. In the paper's form a "
+            "budget steers the ranks, and where they come to rest all are scaled together to meet it.",
             table(["model", "form", "budgets", "sizes", "furthest below", "above"], rows),
             "![How far the file stays below its budget](budget.png)",
             "The distance is the header: its length is known for certain only when the ranks are, and so is "

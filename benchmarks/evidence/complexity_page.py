@@ -63,10 +63,13 @@ def _verdict(results: Results) -> str:
 
 
 def _beside(results: Results) -> str:
+    old = results.get("former_beside", [])
+    heads = [f"{count} pictures{' *' if count in old else ''}" for count in COUNTS]
     rows = [[words, *(f"{correlation(results, m, count):.2f}" for count in COUNTS)] for m, words in MEASURES.items()]
     return "\n\n".join([
         "**Beside it**, the ten subjects of the comparison above, where every number of parts has a single outline and set of "
         f"colours, which blurs it: Spearman's correlation of several measures with the parts, mean over {len(results['seeds'])} "
         f"seeds. Ten subjects in no order reach {SIGNIFICANT:g}, of either sign, in one case of twenty.",
-        table(["measure", *(f"{count} pictures" for count in COUNTS)], rows),
+        table(["measure", *heads], rows),
+        *([f"\\* {FORMER_WORDS}"] if old else []),
     ])  # fmt: skip

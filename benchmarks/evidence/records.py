@@ -81,6 +81,7 @@ def compact(
         "size": "full",
         "runs": len(used),
         "runs_that_say_where": sum(WHERE[0] in r for r in used),
+        "of_the_others": dict(told or {}),
     }
     return about, [_slim(r) for r in used], stored.asked - set(records)
 
@@ -156,7 +157,8 @@ def main() -> None:
             file.writelines(f"{json.dumps(record)}\n" for record in begun)
         print(f"{len(begun)} records")
         return
-    told = {name: getattr(options, name) or about[name] for name in WHERE}
+    before = about.get("of_the_others") or about
+    told = {name: getattr(options, name) or before[name] for name in WHERE}
     about, found, missing = compact(read_records(options.records), told)
     write(options.to, about, found)
     print(f"{len(found)} records, {options.to.stat().st_size / 1e6:.2f} MB, {about['device']}; {len(missing)} missing")
