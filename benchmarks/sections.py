@@ -332,7 +332,7 @@ def loading(bench: Bench) -> None:
             return node.execute(model=patcher, lora_name=path.name, strength_model=1.0, strength_clip=0.0).result[0]
 
         times: dict[str, list[float]] = {"theirs": [], "ours": []}
-        for turn in range(25):
+        for turn in range(61):
             for name, work in (("theirs", theirs), ("ours", ours))[:: 1 if turn % 2 else -1]:
                 gc.collect()  # else either pays for giving back what the other had loaded
                 start = time.perf_counter()

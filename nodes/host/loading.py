@@ -88,8 +88,9 @@ def match(document: LoraDocument, model: Any, clip: Any) -> Match:
 
 def renamed(document: LoraDocument) -> LoraDocument:
     """The document under the names that the host gives to layers of some trainers."""
-    converted = comfy.lora_convert.convert_lora(dict(document.state_dict()))
-    return document if converted.keys() == document.state_dict().keys() else parse(converted)
+    tensors = document.state_dict()
+    converted = comfy.lora_convert.convert_lora(dict(tensors))
+    return document if converted.keys() == tensors.keys() else parse(converted)
 
 
 def other_layers(document: LoraDocument) -> list[str]:
