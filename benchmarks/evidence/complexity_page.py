@@ -58,7 +58,7 @@ def _verdict(results: Results) -> str:
     return (
         f"{told} Spearman's correlation is {ordered(results):.3f}. A single colour takes {min(ranks) / max(ranks):.0%} of the "
         "most: rank is also spent on what all subjects share, being at a place and having an outline. It takes the mean over "
-        "these looks to see the order: of a single subject, rank says little about its parts, as the next table shows."
+        "these looks to see the order: single subjects keep it less well, as the next table shows."
     )
 
 

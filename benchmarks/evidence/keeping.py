@@ -15,7 +15,7 @@ from benchmarks.evidence.equal_bytes import point
 from benchmarks.evidence.experiment import Claim, Results, chosen, main, mean
 from benchmarks.evidence.measuring import rounded
 from benchmarks.evidence.personal import FIXED, SETTLING, Job
-from benchmarks.evidence.pool import FORMER_MARK, Record
+from benchmarks.evidence.pool import Record, in_words
 from dev.painter.subjects import SUBJECTS
 
 KEY, FILE = "keeping", "keeping.json"
@@ -134,19 +134,15 @@ def claims(results: Results) -> list[Claim]:
     keep, made = REPORTED[0], []
     for count, ranks, most in ((COUNTS[0], (8, 16), 1.0), (COUNTS[1], BESIDE, PRICE)):
         largest = max(of(results, count, "mean_rank", method=SETTLING, keep=keep).values())
-        words = f"{_told(results, count)}, target {MOST}, a share of {keep:g}"
+        words = f"{in_words(results, count)}, target {MOST}, a share of {keep:g}"
         made.append(Claim(f"{words}: the largest mean rank of a subject, over the target", largest / MOST, SIZE))
         for rank in ranks:
             found = 1 + mean(differences(results, count, keep, FIXED, rank).values())
             made.append(Claim(f"{words}: loss over that of fixed {rank}, mean", found, most))
     level = 1 + mean(differences(results, COUNTS[0], REPORTED[1], FIXED, MOST).values())
-    words = f"{_told(results, COUNTS[0])}, target {MOST}, a share of {REPORTED[1]:g}: loss over that of fixed"
+    words = f"{in_words(results, COUNTS[0])}, target {MOST}, a share of {REPORTED[1]:g}: loss over that of fixed"
     made.append(Claim(f"{words} {MOST}, mean (level)", level, LEVEL))
     return made
-
-
-def _told(results: Results, count: int) -> str:
-    return f"{count} pictures{FORMER_MARK if count in results.get('former', []) else ''}"
 
 
 def summary(results: Results) -> Results:

@@ -30,7 +30,7 @@ from benchmarks.evidence.equal_bytes import (
 from benchmarks.evidence.experiment import Claim, Results, main, mean
 from benchmarks.evidence.measuring import rounded
 from benchmarks.evidence.personal import FIXED, SETTLING
-from benchmarks.evidence.pool import FORMER_MARK
+from benchmarks.evidence.pool import in_words
 
 KEY, FILE = "pareto", "pareto.json"
 
@@ -107,14 +107,14 @@ def claims(results: Results) -> list[Claim]:
         return _reduced_claims(found)
     made = [
         Claim(
-            f"{_told(results, count)}, equal bytes: subjects on which ours is better than or equal to {_every(method)}",
+            f"{in_words(results, count)}, equal bytes: subjects on which ours is better than or equal to {_every(method)}",
             wins(found, method, [count]), needed, above=True, open=True,
         )
         for count in COUNTS
         for method, needed in NEEDED.items()
     ]  # fmt: skip
     made += [
-        Claim(f"{_told(results, count)}, equal bytes: ours over the fixed rank, loss, mean of all pairs", of, 1.0)
+        Claim(f"{in_words(results, count)}, equal bytes: ours over the fixed rank, loss, mean of all pairs", of, 1.0)
         for count, of in ((count, 1 + _mean(found, count)) for count in COUNTS)
     ]
     wanted = len(configs()) * len({subject for subject, _ in found})
@@ -127,10 +127,6 @@ def claims(results: Results) -> list[Claim]:
         Claim("tuning: learning rates that lie at the edge of what was tried", edge, 0),
         Claim(f"tuning: of {len(chosen)} stopping points, those at the last step that was tried", last, 0, open=True),
     ]
-
-
-def _told(results: Results, count: int) -> str:
-    return f"{count} pictures{FORMER_MARK if count in results.get('former', []) else ''}"
 
 
 def _mean(found: Points, count: int) -> float:

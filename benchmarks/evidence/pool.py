@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -34,6 +34,11 @@ LONGEST = 300.0
 SAY_EVERY = 10.0
 MOST_REPLACED = 5
 """Processes that may die or be ended before no more are started."""
+
+
+def in_words(results: Mapping[str, Any], count: int) -> str:
+    """The number of pictures in a claim, and whether the runs with it are of the former method."""
+    return f"{count} pictures{FORMER_MARK if count in results.get(FORMER, []) else ''}"
 
 
 class Pool:

@@ -75,8 +75,8 @@ def _found(own: Sequence[Results]) -> str:
     """Whether each form finds the ranks, their order, and all of the change."""
     fewer, more = _off(chosen(own, form=SETTLED))
     told = [
-        f"Settling cuts to the true ranks: no layer gets more than {fewer} fewer or {more} more than it needs. The target pays "
-        "for a little more than all need together."
+        f"Settling cuts to the true ranks: learned ones lie from {fewer} below to {more} above them. The target pays for a "
+        "little more than all need together."
     ]
     part = chosen(own, form=PURE)
     layouts = dict.fromkeys(run["layout"] for run in part)
