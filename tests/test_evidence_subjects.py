@@ -357,7 +357,9 @@ def test_a_change_of_ours_is_begun_with_what_is_kept() -> None:
     """All records that are kept can be gone on from; ours are of the former method, and a pool takes none of them for new."""
     made, _ = run_of()
     about, slim, _ = records.compact(made)
-    begun = records.beginning({record["key"]: record for record in slim})
+    kept_before = {record["key"]: record for record in slim}
+    assert not any(record.get("former") for record in records.beginning(kept_before, changed=False))
+    begun = records.beginning(kept_before, changed=True)
     assert {record["key"] for record in begun} == {record["key"] for record in slim}
     assert {record["method"] for record in begun if not record.get("former")} == {FIXED, PAPER}
     assert {record["method"] for record in begun if record.get("former")} == {SETTLING}

@@ -2,7 +2,8 @@
 
 `python -m benchmarks.evidence.records RECORDS` writes them from the file that the GPU run made: only those of the jobs that
 tuning, ablations, the reported comparison, graded subjects and the target that is only the most ask for. Prints what is missing.
-`--begin` makes such a file instead, to go on from after a change of ours: all that is kept, ours marked as of the former method.
+`--begin` makes such a file instead, to go on from: all that is kept. With `--changed`, after a change of ours, ours is marked as
+of the former method.
 """
 
 from __future__ import annotations
@@ -110,13 +111,13 @@ def job_of(key: str) -> Job:
     return Job(**told)
 
 
-def beginning(kept: Mapping[str, Record]) -> list[Record]:
-    """What is kept as a pool has it, in which ours is of the former method: a pool makes that anew."""
+def beginning(kept: Mapping[str, Record], changed: bool) -> list[Record]:
+    """What is kept as a pool has it. changed: ours becomes of the former method, and a pool makes it anew."""
     found = []
     for key, record in kept.items():
         job = job_of(key)
         told = {name: getattr(job, name) for name in ("subject", "pictures", "rank", "rate", "seed", "steps", "twist")}
-        found.append({**told, **record, **({FORMER: True} if job.method == SETTLING else {})})
+        found.append({**told, **record, **({FORMER: True} if changed and job.method == SETTLING else {})})
     return found
 
 
@@ -149,10 +150,11 @@ def main() -> None:
     for name in WHERE:
         parser.add_argument(f"--{name}", default="", help="of records that do not say it; by default that of those kept")
     parser.add_argument("--begin", action="store_true", help="write RECORDS from what is kept")
+    parser.add_argument("--changed", action="store_true", help="with --begin: mark ours as of the former method")
     options = parser.parse_args()
     about, kept = read(options.to)
     if options.begin:
-        begun = beginning(kept)
+        begun = beginning(kept, options.changed)
         with options.records.open("x", encoding="utf-8") as file:  # never over hours of work
             file.writelines(f"{json.dumps(record)}\n" for record in begun)
         print(f"{len(begun)} records")
