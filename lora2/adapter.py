@@ -187,14 +187,19 @@ class Adapter:
         self.up.data[dead] = 0
 
     def mix(self) -> None:
-        """Train mixtures of the positions instead of the positions, once settled (mixing.py); the output stays."""
+        """Train mixtures of the positions instead of the positions, once settled (mixing.py); the output stays.
+
+        Not of the last ones, which have been revived: their rows are large, and mixtures would only cancel them to rounding.
+        """
+        live = int((self.up.data.norm(dim=1) > 0).sum())
         for parameter in (self.down, self.up):
-            parameter.data.copy_(on_device(self.device, partial(mix, parameter.data)))
+            rows = parameter.data[:live]
+            rows.copy_(on_device(self.device, partial(mix, rows)))
 
     def load(self, factors: Factors, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Take these factors as they are, at exactly their rank; moments start at zero."""
         down = (factors.down * factors.scale).to(self.down)
-        up = factors.up.reshape(self.shape[0], -1).t().to(self.up)
+        up = factors.up.reshape(self.shape[0], -1).t().to(self.up, copy=True)  # what is trained must not be the caller's
         self._replace({"down": down.contiguous(), "up": up.contiguous()}, 0, optimizer)
 
     def assume(self, down: Tensor, up: Tensor, std: float) -> None:
