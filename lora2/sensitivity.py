@@ -17,7 +17,8 @@ def sensitivities(network: AdaptiveNetwork, optimizer: torch.optim.Optimizer) ->
     Without a position's b_j the loss rises by about ½ Σ_k F_jk b_jk², with the diagonal of the Fisher information F as the
     mean of (∂L/∂b_jk)² (LeCun et al., "Optimal Brain Damage", 1990; Theis et al., arXiv:1801.05787): Adam's second moment.
     Summed over the layer's positions and divided by their energy Σ_j ‖b_j‖² ‖Λ_j a_j‖² it weighs σ² of every position. Both
-    sums are of the positions that are trained: after a cut those are mixtures (mixing.py), with another sum than in singular order.
+    sums are of the positions that are trained: after a cut those are mixtures (mixing.py), whose sums are not those of singular
+    order.
     None where nothing is known yet: an optimizer without second moments, or before its first steps.
     """
     wide = torch.float32 if network.device.type == "mps" else torch.float64  # Apple's has no float64
