@@ -33,6 +33,7 @@ _LEFT_OUT = ("subject", "pictures", "rank", "rate", "seed", "steps", "twist", "f
 _LOADERS_CUTS = ("shortened", "shared_out")
 """They are told of the reported subjects alone."""
 
+
 class Stored:
     """Records that are there, where a `Pool` would make those that are missing."""
 
