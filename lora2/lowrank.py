@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MANY_ROWS = 4096
+"""From so many rows on, ΛA x is worked out again in the backward pass: keeping it takes rows × rank numbers of every layer."""
+
 
 class AddLowRank(torch.autograd.Function):
     """output + B Λ A x, for a linear layer's input x (…, d_in) and output (…, d_out).
@@ -41,7 +44,7 @@ class AddLowRank(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         hidden = F.linear(rows, folded)
         # Working copies stay as they are until the backward pass. Others are made for this call: saved, checkpointing drops them.
-        ctx.save_for_backward(rows, hidden, *(() if sums else (folded, cast)))
+        ctx.save_for_backward(rows, _kept(hidden), *(() if sums else (folded, cast)))
         ctx.fixed = down, up, (folded, cast) if sums else None, importance, sums, x.shape
         total = output.new_empty(output.shape)  # not a view, which the host's in-place additions would be refused on
         torch.addmm(output.reshape(-1, output.shape[-1]), hidden, cast, out=total.view(-1, output.shape[-1]))
@@ -54,6 +57,7 @@ class AddLowRank(torch.autograd.Function):
         down, up, copies, importance, sums, shape = ctx.fixed
         rows, hidden, *made = ctx.saved_tensors
         folded, cast = copies or made
+        hidden = F.linear(rows, folded) if hidden is None else hidden
         g = gradient.reshape(-1, gradient.shape[-1])
         u = F.linear(g, cast)
         to_x = torch.mm(u, folded).view(shape) if ctx.needs_input_grad[1] else None
@@ -93,7 +97,7 @@ class LowRankLinear(torch.autograd.Function):
         """(…, d_out)."""
         rows = x.reshape(-1, x.shape[-1])
         hidden = F.linear(rows, folded)
-        ctx.save_for_backward(rows, hidden)
+        ctx.save_for_backward(rows, _kept(hidden))
         ctx.fixed = weight, folded, cast, sums, x.shape
         if weight.dtype is not x.dtype:
             weight = weight.to(x.dtype)
@@ -117,6 +121,7 @@ class LowRankLinear(torch.autograd.Function):
         _once()
         rows, hidden = ctx.saved_tensors
         weight, folded, cast, sums, shape = ctx.fixed
+        hidden = F.linear(rows, folded) if hidden is None else hidden
         g = gradient.reshape(-1, gradient.shape[-1])
         u = F.linear(g, cast)
         sums[0].addmm_(u.t(), rows)
@@ -126,6 +131,11 @@ class LowRankLinear(torch.autograd.Function):
         if weight.dtype is not g.dtype:
             weight = weight.to(g.dtype)
         return torch.mm(g, weight).addmm_(u, folded).view(shape), None, None, None, None, None, None
+
+
+def _kept(hidden: Tensor) -> Tensor | None:
+    """What is kept of ΛA x until the backward pass."""
+    return hidden if len(hidden) < MANY_ROWS else None
 
 
 def _once() -> None:

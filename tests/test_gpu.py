@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,3 +254,28 @@ def test_a_model_that_waits_for_the_gpu_trains_all_the_same_and_the_log_says_so(
     assert seen.recorded == 1, "an update, before the model was due"
     assert len(result.losses) == 8
     assert any("cannot be recorded" in r.getMessage() for r in caplog.records)
+
+
+FIRST = """
+import torch
+from dev.host import import_comfy
+import_comfy()
+import comfy.ops
+from dev.packs import pack
+
+class Block(torch.nn.Linear):
+    def forward(self, x):
+        q = super().forward(x).view(1, 64, 2, 64).transpose(1, 2)
+        return comfy.ops.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(1, 64, 128)
+
+block = Block(128, 128, device="cuda", dtype=torch.bfloat16)
+with pack("nodes.host.checkpointing").checkpointed([block]):
+    block(torch.randn(1, 64, 128, device="cuda", dtype=torch.bfloat16)).sum().backward()
+print("same", bool(block.weight.grad.any()))
+"""
+
+
+def test_a_processs_first_attention_may_lie_in_a_checkpointed_block(comfy: Any) -> None:
+    """A text encoder on the CPU leaves it to the model; torch chooses the first one's kernel in a way of its own."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=80, check=False)
+    assert "same True" in done.stdout, done.stderr[-2000:]

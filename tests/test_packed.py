@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from test_network import Model, frozen, pictures, randomise, relative, set_ranks, settings
-from torch import nn
+from torch import Tensor, nn
 
 from lora2.network import MOST_RESIZES, AdaptiveNetwork
 from lora2.optimizer import Optimizer
@@ -83,6 +85,40 @@ def test_gradients_that_add_up_in_place_are_not_differentiated_again(compute: to
     x = pictures(3, 24).to(compute).requires_grad_()
     with network.attached(), pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(layer(x).float().square().mean(), x, create_graph=True)
+
+
+def counted(work: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What a forward pass gives, and how many numbers it keeps for the backward pass."""
+    held: list[int] = []
+
+    def keep(value: Tensor) -> Tensor:
+        held.append(value.numel())
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        return work(), sum(held)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_products_of_many_rows_are_not_kept_but_worked_out_again(
+    compute: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are the same to the last bit: it is the same product of the same numbers."""
+    seen = []
+    for many in (16, 15):
+        monkeypatch.setattr("lora2.lowrank.MANY_ROWS", many)
+        layer = frozen(nn.Linear(24, 16).to(compute))
+        network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=compute))
+        network.refresh()
+        adapter, x = network.adapters[0], pictures(3, 5, 24).to(compute).requires_grad_()
+        with network.attached():
+            out, held = counted(partial(layer, x))
+        (out.float() * pictures(3, 5, 16)).sum().backward()
+        network.finish_gradients()
+        seen.append((held, out, x.grad, adapter.down.grad, adapter.up.grad))
+    (held_all, *first), (held_less, *second) = seen
+    assert held_all - held_less == 15 * adapter.capacity
+    assert all(one is not None and one.any() and torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_steps_over_blocks_are_the_steps_of_each_factor() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import comfy.ops
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,6 +38,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
     """While inside, these blocks keep only their inputs in the forward pass."""
+    if blocks:
+        _choose_attention()
     own = [(block, vars(block).get("forward")) for block in blocks]  # another pack may have set one
     for block in blocks:
         block.forward = _recomputed(block.forward)
@@ -47,6 +51,17 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
                 vars(block).pop("forward", None)
             else:
                 block.forward = forward
+
+
+def _choose_attention() -> None:
+    """Let a process's first attention be another one than a block's.
+
+    On Hopper GPUs torch puts cuDNN's kernel first at the first call of all, whatever order the host asks for, and at no later
+    one: a block that is the first would be computed again by another kernel, which checkpointing refuses.
+    """
+    if torch.cuda.is_available():
+        q = torch.zeros(1, 1, 8, 64, dtype=torch.float16, device="cuda")
+        comfy.ops.scaled_dot_product_attention(q, q, q)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
