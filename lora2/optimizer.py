@@ -55,11 +55,11 @@ class Optimizer:
     def _make(self, parameters: list[torch.nn.Parameter], kind: str, rate: float, decay: float) -> torch.optim.Optimizer:
         lr = torch.tensor(rate, device=self.network.device) if self._capturable else rate
         if kind == "sgd":
-            sgd = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=decay, fused=self.fused)
+            sgd = torch.optim.SGD(parameters, lr=lr, momentum=0.9, fused=self.fused)
             for parameter in parameters:  # else a first step that is skipped leaves whatever the memory held
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             return sgd
-        cls = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
+        cls, decay = (torch.optim.Adam, 0.0) if kind == "adam" else (torch.optim.AdamW, decay)
         return cls(parameters, lr=lr, betas=BETAS, weight_decay=decay, fused=self.fused, capturable=self._capturable)
 
     def state(self) -> State:

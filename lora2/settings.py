@@ -26,6 +26,11 @@ MOST = 10**300
 SEEDS = 2**64
 """torch's generators take seeds below this, as ComfyUI's widget does."""
 
+BY_PICTURES = -1.0
+"""The weight decay that is chosen by the number of pictures."""
+DECAY_OF_A_PICTURE, MOST_DECAY = 24.0, 5.0
+"""That of a single picture, which more of them share, and the most that is chosen."""
+
 _KINDS: dict[str, tuple[type, str]] = {
     "int": (Integral, "must be a whole number"),
     "float": (Real, "must be a number"),
@@ -54,6 +59,8 @@ class Settings:
     q: the share of the importance mass that a rank holds. rank_weight, entropy_weight: λ_r and λ_e of the paper.
     bytes_per_parameter, file_overhead, layer_overhead: how a number of parameters becomes a file's size, and how much smaller
     it is without one of the layers; a host fills them in.
+    weight_decay: of AdamW alone, decoupled: a step takes learning rate times this off the factors; −1 = 24 by the number of
+    pictures, at most 5 (`for_pictures`).
     min_snr_gamma: 0 = off. clip_norm: 0 = off. caption_dropout: share of captions replaced by the empty one.
     on_out_of_memory: make the step again in smaller parts, or stop. on_bad_step: what to do where gradients are not finite.
     """
@@ -78,7 +85,7 @@ class Settings:
     entropy_weight: float = 1e-4
     init: str = "fan-in"
     optimizer: str = "adamw"
-    weight_decay: float = 0.0
+    weight_decay: float = BY_PICTURES
     schedule: str = "cosine"
     warmup: float = 0.05
     clip_norm: float = 1.0
@@ -108,9 +115,12 @@ class Settings:
         for name in ("learning_rate", "rank_learning_rate"):
             value = getattr(self, name)
             self._require(math.isfinite(value) and value > 0, name, "must be a positive number")
-        for name in ("rank_weight", "entropy_weight", "weight_decay", "clip_norm", "min_snr_gamma", "budget_mb"):
+        for name in ("rank_weight", "entropy_weight", "clip_norm", "min_snr_gamma", "budget_mb"):
             value = getattr(self, name)
             self._require(math.isfinite(value) and value >= 0, name, "must be zero or a positive number")
+        decay = self.weight_decay
+        told = math.isfinite(decay) and (decay >= 0 or decay == BY_PICTURES)
+        self._require(told, "weight_decay", "must be zero or a positive number, or -1 to choose it by the number of pictures")
         for name in ("rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"):
             self._require(0 <= getattr(self, name) <= 1, name, "is a share and must lie between 0 and 1")
         self._require(0.1 <= self.settle_keep <= 1, "settle_keep", "is a share and must lie between 0.1 and 1")
@@ -181,6 +191,15 @@ class Settings:
     def unused_by_layer(self) -> int:
         """How many parameters more a budget allows for every layer that is not in the file."""
         return self.layer_overhead // self.bytes_per_parameter if self.budget_mb else 0
+
+    def for_pictures(self, count: int) -> Settings:
+        """The same settings, with the weight decay for so many pictures where it is to be chosen by them.
+
+        Decay holds factors to zero as a normal prior does, whose weight against the mean loss over n pictures is as 1 / n.
+        """
+        if self.weight_decay != BY_PICTURES:
+            return self
+        return replace(self, weight_decay=min(MOST_DECAY, DECAY_OF_A_PICTURE / max(count, 1)))
 
     def with_file(self, overhead: int, bytes_per_parameter: int, of_a_layer: int = 0) -> Settings:
         """The same settings for a file with this many bytes beside the factors, and this many per parameter.

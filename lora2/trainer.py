@@ -130,7 +130,7 @@ class Trainer:
     ) -> None:
         self.network = network
         self.denoiser = denoiser
-        self.settings = settings
+        self.settings = settings = settings.for_pictures(len(latents))
         self.entropy = entropy if settings.entropy_weight > 0 else None
         self.data = Buckets(latents, settings.batch_size, (settings.seed + 1) % SEEDS)
         self.generator = Generator().manual_seed((settings.seed + 2) % SEEDS)

@@ -202,13 +202,14 @@ def inputs() -> list[io.Input]:
         io.Float.Input(
             "weight_decay",
             default=DEFAULTS.weight_decay,
-            min=0.0,
+            min=-1.0,
             max=10.0,
             step=0.001,
             round=False,
             optional=True,
             advanced=True,
-            tooltip="Pulls the LoRA's weights toward zero.",
+            tooltip="How strongly adamw pulls the LoRA's weights toward zero: more of it keeps more of what the model knew. "
+            "-1 = by the number of pictures, stronger for few of them. 0 = off.",
         ),
         io.Combo.Input(
             "schedule",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -54,6 +54,17 @@ def test_every_setting_is_covered() -> None:
 def test_settings_that_contradict_each_other(name: str, changes: dict[str, Any]) -> None:
     with pytest.raises(LoraError, match=rf"^{name} = .* must not be above "):
         Settings(**changes)
+
+
+@pytest.mark.parametrize(("pictures", "decay"), [(1, 5.0), (4, 5.0), (5, 4.8), (24, 1.0), (240, 0.1), (0, 5.0)])
+def test_weight_decay_is_chosen_by_the_number_of_pictures(pictures: int, decay: float) -> None:
+    """A prior's weight against a mean over n pictures is as 1 / n; for fewer than five it is what was tried with two of them."""
+    chosen = Settings().for_pictures(pictures)
+    assert chosen.weight_decay == pytest.approx(decay)
+    assert replace(chosen, weight_decay=-1.0) == Settings(), "nothing else"
+    assert chosen.for_pictures(1000) == chosen, "once"
+    for told in (0.0, 0.01, 7.0):
+        assert Settings(weight_decay=told).for_pictures(pictures) == Settings(weight_decay=told)
 
 
 def test_the_ends_of_every_range_are_allowed() -> None:

@@ -488,6 +488,28 @@ class Listener(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_weight_decay_is_adamws_alone(optimizer: str) -> None:
+    """It takes learning rate times decay off the factors, whatever their gradients (Loshchilov & Hutter, arXiv:1711.05101)."""
+    plain, pulled = (trainer_of(optimizer=optimizer, settle_at=1.0, weight_decay=decay) for decay in (0.0, 2.0))
+    before = [p.detach().clone() for p in plain.network.parameters()]
+    for trainer in (plain, pulled):
+        for parameter in trainer.network.parameters():
+            parameter.grad = torch.full_like(parameter, 0.1)
+        trainer.network.theta.grad = torch.zeros_like(trainer.network.theta)
+        assert trainer.optimizer.step(0.5, True, torch.ones(()))
+    less = 0.5 * plain.settings.learning_rate * 2.0 if optimizer == "adamw" else 0.0
+    for old, one, other in zip(before, plain.network.parameters(), pulled.network.parameters(), strict=True):
+        # float32: a difference of numbers near 1 is right to 1e-7.
+        torch.testing.assert_close((one - other).detach(), less * old, rtol=1e-4, atol=3e-7)
+
+
+def test_weight_decay_goes_by_the_pictures_of_the_run() -> None:
+    trainer = trainer_of()
+    assert trainer.settings.weight_decay == trainer.optimizer.inner.param_groups[0]["weight_decay"] == 24 / len(latents())
+    assert trainer.state().part("settings").facts["weight_decay"] == 24 / len(latents())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_the_optimizers_step_is_the_same_work_whatever_the_values_are(optimizer: str) -> None:
     """Taken or not, clipped or not, ranks held or not: no value decides what is launched, and none is read."""
     trainer, seen = trainer_of(optimizer=optimizer), []

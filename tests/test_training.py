@@ -178,6 +178,13 @@ def test_a_seed_decides_everything(small_model: Callable[[str], Any], lora_folde
     assert any(not torch.equal(runs[0].lora[k], runs[2].lora[k]) for k in runs[0].lora.keys() & runs[2].lora.keys())
 
 
+def test_the_file_says_which_weight_decay_the_pictures_chose(
+    small_model: Callable[[str], Any], lora_folder: Path, inside_a_node: None
+) -> None:
+    trained = run(small_model("flux"), "flux")
+    assert pack("lora2.format").read(trained.path).info["training"]["weight_decay"] == 5.0, "of three pictures"
+
+
 def test_the_budget_is_met_from_below(
     small_model: Callable[[str], Any], lora_folder: Path, inside_a_node: None
 ) -> None:

@@ -139,6 +139,7 @@ def _train(
         images, captions = past.in_order(images, captions)
     files = _file_info(host, layers, images, request)
     shapes = {name: module_shape(m) for name, m in layers.items()}
+    settings = settings.for_pictures(len(images))
     told = settings.to_dict()
     of_a_layer = files.layer_overhead(shapes, place.stem, told) if settings.budget_mb else 0
     settings = settings.with_file(files.overhead(shapes, place.stem, told), files.dtype.itemsize, of_a_layer)
