@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from benchmarks.evidence import comparison, complexity, keeping, variants
+from benchmarks.evidence import comparison, complexity, decay, keeping, variants
 from benchmarks.evidence.comparison import UNIT
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING, Job
 
@@ -25,7 +25,14 @@ def loss(method: str, rank: float, job: Job, step: int) -> float:
     off = (math.log10(job.rate) - math.log10(BEST_RATE)) ** 2
     short = 0.01 * parts(job.subject) ** 0.5 / rank
     plain = 1.01 if "not mixed" in job.twist else 1.0
+    plain *= 1.02 if pulled(job) else 1.0
     return plain * BETTER[method] * (0.1 + short + 0.05 * off + 0.02 * (1 - step / job.steps)) * (1 + 1e-3 * job.seed)
+
+
+def pulled(job: Job) -> float:
+    """By how much a weight decay is above the one that is chosen."""
+    usual = decay.decay_of(job.pictures, 1.0)
+    return float(dict(job.changes).get("weight_decay", usual)) - usual
 
 
 def record(job: Job) -> dict[str, Any]:
@@ -42,7 +49,7 @@ def record(job: Job) -> dict[str, Any]:
             size = 2 * target
         if job.method == PAPER and not held:
             size = (4 + job.rank) * UNIT
-        judged = {"loss": loss(job.method, size / UNIT, job, step), "drift": 0.05 + 1e-4 * step}
+        judged = {"loss": loss(job.method, size / UNIT, job, step), "drift": 0.05 + 1e-4 * step - 1e-3 * min(pulled(job), 1)}
         mark: dict[str, Any] = {**judged, "step": step, "parameters": size}
         for kind in job.more if size <= target else ():
             mark[kind] = dict(_cut(kind, job, step, mark["loss"]))
@@ -95,5 +102,5 @@ def everything() -> tuple[dict[str, dict[str, Any]], comparison.Tuned]:
     made.run(comparison.reported(tuned, comparison.SEEDS))
     made.run(keeping.jobs(tuned))
     made.run(complexity.jobs(tuned))
-    made.run(one for target in (2, 4) for rate in (1e-3, BEST_RATE) for one in variants.unmixed(target, rate))
+    made.run(decay.jobs())
     return made.records, tuned

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.evidence import personal
 from benchmarks.evidence.comparison import UNIT
 from benchmarks.evidence.personal import FIXED, Job, Workbench
-from benchmarks.evidence.pool import FORMER, Pool, read_records
+from benchmarks.evidence.pool import Pool, gpu_of, read_records
 from benchmarks.models import pack
 
 # -- jobs that fail ------------------------------------------------------------------------------------------
@@ -62,21 +62,12 @@ def test_a_job_that_fails_dies_or_hangs_stops_no_other(
     assert late.out_of_time
 
 
-def test_a_record_of_a_former_method_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "evidence_work_anew.py").write_text(WORK)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    import evidence_work_anew
-
-    jobs = [Job("grid 1x1", 24, FIXED, 1, 1e-3, seed) for seed in (0, 4)]
-    path = tmp_path / "records.jsonl"
-    told = [{"key": jobs[0].key, "seed": "former", FORMER: True}, {"key": jobs[1].key, "seed": "kept"}]
-    path.write_text("".join(json.dumps(record) + "\n" for record in told))
-    pool = Pool(path, 1, work=evidence_work_anew.work)
-    try:
-        assert [record["seed"] for record in pool.run(jobs)] == [0, "kept"]
-    finally:
-        pool.close()
-    assert {key: record["seed"] for key, record in read_records(path).items()} == {jobs[0].key: 0, jobs[1].key: "kept"}
+@pytest.mark.parametrize("visible", [None, "2,5", "GPU-a,GPU-b"])
+def test_processes_share_all_gpus(visible: str | None) -> None:
+    """A process sees one GPU of those that this one sees, and each as many; where there is one or none nothing is changed."""
+    names = visible.split(",") if visible else ["0", "1"]
+    assert [gpu_of(number, 2, visible) for number in range(5)] == [*names, *names, names[0]]
+    assert gpu_of(3, 1, visible) == gpu_of(3, 0, visible) == visible
 
 
 # -- one real run --------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from benchmarks.evidence import (
     comparison,
     complexity,
     cuts,
+    decay,
     entropy,
     equal_bytes,
     keeping,
@@ -257,8 +258,7 @@ def test_a_change_is_measured_pair_by_pair() -> None:
     kept = dict(kept)
     [variant] = [v for v in variants.OURS if v.setting == "min_rank"]
     jobs = variants.jobs_of(variant, 24, BEST_RATE)
-    base = {(j.subject, j.seed): kept[j.key] for j in variants.jobs_of(variants.UNMIXED, 24, BEST_RATE)}
-    assert variant.twist == "not mixed", "it came before mixtures, and is compared with what was then"
+    base = {(j.subject, j.seed): kept[j.key] for j in variants.jobs_of(variants.AS_IT_IS, 24, BEST_RATE)}
     worse = dict(zip(((j.subject, j.seed) for j in jobs), np.linspace(0.98, 1.06, len(jobs)), strict=True))
     for job in jobs:
         changed = json.loads(json.dumps(kept[job.key]))
@@ -305,7 +305,7 @@ def test_cuts_are_compared_at_every_share_and_both_ways() -> None:
 # -- pages ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("experiment", [pareto, keeping, complexity, truncation, ablations], ids=lambda e: e.KEY)
+@pytest.mark.parametrize("experiment", [pareto, keeping, complexity, truncation, ablations, decay], ids=lambda e: e.KEY)
 def test_a_page_and_its_figures_from_records(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -328,7 +328,8 @@ def test_a_page_and_its_figures_from_records(
     assert results["about"]["device"] == "a GPU"
     summary, claims = experiment.summary(results), experiment.claims(results)
     if experiment is pareto:
-        assert (summary["beats_fixed"], summary["beats_resize"], summary["subjects"], summary["seeds"]) == (10, 10, 10, 3)
+        assert (summary["beats_fixed"], summary["beats_resize"], summary["subjects"]) == (10, 10, 10)
+        assert summary["seeds"] == len(comparison.SEEDS)
         assert [claim.words for claim in claims if not claim.holds] == [c.words for c in claims if "stopping points" in c.words]
         worse = [row for row in results["points"] if (row["subject"], row["method"], row["rank"]) == ("grid 4x4", SETTLING, 8)]
         for row in worse:
@@ -351,34 +352,38 @@ def test_a_page_and_its_figures_from_records(
         assert summary["pictures_24"]["fixed_cut"]["0.25"] == pytest.approx(1.3 / 0.97 - 1, abs=0.02)
     if experiment is ablations:
         assert summary["pictures_24"]["change_better"] == 0
+    if experiment is decay:
+        assert summary["pictures_5"] == {"weight_decay": 4.8, "none": [0.02, 0.0], "drift": 1.4, "drift_without": 1.496}
+        assert all(claim.holds for claim in claims)
+        for row in results["rows"]:
+            row["difference"] -= 0.03 * (row["share"] == 4.0)
+        better = experiment.claims(results)[: len(decay.PICTURES)]
+        assert [claim.value for claim in better] == pytest.approx([0.01] * len(better), abs=1e-6)
+        assert not any(claim.holds for claim in better)
 
 
 def test_a_change_of_ours_is_begun_with_what_is_kept() -> None:
-    """All records that are kept can be gone on from; ours are of the former method, and a pool takes none of them for new."""
+    """All records that are kept can be gone on from, and say where they were made; after a change of ours the others alone."""
     made, _ = run_of()
     about, slim, _ = records.compact(made)
     kept_before = {record["key"]: record for record in slim}
-    assert not any(record.get("former") for record in records.beginning(kept_before, changed=False))
+    whole = {record["key"]: record for record in records.beginning(kept_before, changed=False)}
+    assert records.compact(whole) == (about, slim, set()), "nothing is lost on the way"
     begun = records.beginning(kept_before, changed=True)
-    assert {record["key"] for record in begun} == {record["key"] for record in slim}
-    assert {record["method"] for record in begun if not record.get("former")} == {FIXED, PAPER}
-    assert {record["method"] for record in begun if record.get("former")} == {SETTLING}
-    ours = {key: record for key, record in made.items() if record["method"] == SETTLING}
-    again, kept, missing = records.compact({record["key"]: record for record in begun} | ours, about)
+    assert {record["method"] for record in begun} == {FIXED, PAPER}
+    ours = {key: {**record, "device": "another"} for key, record in made.items() if record["method"] == SETTLING}
+    again, kept, missing = records.compact({record["key"]: record for record in begun} | ours)
     assert not missing
-    assert kept == slim
-    assert {name: again[name] for name in records.WHERE} == {name: about[name] for name in records.WHERE}
-    own = sum(record["method"] == SETTLING for record in slim)
-    assert again["runs_that_say_where"] == own, "the others are not made to say it"
+    assert [{**record, "device": ""} for record in kept] == [{**record, "device": ""} for record in slim]
+    assert again["devices"]["another"] == sum(record["method"] == SETTLING for record in slim)
+    assert sum(again["devices"].values()) == again["runs"] == about["runs"]
     assert all(records.job_of(key).key == key for key in made)
-    jobs = [records.job_of(record["key"]) for record in begun[:50]]
-    assert records.former({record["key"]: record for record in begun}, jobs) == any(one.method == SETTLING for one in jobs)
 
 
 def test_mixtures_are_compared_at_the_best_of_either() -> None:
     kept, tuned = run_of()
     rows = mixtures(kept, tuned)
-    assert [row["target"] for row in rows] == [2, 4], "of which there are runs without"
+    assert [row["target"] for row in rows] == list(comparison.TARGETS)
     for row in rows:
         assert row["rate_with"] == row["rate_without"] == BEST_RATE
         assert row["difference"] == pytest.approx(1 / 1.01 - 1, abs=1e-5)

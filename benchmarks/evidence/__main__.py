@@ -28,7 +28,7 @@ from benchmarks.evidence.experiment import (
     write_json,
 )
 
-MODULES = ("recovery", "pareto", "keeping", "complexity", "ablations", "truncation", "budgets")
+MODULES = ("recovery", "pareto", "keeping", "complexity", "ablations", "decay", "truncation", "budgets")
 """In the order of the page."""
 
 
@@ -54,9 +54,7 @@ def gather(folder: Path, pictures: Path) -> tuple[Results, str]:
         about = results["about"]
         summaries[experiment.KEY] = experiment.summary(results)
         claims += experiment.claims(results)
-        others = about.get("runs", 0) - about.get("runs_that_say_where", 0)
-        silent = f" (of {about['runs']} runs, {others} were noted together, not one by one)" if others else ""
-        source = f"{about['device']}, torch {about['torch']}, {about['date']}{silent}. All figures: [{experiment.FILE}]"
+        source = f"{about['device']}, torch {about['torch']}, {about['date']}. All figures: [{experiment.FILE}]"
         parts.append(f"{experiment.page(results, pictures)}\n\n<sub>{source}({experiment.FILE})</sub>")
     return summaries, "\n\n".join([HEAD, claim_table(claims), *parts]) + "\n"
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from benchmarks.evidence.comparison import COUNTS, RATES, TARGETS, UNIT, Choice, Tuned, best, job, usable
+from benchmarks.evidence.comparison import COUNTS, TARGETS, UNIT, Choice, Tuned, best, usable
 from benchmarks.evidence.experiment import mean
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
-from benchmarks.evidence.pool import FORMER, Record
-from benchmarks.evidence.twists import AND
+from benchmarks.evidence.pool import Record
 from benchmarks.evidence.variants import (
     AS_IT_IS,
     FIXED_AS_IT_IS,
     PAPER_AS_IT_IS,
-    UNMIXED,
     Variant,
     jobs_of,
     rates,
+    rates_unmixed,
     unmixed,
     variants,
 )
@@ -47,20 +46,20 @@ class Effect:
 
 
 def effects(records: Mapping[str, Record], tuned: Tuned, count: int) -> list[Effect]:
-    """Of every variant whose runs are all there, and not beside the method's own runs from before it had mixtures."""
+    """Of every variant whose runs are all there."""
     found = []
     for variant in variants(count):
         own = _chosen(records, tuned, variant, count)
         base = _chosen(records, tuned, _compared_with(variant), count)
-        if own and base and (variant == AS_IT_IS or not any(run.get(FORMER) for run in base[1].values())):
+        if own and base:
             found.append(_effect(variant, own, base, rates(variant, count, tuned)))
     return found
 
 
 def _compared_with(variant: Variant) -> Variant:
-    """The method that a variant changes: as it is, or as it was without mixtures; ours where the paper's form has our size."""
-    if variant.budgeted or (variant != UNMIXED and UNMIXED.twist in variant.twist.split(AND)):
-        return UNMIXED
+    """The method that a variant changes; ours where the paper's form has our size."""
+    if variant.budgeted:
+        return AS_IT_IS
     return {PAPER: PAPER_AS_IT_IS, FIXED: FIXED_AS_IT_IS, SETTLING: AS_IT_IS}[variant.method]
 
 
@@ -91,21 +90,24 @@ def _effect(variant: Variant, own: _Runs, base: _Runs, tried: tuple[float, ...])
 
 
 def mixtures(records: Mapping[str, Record], tuned: Tuned) -> list[dict[str, float]]:
-    """What settled layers gain by training mixtures, target by target: both at the best of their learning rates and steps."""
+    """What settled layers gain by training mixtures, target by target: both at the best of the same rates and of all steps."""
     found = []
     for target in TARGETS:
         config = (SETTLING, target, COUNTS[0])
-        runs = [(rate, records[job.key]) for rate in RATES for job in unmixed(target, rate) if job.key in records]
-        without, choice = best(config, runs), tuned.get(config)
-        if without is None or choice is None:
+        tried = [(rate, one) for rate in rates_unmixed(target, tuned) for one in unmixed(target, rate)]
+        if any(key not in records for _, one in tried for key in (one.key, replace(one, twist="").key)):
+            continue
+        without = best(config, [(rate, records[one.key]) for rate, one in tried])
+        mixed = best(config, [(rate, records[replace(one, twist="").key]) for rate, one in tried])
+        if without is None or mixed is None:
             continue
         changes = []
-        for before in unmixed(target, without.rate):
-            after = job(config, before.subject, choice.rate, before.seed)
-            changes.append(_at(records[after.key], choice.step) / _at(records[before.key], without.step) - 1)
+        for one in unmixed(target, without.rate):
+            other = replace(one, rate=mixed.rate, twist="")
+            changes.append(_at(records[other.key], mixed.step) / _at(records[one.key], without.step) - 1)
         found.append({
-            "target": target, "without": without.loss, "with": choice.loss, "difference": mean(changes),
-            "error": standard_error(changes), "rate_without": without.rate, "rate_with": choice.rate,
+            "target": target, "without": without.loss, "with": mixed.loss, "difference": mean(changes),
+            "error": standard_error(changes), "rate_without": without.rate, "rate_with": mixed.rate,
         })  # fmt: skip
     return found
 

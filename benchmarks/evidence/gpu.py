@@ -3,10 +3,10 @@
     python -m benchmarks.evidence.gpu RECORDS --processes 15 --seconds 540 --stage tune ablate
     python -m benchmarks.evidence.gpu RECORDS --processes 15 --seconds 540 --stage report
 
-tune: learning rates and stopping points, on the tuning subjects. report: the ten subjects that are reported, a first seed
-of everything and then the others. graded: subjects that differ in the number of parts alone. ablate: one change at a time, on the
-tuning subjects. keep: a target that is only the most. What time does not allow is left for a later call. Exit code 1 where
-anything is missing or has failed.
+tune: learning rates and stopping points, on the tuning subjects. report: the ten subjects that are reported, a first seed of
+everything and then the others. graded: subjects that differ in the number of parts alone. keep: a target that is only the most.
+ablate: one change at a time, on the tuning subjects. decay: weight decay by the number of pictures. What time does not allow is
+left for a later call. Exit code 1 where anything is missing or has failed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.evidence import comparison, complexity, effects, equal_bytes, keeping, variants
+from benchmarks.evidence import comparison, complexity, decay, effects, equal_bytes, keeping, variants
 from benchmarks.evidence.comparison import Config, Tuned
 from benchmarks.evidence.experiment import plain_table
 from benchmarks.evidence.pool import LONGEST, Pool
 from dev.painter.subjects import SUBJECTS
 
-STAGES = ("tune", "report", "graded", "ablate", "keep")
+STAGES = ("tune", "report", "graded", "keep", "ablate", "decay")
 
 
 def tuned_table(tuned: Tuned) -> str:
@@ -84,6 +84,7 @@ def missing(pool: Pool, tuned: Tuned, wanted: Sequence[Config], stages: Sequence
     jobs += list(comparison.reported(tuned)) if "report" in stages else []
     jobs += list(complexity.jobs(tuned)) if "graded" in stages else []
     jobs += list(keeping.jobs(tuned)) if "keep" in stages else []
+    jobs += list(decay.jobs()) if "decay" in stages else []
     return len({j.key for j in jobs} - set(pool.records)) + len(set(wanted) - set(tuned))
 
 
@@ -116,13 +117,16 @@ def main() -> int:
         if "graded" in options.stage:
             pool.run(complexity.jobs(tuned))
             say(f"mean rank by parts: {complexity.by_parts(pool.records, tuned)}")
+        if "keep" in options.stage:
+            pool.run(keeping.jobs(tuned, options.counts))
+            say("a target that is only the most is done")
         if "ablate" in options.stage:
             pool.run(variants.jobs(tuned, options.counts))
             for count in options.counts:
                 say(f"changes of the method, {count} pictures\n{effects_table(effects.effects(pool.records, tuned, count))}")
-        if "keep" in options.stage:
-            pool.run(keeping.jobs(tuned, options.counts))
-            say("a target that is only the most is done")
+        if "decay" in options.stage:
+            pool.run(decay.jobs())
+            say("weight decay by the number of pictures is done")
         left = missing(pool, tuned, wanted, options.stage)
         say(f"{left} missing, {len(pool.failed)} failed")
     finally:

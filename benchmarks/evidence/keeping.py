@@ -15,7 +15,7 @@ from benchmarks.evidence.equal_bytes import point
 from benchmarks.evidence.experiment import Claim, Results, chosen, main, mean
 from benchmarks.evidence.measuring import rounded
 from benchmarks.evidence.personal import FIXED, SETTLING, Job
-from benchmarks.evidence.pool import Record, in_words
+from benchmarks.evidence.pool import Record
 from dev.painter.subjects import SUBJECTS
 
 KEY, FILE = "keeping", "keeping.json"
@@ -74,8 +74,7 @@ def run(full: bool) -> Results:
                 at = (method, rank, count)
                 keys = [job(at, name, tuned[at].rate, seed).key for seed in seeds]
                 rows += _rows(name, at, 0.0, tuned[at].step, [kept[key] for key in keys if key in kept])
-    old = [count for count in COUNTS if records.former(kept, jobs(tuned, [count]))]
-    return {"about": about, "most": MOST, "seeds": list(SEEDS), "former": old, "rows": rounded(rows)}
+    return {"about": about, "most": MOST, "seeds": list(SEEDS), "rows": rounded(rows)}
 
 
 def keep_runs(kept: Mapping[str, Record], tuned: Tuned, name: str, count: int, keep: float) -> list[Record]:
@@ -132,15 +131,15 @@ def claims(results: Results) -> list[Claim]:
             Claim("a share of 0.9: loss over that with the whole target", less["loss"] / whole["loss"], 1.05),
         ]
     keep, made = REPORTED[0], []
-    for count, ranks, most in ((COUNTS[0], (8, 16), 1.0), (COUNTS[1], BESIDE, PRICE)):
+    for count, ranks, most in ((COUNTS[0], (8,), 1.0), (COUNTS[1], BESIDE, PRICE)):
         largest = max(of(results, count, "mean_rank", method=SETTLING, keep=keep).values())
-        words = f"{in_words(results, count)}, target {MOST}, a share of {keep:g}"
+        words = f"{count} pictures, target {MOST}, a share of {keep:g}"
         made.append(Claim(f"{words}: the largest mean rank of a subject, over the target", largest / MOST, SIZE))
         for rank in ranks:
             found = 1 + mean(differences(results, count, keep, FIXED, rank).values())
             made.append(Claim(f"{words}: loss over that of fixed {rank}, mean", found, most))
     level = 1 + mean(differences(results, COUNTS[0], REPORTED[1], FIXED, MOST).values())
-    words = f"{in_words(results, COUNTS[0])}, target {MOST}, a share of {REPORTED[1]:g}: loss over that of fixed"
+    words = f"{COUNTS[0]} pictures, target {MOST}, a share of {REPORTED[1]:g}: loss over that of fixed"
     made.append(Claim(f"{words} {MOST}, mean (level)", level, LEVEL))
     return made
 
@@ -153,7 +152,6 @@ def summary(results: Results) -> Results:
             ranks = of(results, count, "mean_rank", method=SETTLING, keep=keep).values()
             against = {f"fixed_{r}": round(mean(differences(results, count, keep, FIXED, r).values()), 4) for r in BESIDE}
             told[f"pictures_{count}_keep_{keep:g}"] = {
-                **({"former": True} if count in results.get("former", []) else {}),
                 "mean_rank": [round(min(ranks), 2), round(mean(ranks), 2), round(max(ranks), 2)], "difference": against,
             }  # fmt: skip
     return told

@@ -10,7 +10,6 @@ from benchmarks.evidence.experiment import Results, chosen, mean, table
 from benchmarks.evidence.keeping import BESIDE, KEEPS, MOST, REPORTED, differences, of
 from benchmarks.evidence.personal import FIXED, SETTLING
 from benchmarks.evidence.plot import ACCENT, CALM, ROSE, Plot, Series
-from benchmarks.evidence.pool import FORMER_WORDS
 
 UNIT_KB = UNIT * BYTES / 1000
 
@@ -28,7 +27,6 @@ def build(results: Results, folder: Path) -> str:
     ]
     for count in COUNTS:
         parts += [f"### {count} pictures, ten subjects, {len(results['seeds'])} seeds"]
-        parts += [FORMER_WORDS] if count in results.get("former", []) else []
         parts += [_means(results, count)]
         parts += [_told(results, count), _picture(results, count, folder), _subjects(results, count)]
     return "\n\n".join(parts)

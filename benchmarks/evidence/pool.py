@@ -10,35 +10,23 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.evidence.personal import Job
 
 Record = dict[str, Any]
-
-FORMER = "former"
-"""True in records of a method that has changed since: their jobs are made anew, and until then stand for what they are."""
-FORMER_WORDS = (
-    "Runs of ours here were made before settled layers trained mixtures of their positions. What those are worth stands in the "
-    "section on settings."
-)
-FORMER_MARK = " (former method, without mixtures)"
-"""Of such records, on a page and in a claim."""
 
 LONGEST = 300.0
 """Seconds that one job may take, the first one's loading included, before its process is ended."""
 SAY_EVERY = 10.0
 MOST_REPLACED = 5
 """Processes that may die or be ended before no more are started."""
-
-
-def in_words(results: Mapping[str, Any], count: int) -> str:
-    """The number of pictures in a claim, and whether the runs with it are of the former method."""
-    return f"{count} pictures{FORMER_MARK if count in results.get(FORMER, []) else ''}"
 
 
 class Pool:
@@ -60,7 +48,7 @@ class Pool:
         self.path = path
         self.start = time.monotonic()
         self.until = self.start + seconds
-        self.records = {key: record for key, record in read_records(path).items() if not record.get(FORMER)}
+        self.records = read_records(path)
         self.failed: dict[str, str] = {}
         self._longest = longest
         self._spare = MOST_REPLACED
@@ -70,6 +58,7 @@ class Pool:
         self._context = multiprocessing.get_context("spawn")
         self._wanted = processes
         self._workers: list[_Worker] = []
+        self._started = 0
 
     def run(self, jobs: Iterable[Job]) -> list[Record]:
         """The records of the jobs, in their order; those that failed, or that time did not allow, are missing."""
@@ -110,7 +99,9 @@ class Pool:
             from dev.painter.model import write_checkpoint
 
             write_checkpoint(self._checkpoint)
-        self._workers.append(_Worker(self._context, self._work, self._checkpoint))
+        gpu = gpu_of(self._started, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        self._workers.append(_Worker(self._context, self._work, self._checkpoint, gpu))
+        self._started += 1
         return self._workers[-1]
 
     def _take(self, worker: _Worker) -> None:
@@ -154,12 +145,13 @@ class Pool:
 
 
 class _Worker:
-    """A process, the pipe to it, its job and since when."""
+    """A process, the pipe to it, its job and since when. gpu: the one that it sees, all where none is named."""
 
-    def __init__(self, context: Any, work: Any, checkpoint: Path) -> None:
+    def __init__(self, context: Any, work: Any, checkpoint: Path, gpu: str | None) -> None:
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=work, args=(checkpoint, other), daemon=True)
-        self.process.start()
+        with _seeing(gpu):
+            self.process.start()
         other.close()  # so that the end of the process is the end of the pipe
         self.job: Job | None = None
         self.since = 0.0
@@ -192,6 +184,29 @@ def read_records(path: Path) -> dict[str, Record]:
     return found
 
 
+def gpu_of(number: int, gpus: int, visible: str | None) -> str | None:
+    """CUDA_VISIBLE_DEVICES for the process of this number, so that all GPUs have as many. visible: what it is here."""
+    if gpus < 2:
+        return visible
+    names = visible.split(",") if visible else [str(index) for index in range(gpus)]
+    return names[number % gpus]
+
+
+@contextlib.contextmanager
+def _seeing(gpu: str | None) -> Iterator[None]:
+    """While inside, processes are started that see this GPU; CUDA asks once, at its own start."""
+    name, gone = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        if gpu is not None:
+            os.environ[name] = gpu
+        yield
+    finally:
+        if gone is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = gone
+
+
 def _work(checkpoint: Path, pipe: Any, types_of_gpu: bool = False) -> None:
     """A process's life: jobs come, records go.
 
@@ -200,8 +215,6 @@ def _work(checkpoint: Path, pipe: Any, types_of_gpu: bool = False) -> None:
     below them without.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-
     if types_of_gpu:
         from dev.host import import_comfy
 

@@ -1,9 +1,8 @@
 """The records of the full run, kept in docs/evidence/ without what no page uses.
 
-`python -m benchmarks.evidence.records RECORDS` writes them from the file that the GPU run made: only those of the jobs that
-tuning, ablations, the reported comparison, graded subjects and the target that is only the most ask for. Prints what is missing.
-`--begin` makes such a file instead, to go on from: all that is kept. With `--changed`, after a change of ours, ours is marked as
-of the former method.
+`python -m benchmarks.evidence.records RECORDS` writes them from the file that the GPU run made: only those of the jobs that its
+stages ask for. Prints what is missing. `--begin` makes such a file instead, to go on from: all that is kept, or with `--changed`,
+after a change of ours, all but ours.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import comparison, complexity, keeping, variants
+from benchmarks.evidence import comparison, complexity, decay, keeping, variants
 from benchmarks.evidence.comparison import Tuned
 from benchmarks.evidence.experiment import FOLDER
 from benchmarks.evidence.personal import SETTLING, Job
-from benchmarks.evidence.pool import FORMER, Record, read_records
+from benchmarks.evidence.pool import Record, read_records
 
 FILE = FOLDER / "records.jsonl.gz"
 WHERE = ("device", "torch", "date")
 """What a record says of the machine that made it."""
-_LEFT_OUT = ("subject", "pictures", "rank", "rate", "seed", "steps", "twist", "file", "seconds", *WHERE)
+_LEFT_OUT = ("subject", "pictures", "rank", "rate", "seed", "steps", "twist", "file", "seconds")
 """What the key says too, or no page uses."""
 
 _LOADERS_CUTS = ("shortened", "shared_out")
@@ -52,38 +51,26 @@ class Stored:
         return [self.records[job.key] for job in jobs if job.key in self.records]
 
 
-def former(records: Mapping[str, Record], jobs: Iterable[Job]) -> bool:
-    """Whether any of the jobs' records was made before mixtures."""
-    return any(records.get(job.key, {}).get(FORMER, False) for job in jobs)
-
-
 def choices(stored: Stored) -> dict[comparison.Config, comparison.Choice]:
     """What tuning chose."""
     return comparison.tune(stored, comparison.configs(), comparison.tuning_names())
 
 
-def compact(
-    records: Mapping[str, Record], told: Mapping[str, str] | None = None
-) -> tuple[dict[str, Any], list[Record], set[str]]:
-    """Where and when they were made, the records that pages use, and the keys of those that are missing.
-
-    told: where and when those were made that do not say it themselves.
-    """
+def compact(records: Mapping[str, Record]) -> tuple[dict[str, Any], list[Record], set[str]]:
+    """Where and when they were made, the records that pages use, and the keys of those that are missing."""
     stored = Stored(records)
     tuned = choices(stored)
     stored.run(variants.jobs(tuned))
     stored.run(comparison.reported(tuned))
     stored.run(keeping.jobs(tuned))
     stored.run(complexity.jobs(tuned))
-    stored.run(job for job in variants.all_unmixed() if job.key in records)
+    stored.run(decay.jobs())
     used = [records[key] for key in sorted(stored.asked & set(records))]
     about = {
-        **{name: ", ".join(sorted({said[name] for r in used if name in (said := {**(told or {}), **r})})) for name in WHERE},
-        "devices": dict(sorted(Counter({**(told or {}), **r}["device"] for r in used).items())),
+        **{name: ", ".join(sorted({r[name] for r in used})) for name in WHERE},
+        "devices": dict(sorted(Counter(r["device"] for r in used).items())),
         "size": "full",
         "runs": len(used),
-        "runs_that_say_where": sum(WHERE[0] in r for r in used),
-        "of_the_others": dict(told or {}),
     }
     return about, [_slim(r) for r in used], stored.asked - set(records)
 
@@ -113,12 +100,13 @@ def job_of(key: str) -> Job:
 
 
 def beginning(kept: Mapping[str, Record], changed: bool) -> list[Record]:
-    """What is kept as a pool has it. changed: ours becomes of the former method, and a pool makes it anew."""
+    """What is kept as a pool has it. changed: without ours, which a pool then makes anew."""
     found = []
     for key, record in kept.items():
         job = job_of(key)
         told = {name: getattr(job, name) for name in ("subject", "pictures", "rank", "rate", "seed", "steps", "twist")}
-        found.append({**told, **record, **({FORMER: True} if changed and job.method == SETTLING else {})})
+        if not changed or job.method != SETTLING:
+            found.append({**told, **record})
     return found
 
 
@@ -148,21 +136,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path)
     parser.add_argument("--to", type=Path, default=FILE)
-    for name in WHERE:
-        parser.add_argument(f"--{name}", default="", help="of records that do not say it; by default that of those kept")
     parser.add_argument("--begin", action="store_true", help="write RECORDS from what is kept")
-    parser.add_argument("--changed", action="store_true", help="with --begin: mark ours as of the former method")
+    parser.add_argument("--changed", action="store_true", help="with --begin: without ours")
     options = parser.parse_args()
-    about, kept = read(options.to)
     if options.begin:
-        begun = beginning(kept, options.changed)
+        begun = beginning(read(options.to)[1], options.changed)
         with options.records.open("x", encoding="utf-8") as file:  # never over hours of work
             file.writelines(f"{json.dumps(record)}\n" for record in begun)
         print(f"{len(begun)} records")
         return
-    before = about.get("of_the_others") or about
-    told = {name: getattr(options, name) or before[name] for name in WHERE}
-    about, found, missing = compact(read_records(options.records), told)
+    about, found, missing = compact(read_records(options.records))
     write(options.to, about, found)
     print(f"{len(found)} records, {options.to.stat().st_size / 1e6:.2f} MB, {about['device']}; {len(missing)} missing")
 

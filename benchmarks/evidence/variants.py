@@ -17,13 +17,13 @@ from benchmarks.evidence.comparison import (
     TARGETS,
     TUNING_SEEDS,
     UNIT,
+    Choice,
     Config,
     Tuned,
     job,
     tuning_names,
 )
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING, Job
-from benchmarks.evidence.twists import AND
 
 RANK, PAPER_RANK = 4, 8
 """The target of ours, and what the paper's form is pulled toward."""
@@ -66,8 +66,12 @@ PAPER_AS_IT_IS = Variant("paper's form, as it is", "", method=PAPER, sides=True)
 
 
 def _swept(setting: str, values: Sequence[Any], sides: bool = False, method: str = SETTLING) -> list[Variant]:
-    words = "" if method == SETTLING else "paper's form, "
+    words = {SETTLING: "", PAPER: "paper's form, ", FIXED: "fixed rank, "}[method]
     return [Variant(words + setting, f"{value}", ((setting, value),), method=method, sides=sides) for value in values]
+
+
+DECAYS = (0.0, 0.3, 3.0, 10.0)
+"""Beside the default, which is about 1 with more pictures and 5 with few."""
 
 
 def _kept(rest: float) -> tuple[tuple[str, Any], ...]:
@@ -75,7 +79,9 @@ def _kept(rest: float) -> tuple[tuple[str, Any], ...]:
 
 
 UNMIXED = Variant("positions after a cut", "in singular order", twist="not mixed", sides=True)
-_FIRST = [
+OURS = [
+    AS_IT_IS,
+    UNMIXED,
     *_swept("init", ["paper"], sides=True),
     Variant("gain of Λ", "none", twist="no gain", sides=True),
     Variant("first position", "1", twist="positions from 1"),
@@ -91,19 +97,15 @@ _FIRST = [
     *_swept("rank_learning_rate", [0.003, 0.03, 0.1]),
     *_swept("q", [0.5, 0.75, 0.95, 0.99]),
     *_swept("rank_weight", [0.0, 1e-3, 1e-2, 1e-1]),
-]
-OURS = [
-    AS_IT_IS,
-    UNMIXED,
-    *(replace(variant, twist=AND.join(filter(None, (UNMIXED.twist, variant.twist)))) for variant in _FIRST),
+    *_swept("weight_decay", DECAYS, sides=True),
     Variant("Λ in the second phase", "kept, ranks rest at 0.45", _kept(0.55), method=PAPER, sides=True),
     Variant("Λ in the second phase", "kept, ranks rest at 0.75", _kept(0.25), method=PAPER, sides=True),
 ]
-"""Mixtures came last: the others were tried without them, and are compared with the method without them."""
 
 FIXED_ONES = [
     FIXED_AS_IT_IS,
     Variant("fixed rank, moments", "start anew where ours is cut", twist="moments anew", method=FIXED, sides=True),
+    *_swept("weight_decay", DECAYS, sides=True, method=FIXED),
 ]
 PAPERS = [
     PAPER_AS_IT_IS,
@@ -123,13 +125,17 @@ PAPERS = [
     Variant("paper's form, 600 steps", "rank_learning_rate 0.03", (("rank_learning_rate", 0.03),), method=PAPER, steps=LONG),
 ]  # fmt: skip
 
-FEW = ("as it is", "positions after a cut", "what a cut goes by", "learning rate before the last cut", "settle_at", "settle_cuts")
+FEW = (
+    "as it is", "positions after a cut", "what a cut goes by", "learning rate before the last cut", "settle_at", "settle_cuts",
+    "weight_decay", "fixed rank, as it is", "fixed rank, weight_decay",
+)  # fmt: skip
 """What is tried with few pictures too."""
 
 
 def variants(count: int) -> list[Variant]:
     """Those that are tried with so many pictures."""
-    return [*OURS, *FIXED_ONES, *PAPERS] if count == COUNTS[0] else [variant for variant in OURS if variant.setting in FEW]
+    every = [*OURS, *FIXED_ONES, *PAPERS]
+    return every if count == COUNTS[0] else [variant for variant in every if variant.setting in FEW]
 
 
 def rates(variant: Variant, count: int, tuned: Tuned) -> tuple[float, ...]:
@@ -137,9 +143,13 @@ def rates(variant: Variant, count: int, tuned: Tuned) -> tuple[float, ...]:
     choice = tuned.get(variant.config(count))
     if choice is None:
         return ()
+    return _with_sides(choice) if variant.sides else (choice.coarse,)
+
+
+def _with_sides(choice: Choice) -> tuple[float, ...]:
+    """The best rate by half powers of ten, and half a decade to both sides."""
     index = RATES.index(choice.coarse)
-    places = (index - HALF, index, index + HALF) if variant.sides else (index,)
-    return tuple(RATES[i] for i in places if 0 <= i < len(RATES))
+    return tuple(RATES[i] for i in (index - HALF, index, index + HALF) if 0 <= i < len(RATES))
 
 
 def jobs_of(variant: Variant, count: int, rate: float, names: Sequence[str] | None = None) -> list[Job]:
@@ -162,17 +172,25 @@ def jobs(tuned: Tuned, counts: Sequence[int] = COUNTS) -> Iterator[Job]:
         for variant in variants(count):
             for rate in rates(variant, count, tuned):
                 yield from jobs_of(variant, count, rate)
+    if COUNTS[0] in counts:
+        yield from all_unmixed(tuned)
 
 
 def unmixed(target: int, rate: float) -> list[Job]:
     """The tuning runs of a target at a learning rate, without mixtures."""
     count = COUNTS[0]
     config = (SETTLING, target, count)
-    return [job(config, name, rate, seed, twist=UNMIXED.twist) for seed in TUNING_SEEDS[count] for name in tuning_names()]
+    return [job(config, name, rate, seed, twist=UNMIXED.twist) for seed in TUNING_SEEDS for name in tuning_names()]
 
 
-def all_unmixed() -> Iterator[Job]:
-    """Those of every target and learning rate, of which not all need to have been made."""
+def rates_unmixed(target: int, tuned: Tuned) -> tuple[float, ...]:
+    """Those that a target is tried at without mixtures."""
+    choice = tuned.get((SETTLING, target, COUNTS[0]))
+    return _with_sides(choice) if choice else ()
+
+
+def all_unmixed(tuned: Tuned) -> Iterator[Job]:
+    """Those of every target."""
     for target in TARGETS:
-        for rate in RATES:
+        for rate in rates_unmixed(target, tuned):
             yield from unmixed(target, rate)

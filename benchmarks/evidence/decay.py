@@ -1,0 +1,165 @@
+"""Weight decay against the number of pictures: none, what the default chooses, a quarter and four times of that.
+
+All on the subjects that settings are tuned on, ours with the target that the other settings are tried at, every decay at the
+best of four learning rates. `python -m benchmarks.evidence.decay` computes it from docs/evidence/records.jsonl.gz; gpu.py makes
+those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import reduced
+from benchmarks.evidence.comparison import RATES, Choice, best, job, tuning_names, usable
+from benchmarks.evidence.effects import standard_error
+from benchmarks.evidence.experiment import Claim, Results, chosen, main, mean, table
+from benchmarks.evidence.measuring import rounded
+from benchmarks.evidence.personal import SETTLING, Job
+from benchmarks.evidence.pool import Record
+from benchmarks.evidence.variants import RANK, SEEDS
+from benchmarks.models import pack
+
+KEY, FILE = "decay", "decay.json"
+
+PICTURES = (2, 5, 12)
+SHARES = (0.0, 0.25, 1.0, 4.0)
+"""Of the decay that is chosen."""
+TRIED = RATES[8:15:2]
+"""Learning rates: 1e-3 to 3e-2 by half powers of ten."""
+SURE = 2.0
+"""Standard errors below the chosen decay's loss from which another is said to be better."""
+MOST = 5.0
+"""Of the reduced run."""
+SMALL = 0.005
+"""By this share of the loss no other decay may be better for sure."""
+
+
+def decay_of(count: int, share: float) -> float:
+    """A share of the decay that the default has for so many pictures."""
+    return round(share * float(pack("lora2.settings").Settings().for_pictures(count).weight_decay), 6)
+
+
+def jobs_of(count: int, share: float, rate: float) -> list[Job]:
+    """Runs with a decay at a learning rate, over subjects and seeds."""
+    changes = (("weight_decay", decay_of(count, share)),)
+    return [job((SETTLING, RANK, count), name, rate, seed, changes) for name in tuning_names() for seed in SEEDS]
+
+
+def jobs() -> Iterator[Job]:
+    """Everything."""
+    for count in PICTURES:
+        for share in SHARES:
+            for rate in TRIED:
+                yield from jobs_of(count, share, rate)
+
+
+def run(full: bool) -> Results:
+    """From the records of the full run; or one short run with no decay and one with a strong one."""
+    if not full:
+        return _reduced()
+    from benchmarks.evidence import records
+
+    about, kept, _ = records.full()
+    rows = []
+    for count in PICTURES:
+        base = _best(kept, count, 1.0)
+        for share in SHARES:
+            rows.append(_row(count, share, _best(kept, count, share), base))
+    return {"about": about, "subjects": tuning_names(), "seeds": list(SEEDS), "rows": rounded(rows)}
+
+
+_Runs = tuple[Choice, list[Record]]
+
+
+def _best(kept: Mapping[str, Record], count: int, share: float) -> _Runs:
+    """The best of the learning rates and steps, and the runs there."""
+    runs = [(rate, kept[one.key]) for rate in TRIED for one in jobs_of(count, share, rate)]
+    choice = best((SETTLING, RANK, count), runs)
+    assert choice is not None
+    return choice, [run for rate, run in runs if rate == choice.rate]
+
+
+def _row(count: int, share: float, own: _Runs, base: _Runs) -> dict[str, Any]:
+    (choice, runs), (base_choice, base_runs) = own, base
+    marks, others = [_mark(run, choice.step) for run in runs], [_mark(run, base_choice.step) for run in base_runs]
+    changes = [mark["loss"] / other["loss"] - 1 for mark, other in zip(marks, others, strict=True)]
+    return {
+        "pictures": count, "share": share, "decay": decay_of(count, share), "rate": choice.rate, "step": choice.step,
+        "difference": mean(changes), "error": standard_error(changes),
+        "drift": mean(mark["drift"] / run["before"]["drift"] for mark, run in zip(marks, runs, strict=True)),
+    }  # fmt: skip
+
+
+def _mark(run: Record, step: int) -> dict[str, Any]:
+    return next(mark for mark in usable(run) if mark["step"] == step)
+
+
+def _reduced() -> Results:
+    config = (SETTLING, reduced.RANK, reduced.PICTURES)
+    name, decays = reduced.SUBJECTS[0], (0.0, MOST)
+    jobs = [reduced.job(config, name, cuts=False, changes=(("weight_decay", decay),)) for decay in decays]
+    done = reduced.records(jobs)
+    return {"drifts": [done[one.key]["marks"][-1]["drift"] / done[one.key]["before"]["drift"] for one in jobs]}
+
+
+def claims(results: Results) -> list[Claim]:
+    """The default is near the best for every number of pictures, and with it less is forgotten in the mean."""
+    if results["about"]["size"] == "reduced":
+        none, strong = results["drifts"]
+        words = f"loss on other pictures after training with a weight decay of {MOST:g}, over that with none"
+        return [Claim(words, strong / none, 1.0)]
+    made = []
+    for count in PICTURES:
+        others = [row for row in chosen(results["rows"], pictures=count) if row["share"] != 1]
+        most = max(-row["difference"] - SURE * row["error"] for row in others)
+        made.append(Claim(f"{count} pictures: how much of the loss another weight decay is surely better by", most, SMALL))
+    kept = mean(_of(results, count, 1.0)["drift"] / _of(results, count, 0.0)["drift"] for count in PICTURES)
+    return [*made, Claim("the chosen weight decay: loss on the world's other pictures over that with none, mean", kept, 1.0)]
+
+
+def _of(results: Results, count: int, share: float) -> dict[str, Any]:
+    [row] = chosen(results["rows"], pictures=count, share=share)
+    return dict(row)
+
+
+def summary(results: Results) -> Results:
+    """By the number of pictures: what is chosen, what no decay costs, and what both forget."""
+    told: Results = {}
+    for count in PICTURES:
+        own, none = _of(results, count, 1.0), _of(results, count, 0.0)
+        told[f"pictures_{count}"] = {
+            "weight_decay": own["decay"], "none": [round(none["difference"], 4), round(none["error"], 4)],
+            "drift": round(own["drift"], 3), "drift_without": round(none["drift"], 3),
+        }  # fmt: skip
+    return told
+
+
+def page(results: Results, folder: Path) -> str:
+    """A table."""
+    rows = []
+    for count in PICTURES:
+        own = [_of(results, count, share) for share in SHARES]
+        losses = ["" if row["share"] == 1 else f"{100 * row['difference']:+.1f} ± {100 * row['error']:.1f} %" for row in own]
+        rows.append([
+            count, f"{_of(results, count, 1.0)['decay']:g}", *(loss for loss in losses if loss),
+            *(f"{_of(results, count, share)['drift']:.2f}" for share in (0.0, 1.0)),
+        ])  # fmt: skip
+    head = ["pictures", "weight decay", "none", *(f"{share:g} times" for share in SHARES if share not in (0, 1))]
+    return "\n\n".join([
+        "## Weight decay and the number of pictures",
+        "AdamW's weight decay pulls the factors toward zero, as a prior does that expects small changes; against the mean loss "
+        "over n pictures a prior weighs 1 / n. So the default is 24 over the number of pictures, at most 5. Loss of ours with "
+        f"none, with a quarter and with four times that, over the default's, target {RANK}, {len(results['subjects'])} tuning "
+        f"subjects, {len(results['seeds'])} seeds, each at the best of {len(TRIED)} learning rates ({TRIED[0]:.0e} to "
+        f"{TRIED[-1]:.0e}) and of the steps to stop at; *forgets*: loss on the world's other pictures over the base's. "
+        "All that is compared on this page has this decay, fixed ranks too, which gain about as much by it (the section before).",
+        table([*head, "forgets, none", "forgets, default"], rows),
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    from benchmarks.evidence import decay
+
+    raise SystemExit(main(decay))
