@@ -28,8 +28,8 @@ SEEDS = 2**64
 
 BY_PICTURES = -1.0
 """The weight decay that is chosen by the number of pictures."""
-DECAY_OF_A_PICTURE, MOST_DECAY = 24.0, 5.0
-"""That of a single picture, which more of them share, and the most that is chosen."""
+DECAY_OF_A_PICTURE, MOST_DECAY, MOST_SHRINK = 24.0, 5.0, 0.5
+"""That of a single picture, which more of them share; the most that is chosen; and the most that a step may take off then."""
 
 _KINDS: dict[str, tuple[type, str]] = {
     "int": (Integral, "must be a whole number"),
@@ -60,7 +60,7 @@ class Settings:
     bytes_per_parameter, file_overhead, layer_overhead: how a number of parameters becomes a file's size, and how much smaller
     it is without one of the layers; a host fills them in.
     weight_decay: of AdamW alone, decoupled: a step takes learning rate times this off the factors; −1 = 24 by the number of
-    pictures, at most 5 (`for_pictures`).
+    pictures, at most 5, and at most 0.5 by the learning rate (`for_pictures`).
     min_snr_gamma: 0 = off. clip_norm: 0 = off. caption_dropout: share of captions replaced by the empty one.
     on_out_of_memory: make the step again in smaller parts, or stop. on_bad_step: what to do where gradients are not finite.
     """
@@ -199,7 +199,7 @@ class Settings:
         """
         if self.weight_decay != BY_PICTURES:
             return self
-        return replace(self, weight_decay=min(MOST_DECAY, DECAY_OF_A_PICTURE / max(count, 1)))
+        return replace(self, weight_decay=min(DECAY_OF_A_PICTURE / max(count, 1), MOST_DECAY, MOST_SHRINK / self.learning_rate))
 
     def with_file(self, overhead: int, bytes_per_parameter: int, of_a_layer: int = 0) -> Settings:
         """The same settings for a file with this many bytes beside the factors, and this many per parameter.

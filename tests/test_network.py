@@ -51,7 +51,7 @@ class Model(nn.Module):
 
 
 def settings(**changes: Any) -> Settings:
-    return Settings(**{"q": Q, "target_rank": 2, "initial_rank": 12, "rank_weight": 0.01, **changes})
+    return Settings(**{"q": Q, "target_rank": 2, "initial_rank": 12, "rank_weight": 0.01, "weight_decay": 0.0, **changes})
 
 
 def network_of(model: Model, device: str = "cpu", **changes: Any) -> AdaptiveNetwork:
@@ -669,7 +669,7 @@ def test_a_budget_steers_the_papers_form(budget_rank: int, initial: int) -> None
     budget = budget_rank * len(layers) * 2 * width
     told = Settings(
         steps=1200, budget_mb=2 * budget / 1e6, bytes_per_parameter=2, initial_rank=initial, settle_at=1,
-        learning_rate=3e-3, rank_learning_rate=2e-2, rank_weight=1e-3, clip_norm=0,
+        learning_rate=3e-3, rank_learning_rate=2e-2, rank_weight=1e-3, clip_norm=0, weight_decay=0.0,
     )
     network = AdaptiveNetwork(layers, told)
     assert network.budget == budget

@@ -25,7 +25,8 @@ def network_of(**changes: Any) -> tuple[AdaptiveNetwork, Optimizer, dict[str, nn
     """Three layers whose outputs are summed, with updates of the same size."""
     layers = {name: nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False) for name in SCALES}
     compute = changes.pop("compute", torch.float32)
-    settings = Settings(**{"initial_rank": 8, "target_rank": 4, "learning_rate": 1e-5, "clip_norm": 0.0, **changes})
+    usual = {"initial_rank": 8, "target_rank": 4, "learning_rate": 1e-5, "clip_norm": 0.0, "weight_decay": 0.0}
+    settings = Settings(**{**usual, **changes})
     network = AdaptiveNetwork(layers, settings, compute=compute)
     generator = torch.Generator().manual_seed(0)
     for adapter in network.adapters:

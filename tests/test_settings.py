@@ -63,6 +63,7 @@ def test_weight_decay_is_chosen_by_the_number_of_pictures(pictures: int, decay: 
     assert chosen.weight_decay == pytest.approx(decay)
     assert replace(chosen, weight_decay=-1.0) == Settings(), "nothing else"
     assert chosen.for_pictures(1000) == chosen, "once"
+    assert Settings(learning_rate=0.9).for_pictures(pictures).weight_decay <= 0.5 / 0.9, "no step takes more than half"
     for told in (0.0, 0.01, 7.0):
         assert Settings(weight_decay=told).for_pictures(pictures) == Settings(weight_decay=told)
 

@@ -732,7 +732,8 @@ def teach(**changes: Any) -> Trainer:
     settings = Settings(
         **{
             "steps": 400, "learning_rate": 5e-3, "rank_learning_rate": 1.5e-2, "batch_size": 48, "target_rank": 2,
-            "initial_rank": 16, "settle_at": 1.0, "rank_rest": 0.0, "schedule": "constant", "clip_norm": 0.0, **changes,
+            "initial_rank": 16, "settle_at": 1.0, "rank_rest": 0.0, "schedule": "constant", "clip_norm": 0.0,
+            "weight_decay": 0.0, **changes,
         }
     )
     trainer = Trainer(AdaptiveNetwork(model.layers(), settings), model, [torch.zeros(6, 64)], settings)
