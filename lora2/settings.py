@@ -121,6 +121,8 @@ class Settings:
         decay = self.weight_decay
         told = math.isfinite(decay) and (decay >= 0 or decay == BY_PICTURES)
         self._require(told, "weight_decay", "must be zero or a positive number, or -1 to choose it by the number of pictures")
+        words = f"times learning_rate = {shown(self.learning_rate)} must be at most 1: a step would take more than there is"
+        self._require(decay * self.learning_rate <= 1, "weight_decay", words)
         for name in ("rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"):
             self._require(0 <= getattr(self, name) <= 1, name, "is a share and must lie between 0 and 1")
         self._require(0.1 <= self.settle_keep <= 1, "settle_keep", "is a share and must lie between 0.1 and 1")
@@ -199,6 +201,8 @@ class Settings:
         """
         if self.weight_decay != BY_PICTURES:
             return self
+        if self.optimizer != "adamw":
+            return replace(self, weight_decay=0.0)  # the others have none: it would be said in the file, and not be so
         return replace(self, weight_decay=min(DECAY_OF_A_PICTURE / max(count, 1), MOST_DECAY, MOST_SHRINK / self.learning_rate))
 
     def with_file(self, overhead: int, bytes_per_parameter: int, of_a_layer: int = 0) -> Settings:

@@ -392,6 +392,6 @@ def inputs() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="Below 1, the target is the most, not the aim: the last cut keeps as few positions as hold this share of "
-            "what all are worth, so a simple subject makes a smaller file.",
+            "what all are worth, so the file may be smaller.",
         ),
     ]

@@ -275,6 +275,20 @@ def test_a_change_is_measured_pair_by_pair() -> None:
     assert variant not in [e.variant for e in effects(kept, tuned, 24)], "not told of until every run is there"
 
 
+def test_what_is_judged_on_the_same_runs_shares_their_rates() -> None:
+    """A cut of rank 64 may have walked to a better rate of rank 64 than rank 64 itself."""
+    kept, tuned = dict(run_of()[0]), dict(run_of()[1])
+    names, large, cut, other = comparison.tuning_names(), (FIXED, 64, 5), (RESIZED, 1, 5), (FIXED, 32, 5)
+    for seed in comparison.TUNING_SEEDS:
+        for name in names:
+            one = comparison.job(large, name, 1e-2, seed)
+            kept[one.key] = {**kept[one.key], "marks": [{**mark, "loss": 0.01} for mark in kept[one.key]["marks"]]}
+    assert comparison._shared(tuned, kept, names) == tuned, "none of them has come to that rate"
+    found = comparison._shared({**tuned, cut: replace(tuned[cut], rate=1e-2)}, kept, names)
+    assert (found[large].rate, found[large].loss) == (1e-2, pytest.approx(0.01))
+    assert found[other] == tuned[other], "of runs of its own"
+
+
 def test_the_size_that_is_needed() -> None:
     curve = {1.0: 0.8, 4.0: 0.4, 16.0: 0.2}
     # Of 0.8 that the best takes off, 75 % leave a loss of 0.4, and 62.5 % one of 0.5: three quarters of the way from 1 to 4.

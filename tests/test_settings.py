@@ -24,6 +24,7 @@ BAD = [
     *((name, value) for name in MAYBE for value in (-1, 2.5, NAN, "3", None)),
     *((name, value) for name in POSITIVE for value in (0, -1e-9, NAN, INF, "1e-4", None)),
     *((name, value) for name in NOT_NEGATIVE for value in (-1e-9, NAN, INF, -INF, "0", None)),
+    *(("weight_decay", value) for value in (-0.5, -1.001, 3334, 1e9)),
     *(("settle_keep", value) for value in (0, 0.09, 1.01, -1, NAN, INF, "all", None)),
     *((name, value) for name in SHARES for value in (-0.01, 1.01, NAN, INF, "half", None)),
     *(("q", value) for value in (0, 0.009, 1, 1.5, -0.9, NAN, INF, "0.9")),
@@ -64,6 +65,8 @@ def test_weight_decay_is_chosen_by_the_number_of_pictures(pictures: int, decay: 
     assert replace(chosen, weight_decay=-1.0) == Settings(), "nothing else"
     assert chosen.for_pictures(1000) == chosen, "once"
     assert Settings(learning_rate=0.9).for_pictures(pictures).weight_decay <= 0.5 / 0.9, "no step takes more than half"
+    for other in set(OPTIMIZERS) - {"adamw"}:
+        assert Settings(optimizer=other).for_pictures(pictures).weight_decay == 0, "the others have none"
     for told in (0.0, 0.01, 7.0):
         assert Settings(weight_decay=told).for_pictures(pictures) == Settings(weight_decay=told)
 

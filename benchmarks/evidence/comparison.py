@@ -1,7 +1,7 @@
 """Held-out loss against bytes: adaptive ranks beside fixed ranks, the paper's form, and large ranks cut afterwards.
 
 Learning rates and stopping points are tuned on subjects of their own, for every method, size and number of pictures, until
-the best lies inside the grid; ten other subjects are reported, with three seeds.
+the best lies inside the grid; ten other subjects are reported, with four seeds.
 """
 
 from __future__ import annotations
@@ -166,7 +166,26 @@ def tune(pool: Source, wanted: Sequence[Config], names: Sequence[str]) -> dict[C
             tried[config] |= missing
             grown = grown or bool(missing)
         if not grown or pool.out_of_time:
-            return {config: choice for config, choice in found.items() if choice.inside or choice.rate in (RATES[0], RATES[-1])}
+            inside = {c: choice for c, choice in found.items() if choice.inside or choice.rate in (RATES[0], RATES[-1])}
+            return _shared(inside, pool.records, names)
+
+
+def _shared(found: Mapping[Config, Choice], records: Mapping[str, Record], names: Sequence[str]) -> dict[Config, Choice]:
+    """The same, but that all that is judged on runs of the large fixed rank may use any rate that one of them has come to.
+
+    A walk ends at the nearest optimum, and they do not all walk to the same one.
+    """
+    result = dict(found)
+    for count in COUNTS:
+        same = [c for c in found if c[2] == count and (c[0] in (RESIZED, ALLOCATED) or c[:2] == (FIXED, LARGE))]
+        rates = sorted({found[c].rate for c in same})
+        tried = tuple(sorted({rate for c in same for rate in found[c].tried}))
+        for config in same:
+            runs = [(rate, records[one.key]) for rate in rates for one in _tries(config, rate, names)]
+            choice = best(config, runs)
+            if choice is not None and choice.loss < found[config].loss:
+                result[config] = replace(found[config], rate=choice.rate, step=choice.step, loss=choice.loss, tried=tried)
+    return result
 
 
 def _tries(config: Config, rate: float, names: Sequence[str]) -> list[Job]:

@@ -31,6 +31,8 @@ BESIDE = (8, 16, 32, 64)
 SIZE = 0.5
 """Of the target: what a share of 0.9 comes to at most, on every reported subject."""
 
+MISSED = (COUNTS[0], 16)
+"""Where a share of 0.9 was expected below a fixed rank, and is not: pictures and rank."""
 LEVEL = 1.005
 """Means over ten subjects are told apart by about this much: two standard errors."""
 PRICE = 1.02
@@ -131,13 +133,14 @@ def claims(results: Results) -> list[Claim]:
             Claim("a share of 0.9: loss over that with the whole target", less["loss"] / whole["loss"], 1.05),
         ]
     keep, made = REPORTED[0], []
-    for count, ranks, most in ((COUNTS[0], (8,), 1.0), (COUNTS[1], BESIDE, PRICE)):
+    for count, ranks, most in ((COUNTS[0], (8, 16), 1.0), (COUNTS[1], BESIDE, PRICE)):
         largest = max(of(results, count, "mean_rank", method=SETTLING, keep=keep).values())
         words = f"{count} pictures, target {MOST}, a share of {keep:g}"
         made.append(Claim(f"{words}: the largest mean rank of a subject, over the target", largest / MOST, SIZE))
         for rank in ranks:
             found = 1 + mean(differences(results, count, keep, FIXED, rank).values())
-            made.append(Claim(f"{words}: loss over that of fixed {rank}, mean", found, most))
+            missed = (count, rank) == MISSED
+            made.append(Claim(f"{words}: loss over that of fixed {rank}, mean", found, most, open=missed))
     level = 1 + mean(differences(results, COUNTS[0], REPORTED[1], FIXED, MOST).values())
     words = f"{COUNTS[0]} pictures, target {MOST}, a share of {REPORTED[1]:g}: loss over that of fixed"
     made.append(Claim(f"{words} {MOST}, mean (level)", level, LEVEL))

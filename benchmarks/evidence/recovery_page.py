@@ -45,7 +45,8 @@ def build(results: Results, folder: Path) -> str:
             "## Ranks that mean something",
             f"Ten layers must each learn a change of a known rank: {', '.join(map(str, ranks))}. They are "
             f"trained by the pack's own "
-            "trainer with the node's defaults but for steps, batch and learning rate "
+            "trainer with the node's defaults but for steps, batch and learning rate, and without weight decay, since inputs "
+            "never end "
             f"({results['steps'][SETTLED]} steps, {results['steps'][PURE]} for the paper's form; batches of 48; "
             f"{RATES[SETTLED]:g} and {RATES[PURE]:g}), with singular "
             f"values that are all alike or fall to a quarter, {seeds} seeds each. Settling has a target that just pays for "

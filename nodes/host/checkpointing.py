@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 import torch
 from torch import Tensor, nn
@@ -53,15 +55,18 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
                 block.forward = forward
 
 
+@cache
 def _choose_attention() -> None:
-    """Let a process's first attention be another one than a block's.
+    """Let a process's first attention be another one than a block's; once in a process.
 
     On Hopper GPUs torch puts cuDNN's kernel first at the first call of all, whatever order the host asks for, and at no later
     one: a block that is the first would be computed again by another kernel, which checkpointing refuses.
     """
-    if torch.cuda.is_available():
-        q = torch.zeros(1, 1, 8, 64, dtype=torch.float16, device="cuda")
-        comfy.ops.scaled_dot_product_attention(q, q, q)
+    device = comfy.model_management.get_torch_device()
+    if device.type == "cuda":
+        with suppress(torch.cuda.OutOfMemoryError):  # blocks are checkpointed to save memory: there may be none left
+            q = torch.zeros(1, 1, 8, 64, dtype=torch.float16, device=device)
+            comfy.ops.scaled_dot_product_attention(q, q, q)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
