@@ -181,7 +181,8 @@ def _shared(found: Mapping[Config, Choice], records: Mapping[str, Record], names
         rates = sorted({found[c].rate for c in same})
         tried = tuple(sorted({rate for c in same for rate in found[c].tried}))
         for config in same:
-            runs = [(rate, records[one.key]) for rate in rates for one in _tries(config, rate, names)]
+            there = [rate for rate in rates if all(one.key in records for one in _tries(config, rate, names))]
+            runs = [(rate, records[one.key]) for rate in there for one in _tries(config, rate, names)]
             choice = best(config, runs)
             if choice is not None and choice.loss < found[config].loss:
                 result[config] = replace(found[config], rate=choice.rate, step=choice.step, loss=choice.loss, tried=tried)
