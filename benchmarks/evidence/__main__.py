@@ -61,7 +61,7 @@ def gather(folder: Path, pictures: Path) -> tuple[Results, str]:
 
 HEAD = """# Evidence
 
-What the method does, measured by the scripts in `benchmarks/evidence/`. `make evidence` reruns a reduced version on a CPU (nine
+What the method does, measured by the scripts in `benchmarks/evidence/`. `make evidence` reruns a reduced version on a CPU (ten
 minutes on two cores) and checks that nothing is grossly wrong, which is less than what is claimed here.
 `python -m benchmarks.evidence.NAME` runs one experiment in full, and `python -m benchmarks.evidence` writes this page and
 `results.json` from the files beside it.
