@@ -287,6 +287,8 @@ def test_what_is_judged_on_the_same_runs_shares_their_rates() -> None:
     found = comparison._shared({**tuned, cut: replace(tuned[cut], rate=1e-2)}, kept, names)
     assert (found[large].rate, found[large].loss) == (1e-2, pytest.approx(0.01))
     assert found[other] == tuned[other], "of runs of its own"
+    assert comparison.beyond(large, tuned, kept, names) == pytest.approx(1 - 0.01 / tuned[large].loss), "what was left there"
+    assert comparison.beyond(large, found, kept, names) == comparison.beyond(other, tuned, kept, names) == 0
 
 
 def test_the_size_that_is_needed() -> None:

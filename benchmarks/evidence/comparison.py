@@ -107,6 +107,11 @@ def usable(record: Record) -> list[dict[str, Any]]:
     return [mark for mark in record["marks"] if mark["parameters"] <= limit and math.isfinite(mark["loss"])]
 
 
+def mark_at(record: Record, step: int) -> dict[str, Any]:
+    """The usable mark of a record after a step. Raises StopIteration where there is none."""
+    return next(mark for mark in usable(record) if mark["step"] == step)
+
+
 def best(config: Config, runs: Iterable[tuple[float, Record]]) -> Choice | None:
     """The learning rate and the step with the lowest mean loss; runs: with their rates. None where all have diverged.
 
@@ -180,13 +185,20 @@ def _shared(found: Mapping[Config, Choice], records: Mapping[str, Record], names
         same = [c for c in found if c[2] == count and (c[0] in (RESIZED, ALLOCATED) or c[:2] == (FIXED, LARGE))]
         rates = sorted({found[c].rate for c in same})
         tried = tuple(sorted({rate for c in same for rate in found[c].tried}))
+        jobs = {rate: _tries((FIXED, LARGE, count), rate, names) for rate in rates}
+        runs = [(r, records[one.key]) for r, each in jobs.items() if all(j.key in records for j in each) for one in each]
         for config in same:
-            there = [rate for rate in rates if all(one.key in records for one in _tries(config, rate, names))]
-            runs = [(rate, records[one.key]) for rate in there for one in _tries(config, rate, names)]
             choice = best(config, runs)
             if choice is not None and choice.loss < found[config].loss:
                 result[config] = replace(found[config], rate=choice.rate, step=choice.step, loss=choice.loss, tried=tried)
     return result
+
+
+def beyond(config: Config, tuned: Tuned, records: Mapping[str, Record], names: Sequence[str]) -> float:
+    """By what share of its tuning loss a config would be better at the best of the rates that it counts as tried."""
+    runs = [(rate, records[one.key]) for rate in tuned[config].tried for one in _tries(config, rate, names) if one.key in records]
+    found = best(config, runs)
+    return 0.0 if found is None else 1 - found.loss / tuned[config].loss
 
 
 def _tries(config: Config, rate: float, names: Sequence[str]) -> list[Job]:

@@ -26,7 +26,7 @@ from benchmarks.evidence.comparison import (
     Config,
     Tuned,
     job,
-    usable,
+    mark_at,
 )
 from benchmarks.evidence.effects import ranks_of, standard_error
 from benchmarks.evidence.equal_bytes import points
@@ -176,7 +176,7 @@ def measures(kept: Mapping[str, Record], tuned: Tuned, name: str, count: int) ->
     for measure, share in SHARES.items():
         step = tuned[SETTLING, MOST, count].step
         for run in keep_runs(kept, tuned, name, count, share):
-            found[measure].append(next(m["parameters"] for m in usable(run) if m["step"] == step) / UNIT)
+            found[measure].append(mark_at(run, step)["parameters"] / UNIT)
     for run in _runs(kept, tuned, name, paper):
         found[LEARNED].append(sum(ranks_of(run)))
     for measure, method in ((IN_USE, SETTLING), (IN_USE_FIXED, FIXED)):
@@ -185,7 +185,7 @@ def measures(kept: Mapping[str, Record], tuned: Tuned, name: str, count: int) ->
     large: Config = (ALLOCATED, CUT_RANKS[-1], count)
     for run in _runs(kept, tuned, name, large):
         step = tuned[large].step
-        mark = next(mark for mark in usable(run) if mark["step"] == step)
+        mark = mark_at(run, step)
         curve = {size: cut["loss"] for size, cut in _cuts(mark, ALLOCATED, LARGE)}
         found[CUT].append(needed(curve, run["before"]["loss"]))
     for seed in SEEDS:

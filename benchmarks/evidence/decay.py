@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import reduced
-from benchmarks.evidence.comparison import RATES, Choice, best, job, tuning_names, usable
-from benchmarks.evidence.effects import standard_error
+from benchmarks.evidence.ablations import SMALL, surely_better
+from benchmarks.evidence.comparison import RATES, best, job, mark_at, tuning_names
+from benchmarks.evidence.effects import Runs, best_runs, compared, standard_error
 from benchmarks.evidence.experiment import Claim, Results, chosen, main, mean, table
 from benchmarks.evidence.measuring import rounded
 from benchmarks.evidence.personal import SETTLING, Job
@@ -29,14 +30,10 @@ SHARES = (0.0, 0.25, 1.0, 4.0)
 """Of the decay that is chosen."""
 TRIED = RATES[8:15:2]
 """Learning rates: 1e-3 to 3e-2 by half powers of ten."""
-SURE = 2.0
-"""Standard errors below the chosen decay's loss from which another is said to be better."""
 NOT_KEPT = 2
 """Pictures with which as much is forgotten as without."""
 MOST = 5.0
 """Of the reduced run."""
-SMALL = 0.005
-"""By this share of the loss no other decay may be better for sure."""
 
 
 def decay_of(count: int, share: float) -> float:
@@ -84,30 +81,20 @@ def _by_rate(kept: Mapping[str, Record], count: int, share: float) -> list[dict[
     return [{"pictures": count, "share": share, "rate": rate, "over_best": loss / least - 1} for rate, loss in losses.items()]
 
 
-_Runs = tuple[Choice, list[Record]]
-
-
-def _best(kept: Mapping[str, Record], count: int, share: float) -> _Runs:
+def _best(kept: Mapping[str, Record], count: int, share: float) -> Runs:
     """The best of the learning rates and steps, and the runs there."""
-    runs = [(rate, kept[one.key]) for rate in TRIED for one in jobs_of(count, share, rate)]
-    choice = best((SETTLING, RANK, count), runs)
-    assert choice is not None
-    return choice, [run for rate, run in runs if rate == choice.rate]
+    found = best_runs(kept, (SETTLING, RANK, count), [(rate, one) for rate in TRIED for one in jobs_of(count, share, rate)])
+    assert found is not None
+    return found
 
 
-def _row(count: int, share: float, own: _Runs, base: _Runs) -> dict[str, Any]:
-    (choice, runs), (base_choice, base_runs) = own, base
-    marks, others = [_mark(run, choice.step) for run in runs], [_mark(run, base_choice.step) for run in base_runs]
-    changes = [mark["loss"] / other["loss"] - 1 for mark, other in zip(marks, others, strict=True)]
+def _row(count: int, share: float, own: Runs, base: Runs) -> dict[str, Any]:
+    (choice, runs), changes = own, compared(own, base)
     return {
         "pictures": count, "share": share, "decay": decay_of(count, share), "rate": choice.rate, "step": choice.step,
         "difference": mean(changes), "error": standard_error(changes),
-        "drift": mean(mark["drift"] / run["before"]["drift"] for mark, run in zip(marks, runs, strict=True)),
+        "drift": mean(mark_at(run, choice.step)["drift"] / run["before"]["drift"] for run in runs.values()),
     }  # fmt: skip
-
-
-def _mark(run: Record, step: int) -> dict[str, Any]:
-    return next(mark for mark in usable(run) if mark["step"] == step)
 
 
 def _reduced() -> Results:
@@ -127,7 +114,7 @@ def claims(results: Results) -> list[Claim]:
     made = []
     for count in PICTURES:
         others = [row for row in chosen(results["rows"], pictures=count) if row["share"] != 1]
-        most = max(-row["difference"] - SURE * row["error"] for row in others)
+        most = max(surely_better(row) for row in others)
         made.append(Claim(f"{count} pictures: how much of the loss another weight decay is surely better by", most, SMALL))
     for count in PICTURES:
         kept = _of(results, count, 1.0)["drift"] / _of(results, count, 0.0)["drift"]

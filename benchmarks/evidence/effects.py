@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.evidence.comparison import COUNTS, TARGETS, UNIT, Choice, Tuned, best, usable
+from benchmarks.evidence.comparison import COUNTS, TARGETS, UNIT, Choice, Config, Tuned, best, mark_at
 from benchmarks.evidence.experiment import mean
-from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
+from benchmarks.evidence.personal import FIXED, PAPER, SETTLING, Job
 from benchmarks.evidence.pool import Record
 from benchmarks.evidence.variants import (
     AS_IT_IS,
@@ -63,23 +63,34 @@ def _compared_with(variant: Variant) -> Variant:
     return {PAPER: PAPER_AS_IT_IS, FIXED: FIXED_AS_IT_IS, SETTLING: AS_IT_IS}[variant.method]
 
 
-_Runs = tuple[Choice, dict[tuple[str, int], Record]]
+Runs = tuple[Choice, dict[tuple[str, int], Record]]
+"""The best learning rate and step of what was tried, and the runs at that rate by subject and seed."""
 
 
-def _chosen(records: Mapping[str, Record], tuned: Tuned, variant: Variant, count: int) -> _Runs | None:
-    """The best choice of a variant, and the runs at its rate by subject and seed; None where any run is missing."""
-    runs = [(rate, job) for rate in rates(variant, count, tuned) for job in jobs_of(variant, count, rate)]
-    if not runs or any(job.key not in records for _, job in runs):
+def best_runs(records: Mapping[str, Record], config: Config, tried: Sequence[tuple[float, Job]]) -> Runs | None:
+    """The best of jobs at their rates; None where there are none, any run is missing, or all have diverged."""
+    if not tried or any(job.key not in records for _, job in tried):
         return None
-    choice = best(variant.config(count), [(rate, records[job.key]) for rate, job in runs])
+    choice = best(config, [(rate, records[job.key]) for rate, job in tried])
     if choice is None:
         return None
-    return choice, {(job.subject, job.seed): records[job.key] for rate, job in runs if rate == choice.rate}
+    return choice, {(job.subject, job.seed): records[job.key] for rate, job in tried if rate == choice.rate}
 
 
-def _effect(variant: Variant, own: _Runs, base: _Runs, tried: tuple[float, ...]) -> Effect:
+def compared(own: Runs, base: Runs) -> list[float]:
+    """The losses of these runs over those, less 1, pair by pair: the same subject, the same seed."""
     (choice, runs), (base_choice, base_runs) = own, base
-    changes = [_at(runs[key], choice.step) / _at(base_runs[key], base_choice.step) - 1 for key in runs]
+    return [mark_at(runs[k], choice.step)["loss"] / mark_at(base_runs[k], base_choice.step)["loss"] - 1 for k in runs]
+
+
+def _chosen(records: Mapping[str, Record], tuned: Tuned, variant: Variant, count: int) -> Runs | None:
+    """Those of a variant."""
+    tried = [(rate, job) for rate in rates(variant, count, tuned) for job in jobs_of(variant, count, rate)]
+    return best_runs(records, variant.config(count), tried)
+
+
+def _effect(variant: Variant, own: Runs, base: Runs, tried: tuple[float, ...]) -> Effect:
+    (choice, runs), changes = own, compared(own, base)
     ranks = [rank for run in runs.values() for rank in ranks_of(run)]
     steps = [mark["step"] for mark in next(iter(runs.values()))["marks"]]
     growth = tuple((step, mean(_size(run, step) for run in runs.values()) / UNIT) for step in steps)
@@ -95,25 +106,16 @@ def mixtures(records: Mapping[str, Record], tuned: Tuned) -> list[dict[str, floa
     for target in TARGETS:
         config = (SETTLING, target, COUNTS[0])
         tried = [(rate, one) for rate in rates_unmixed(target, tuned) for one in unmixed(target, rate)]
-        if any(key not in records for _, one in tried for key in (one.key, replace(one, twist="").key)):
-            continue
-        without = best(config, [(rate, records[one.key]) for rate, one in tried])
-        mixed = best(config, [(rate, records[replace(one, twist="").key]) for rate, one in tried])
+        without = best_runs(records, config, tried)
+        mixed = best_runs(records, config, [(rate, replace(one, twist="")) for rate, one in tried])
         if without is None or mixed is None:
             continue
-        changes = []
-        for one in unmixed(target, without.rate):
-            other = replace(one, rate=mixed.rate, twist="")
-            changes.append(_at(records[other.key], mixed.step) / _at(records[one.key], without.step) - 1)
+        changes = compared(mixed, without)
         found.append({
-            "target": target, "without": without.loss, "with": mixed.loss, "difference": mean(changes),
-            "error": standard_error(changes), "rate_without": without.rate, "rate_with": mixed.rate,
+            "target": target, "without": without[0].loss, "with": mixed[0].loss, "difference": mean(changes),
+            "error": standard_error(changes), "rate_without": without[0].rate, "rate_with": mixed[0].rate,
         })  # fmt: skip
     return found
-
-
-def _at(run: Record, step: int) -> float:
-    return float(next(mark["loss"] for mark in usable(run) if mark["step"] == step))
 
 
 def _size(run: Record, step: int) -> float:

@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import reduced
-from benchmarks.evidence.comparison import COUNTS, RESIZED, SEEDS, STEPS, Choice, Config, Tuned, configs
+from benchmarks.evidence.comparison import (
+    COUNTS,
+    LARGE,
+    RESIZED,
+    SEEDS,
+    STEPS,
+    Choice,
+    Config,
+    Tuned,
+    beyond,
+    configs,
+    tuning_names,
+)
 from benchmarks.evidence.equal_bytes import (
     METHODS,
     Pair,
@@ -48,8 +60,10 @@ def run(full: bool) -> Results:
 
     about, kept, tuned = records.full()
     found = points(kept, tuned, [subject.name for subject in SUBJECTS], SEEDS)
+    large = {f"{count}": beyond((FIXED, LARGE, count), tuned, kept, tuning_names()) for count in COUNTS}
     return {
         "about": about, "steps": STEPS, "seeds": list(SEEDS), "tuned": _rows(tuned), "points": _point_rows(found),
+        "beyond": rounded(large),
     }  # fmt: skip
 
 

@@ -10,17 +10,20 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.evidence.personal import Job
 
 Record = dict[str, Any]
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 LONGEST = 300.0
 """Seconds that one job may take, the first one's loading included, before its process is ended."""
@@ -99,7 +102,7 @@ class Pool:
             from dev.painter.model import write_checkpoint
 
             write_checkpoint(self._checkpoint)
-        gpu = gpu_of(self._started, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        gpu = gpu_of(self._started, torch.cuda.device_count(), os.environ.get(VISIBLE))
         self._workers.append(_Worker(self._context, self._work, self._checkpoint, gpu))
         self._started += 1
         return self._workers[-1]
@@ -150,7 +153,7 @@ class _Worker:
     def __init__(self, context: Any, work: Any, checkpoint: Path, gpu: str | None) -> None:
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=work, args=(checkpoint, other), daemon=True)
-        with _seeing(gpu):
+        with patch.dict(os.environ, {} if gpu is None else {VISIBLE: gpu}):  # CUDA asks once, at its own start
             self.process.start()
         other.close()  # so that the end of the process is the end of the pipe
         self.job: Job | None = None
@@ -190,21 +193,6 @@ def gpu_of(number: int, gpus: int, visible: str | None) -> str | None:
         return visible
     names = visible.split(",") if visible else [str(index) for index in range(gpus)]
     return names[number % gpus]
-
-
-@contextlib.contextmanager
-def _seeing(gpu: str | None) -> Iterator[None]:
-    """While inside, processes are started that see this GPU; CUDA asks once, at its own start."""
-    name, gone = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
-    try:
-        if gpu is not None:
-            os.environ[name] = gpu
-        yield
-    finally:
-        if gone is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = gone
 
 
 def _work(checkpoint: Path, pipe: Any, types_of_gpu: bool = False) -> None:
