@@ -62,56 +62,52 @@ def fit(
     min_rank: int = 1,
     weights: Mapping[str, float] | None = None,
     device: torch.device | None = None,
-    keep: float = 1.0,
     unused: int = 0,
 ) -> dict[str, Factors]:
     """Cut layers together to a budget of parameters, by energy per parameter, each kept in singular order, float32, on the CPU.
 
     Keeps min_rank positions everywhere as far as the budget allows: a layer of rank 0 could not go on learning. With a
     min_rank of 0 a layer may lose all its positions. weights: what a layer's energy σ² counts for in the choice, 1 where it
-    is not named; what is kept of a layer does not change by it. keep: the share of all that counts which is enough; what
-    comes after it is cut too, below the budget. unused: parameters that a layer without positions leaves to the others beside.
+    is not named; what is kept of a layer does not change by it. unused: parameters that a layer without positions leaves to the
+    others beside.
     device: a GPU that may help. Raises LoraError on NaN or infinity in factors, and where a weight is negative or not a number.
     """
     orders = singular_orders(factors, device)
-    floor = {name: min(min_rank, len(order.sigma)) for name, order in orders.items()}
     costs = {name: factors[name].cost for name in orders}
-    counted = {name: amplitude(name, weights or {}) * order.sigma for name, order in orders.items()}
-    if keep < 1:
-        budget = min(budget, needed(counted, costs, keep))
+    ranks = split({name: order.sigma for name, order in orders.items()}, costs, budget, min_rank, weights, unused)
+    return {name: order.head(ranks[name]) for name, order in orders.items()}
 
-    def split(size: int) -> dict[str, int]:
-        spare = size - sum(floor[name] * costs[name] for name in orders)
+
+def split(
+    sigmas: Mapping[str, Tensor],
+    costs: Mapping[str, int],
+    budget: int,
+    min_rank: int = 1,
+    weights: Mapping[str, float] | None = None,
+    unused: int = 0,
+) -> dict[str, int]:
+    """The ranks that `fit` cuts layers to, from their singular values and the parameters of their positions."""
+    floor = {name: min(min_rank, len(sigma)) for name, sigma in sigmas.items()}
+    counted = {name: amplitude(name, weights or {}) * sigma for name, sigma in sigmas.items()}
+
+    def within(size: int) -> dict[str, int]:
+        spare = size - sum(floor[name] * costs[name] for name in sigmas)
         more = allocate({name: sigma[floor[name] :] for name, sigma in counted.items()}, costs, max(0, spare))
-        return {name: floor[name] + more[name] for name in orders}
+        return {name: floor[name] + more[name] for name in sigmas}
 
-    ranks = split(budget)
+    ranks = within(budget)
     gone = _gone(ranks)
     while unused and gone:
-        ranks = split(budget + gone * unused)
+        ranks = within(budget + gone * unused)
         if _gone(ranks) >= gone:
             break
         gone = _gone(ranks)  # with so much room one came back: count on those alone that stay away
-    return {name: order.head(ranks[name]) for name, order in orders.items()}
+    return ranks
 
 
 def _gone(ranks: Mapping[str, int]) -> int:
     """How many layers have no position."""
     return sum(not rank for rank in ranks.values())
-
-
-def needed(sigmas: Mapping[str, Tensor], costs: Mapping[str, int], share: float) -> int:
-    """The parameters of the fewest positions, taken in the order of σ² / cost over all layers, that hold a share of Σ σ².
-
-    All of them where there is no energy yet.
-    """
-    energy = torch.cat([sigma.double().square() for sigma in sigmas.values()])
-    price = torch.cat([torch.full((len(sigma),), costs[name]) for name, sigma in sigmas.items()])
-    order = torch.argsort(energy / price, descending=True, stable=True)
-    held = energy[order].cumsum(0)
-    if not len(held) or held[-1] <= 0:
-        return int(price.sum())
-    return int(price[order][: int((held < share * held[-1]).sum()) + 1].sum())
 
 
 def amplitude(layer: str, weights: Mapping[str, float]) -> float:

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from . import importance as imp
 from .adapter import GRANULE, HEADROOM, Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
-from .budget import fit, next_pressure, scaled_ranks
+from .budget import fit, next_pressure, scaled_ranks, split
 from .errors import LoraError
 from .factors import Factors, float32
 from .keys import shown
@@ -37,6 +37,9 @@ MOST_GAIN = 1e9
 
 FASTEST = 2.5
 """A growing layer gets room for this many times its rank at most."""
+
+Choose = Callable[[Callable[[int], None], int], int]
+"""Given what makes a network hold a size in parameters, and the largest one, says which is enough."""
 
 
 class AdaptiveNetwork:
@@ -90,6 +93,7 @@ class AdaptiveNetwork:
         self._syncs = 0
         self._laid_out: list[int] = []
         self._settling: dict[str, Factors] | None = None
+        self._choice_due = False
         self._rebuild()
 
     # -- parameters and gradients --------------------------------------------------------------------------------------
@@ -356,27 +360,54 @@ class AdaptiveNetwork:
 
     @torch.no_grad()
     def settle(
-        self, budget: int | None = None, weights: Mapping[str, float] | None = None, keep: float = 1.0
+        self, budget: int | None = None, weights: Mapping[str, float] | None = None, choose: Choose | None = None
     ) -> None:
         """Fold Λ, cut all layers together in their singular order to a budget of parameters, go on as a plain LoRA.
 
         What is trained from then on are mixtures of the positions that were kept (mixing.py).
 
         budget: the run's own if not given; where all fits, the output changes by rounding only. weights: what a unit of each
-        layer's energy is worth (sensitivity.py). keep: the share of that which is enough. Start a new optimizer afterwards: the
-        old moments belong to other directions. Where memory runs out in it, nothing learned is lost, and a second call goes
-        on. May be called again with less.
+        layer's energy is worth (sensitivity.py). choose: what finds a size below the budget that is enough. Start a new optimizer
+        afterwards: the old moments belong to other directions. Where memory runs out in it, nothing learned is lost, and a second
+        call goes on. May be called again with less.
         """
         if self._settling is None:
-            budget = self.budget if budget is None else budget
-            self._settling = self._fit(self.export(ordered=False), budget, weights, keep)
+            self._settling = self._fit(self.export(ordered=False), self.budget if budget is None else budget, weights)
+            self._choice_due = choose is not None
         self.settled = True
+        if choose is not None and self._choice_due:
+            self._settling = self._chosen(self._settling, weights, choose)
+            self._choice_due = False
         for name, adapter in zip(self.names, self.adapters, strict=True):
             adapter.load(self._settling[name])
             adapter.revive(self.generator)
             adapter.mix()
         self._rebuild()
         self._settling = None
+
+    def _chosen(
+        self, factors: Mapping[str, Factors], weights: Mapping[str, float] | None, choose: Choose
+    ) -> dict[str, Factors]:
+        """The first positions of factors in singular order, of the size that is chosen; the network then holds any of the sizes."""
+        rows = {name: f.up.reshape(len(f.up), f.rank).t() for name, f in factors.items()}
+        sigmas = {name: r.double().square().sum(1) for name, r in rows.items()}  # √σ in either factor
+        costs = {name: f.cost for name, f in factors.items()}
+        for name, adapter in zip(self.names, self.adapters, strict=True):
+            adapter.load(factors[name])
+        self._rebuild()
+
+        def ranks(size: int) -> dict[str, int]:
+            return split(sigmas, costs, size, self.settings.min_rank, weights, self.settings.unused_by_layer)
+
+        def show(size: int) -> None:
+            kept = ranks(size)
+            for name, adapter in zip(self.names, self.adapters, strict=True):
+                adapter.up.data[: kept[name]] = rows[name][: kept[name]].to(adapter.up)
+                adapter.up.data[kept[name] :] = 0
+            self.refresh()
+
+        chosen = ranks(choose(show, sum(f.parameters for f in factors.values())))
+        return {name: f.head(chosen[name]) for name, f in factors.items()}
 
     @torch.no_grad()
     def export(self, ordered: bool | None = None) -> dict[str, Factors]:
@@ -413,13 +444,13 @@ class AdaptiveNetwork:
             return factors, True
         if not self.settled and self.settings.settle_at >= 1 and not self.settings.budget_mb:
             return factors, False
-        return self._fit(factors, self.budget, weights, self.settings.enough), True
+        return self._fit(factors, self.budget, weights), True
 
     def _fit(
-        self, factors: Mapping[str, Factors], budget: int, weights: Mapping[str, float] | None, keep: float
+        self, factors: Mapping[str, Factors], budget: int, weights: Mapping[str, float] | None
     ) -> dict[str, Factors]:
         settings = self.settings
-        return fit(factors, budget, settings.min_rank, weights, self.device, keep, settings.unused_by_layer)
+        return fit(factors, budget, settings.min_rank, weights, self.device, settings.unused_by_layer)
 
     def rates(self) -> dict[str, float | None]:
         """ν of every layer; None once settled."""

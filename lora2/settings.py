@@ -52,8 +52,8 @@ class Settings:
     so that what the last dropped positions held is learned again.
 
     target_rank: parameter-weighted mean rank to end with. budget_mb: size of the file in MB (10⁶ bytes) instead; 0 = none.
-    settle_keep: the share of what all positions are worth which is enough: below 1, the last cut may
-    end below the target; a budget is filled all the same.
+    settle_keep: the share of what training has taken off the loss by the last cut which is enough: below 1, that cut may end
+    below the target (enough.py); a budget is filled all the same.
     initial_rank: 0 chooses four times the target, at least 16. max_rank: 0 = each layer's full rank. min_rank: 0 lets a cut drop
     whole layers; no rank adapts below 1.
     q: the share of the importance mass that a rank holds. rank_weight, entropy_weight: λ_r and λ_e of the paper.
@@ -172,7 +172,7 @@ class Settings:
 
     @property
     def enough(self) -> float:
-        """The share of what all positions are worth that the last cut keeps; a budget is to be filled."""
+        """The share of what was learned that the last cut keeps; a budget is to be filled."""
         return 1.0 if self.budget_mb else self.settle_keep
 
     @property

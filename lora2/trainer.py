@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from . import schedule, sensitivity
+from . import enough, schedule, sensitivity
 from .budget import next_size
 from .data import Buckets
 from .engine import Part, Result, engine_for
@@ -263,12 +263,13 @@ class Trainer:
 
     # -- samples ---------------------------------------------------------------------------------------------------
 
-    def _parts(self, drawn: list[Batch]) -> Iterator[Part]:
+    def _parts(self, drawn: list[Batch], count: int = 0) -> Iterator[Part]:
         """A step's samples on the device, in parts that can run together, of as many samples as memory allows.
 
-        drawn: the step's batches so far; those that are missing are drawn and added.
+        drawn: the step's batches so far; those that are missing are drawn and added. count: of batches, as many as a step has if
+        not given.
         """
-        device, count, self._largest = self.denoiser.device, self.settings.accumulation, 0
+        device, count, self._largest = self.denoiser.device, count or self.settings.accumulation, 0
         for index in range(count):
             if index == len(drawn):
                 drawn.append(self.draw())
@@ -312,13 +313,31 @@ class Trainer:
         with self._changing():
             self._relieved(lambda: network.sync(self.optimizer.inner), self._graphs_dropped())
             size, weights = next_size(network.size(), network.budget, left), self.sensitivities()
-            keep = 1.0 if left else self.settings.enough
-            self._relieved(lambda: network.settle(size, weights, keep), self._graphs_dropped())
+            choose = None if left or self.settings.enough == 1 else self._enough
+            self._relieved(lambda: network.settle(size, weights, choose), self._graphs_dropped())
             self.optimizer = Optimizer(network, self.settings)
             self._size = network.size()
             progress.cuts.append(self._issued)
             progress.settled = not left
         self._note_ranks()
+
+    def _enough(self, show: Callable[[int], None], most: int) -> int:
+        """The smallest size that keeps the share of what was learned that settings call enough, on samples of its own."""
+        settings = self.settings
+        data = Buckets(self.data.latents, settings.batch_size, (settings.seed + 3) % SEEDS)
+        generator = Generator().manual_seed((settings.seed + 4) % SEEDS)
+        batches = [self._drawn(data, generator) for _ in range(math.ceil(enough.SAMPLES / settings.batch_size))]
+
+        @torch.no_grad()
+        def loss(size: int) -> float:
+            show(size)
+            parts = self._parts(batches, len(batches))
+            return float(sum(p.weight * self.loss(p.clean, p.noise, p.sigma, p.conditioning) for p in parts))
+
+        found = enough.smallest(loss, most, settings.enough)
+        if found is None:
+            self._say("Training had not lowered the loss by the last cut, so settle_keep could not be used: the target is filled.")
+        return most if found is None else found
 
     def sensitivities(self) -> Mapping[str, float] | None:
         """What a unit of each layer's energy is worth now (sensitivity.py)."""
@@ -417,14 +436,17 @@ class Trainer:
 
     def draw(self) -> Batch:
         """Clean latents, noise, σ and captions of the next batch. Drawn on the CPU: a seed means the same everywhere."""
+        return self._drawn(self.data, self.generator)
+
+    def _drawn(self, data: Buckets, generator: Generator) -> Batch:
         settings = self.settings
-        indices = self.data.next_batch()
-        clean = self.data.stack(indices)
-        noise = torch.randn(clean.shape, generator=self.generator)
+        indices = data.next_batch()
+        clean = data.stack(indices)
+        noise = torch.randn(clean.shape, generator=generator)
         sampling = settings.timestep_sampling
-        times = schedule.sample_times(len(indices), sampling, self.generator)
+        times = schedule.sample_times(len(indices), sampling, generator)
         sigma = self.denoiser.sigma(times, shifted=sampling in ("auto", "shifted"))
-        dropped = torch.rand(len(indices), generator=self.generator) < settings.caption_dropout
+        dropped = torch.rand(len(indices), generator=generator) < settings.caption_dropout
         captions = [EMPTY_CAPTION if gone else i for i, gone in zip(indices, dropped.tolist(), strict=True)]
         return clean, noise, sigma, captions
 

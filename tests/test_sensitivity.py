@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora2.budget import fit, needed, next_size
+from lora2.budget import fit, next_size
 from lora2.factors import Factors
 from lora2.network import AdaptiveNetwork
 from lora2.optimizer import Optimizer
@@ -124,30 +124,3 @@ def test_cuts_are_in_equal_ratios_and_never_below_the_target() -> None:
     assert sizes == [6400, 1600, 400, 100]
     assert next_size(80, 100, 2) == 100
     assert next_size(80, 100, 0) == 100
-
-
-def test_the_fewest_positions_that_hold_a_share() -> None:
-    sigmas = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 2.0, 0.5])}
-    costs = {"a": 10, "b": 4}
-    # σ² per parameter: a 0.9, 0.1; b 1, 1, 0.0625. Of 18.25 in all: b and b hold 8, with a's first 17, with its second 18.
-    for share, expected in ((0.4, 8), (0.44, 18), (0.93, 18), (0.94, 28), (0.99, 32), (1.0, 32)):
-        assert needed(sigmas, costs, share) == expected
-    assert needed({"a": torch.zeros(3)}, {"a": 5}, 0.5) == 15, "nothing was learned: nothing says what to drop"
-
-
-def test_a_cut_keeps_a_share_of_what_counts_and_no_more_than_the_budget() -> None:
-    generator = torch.Generator().manual_seed(0)
-    layers = {
-        name: Factors(torch.randn(12, 6, generator=generator), scale * torch.randn(6, 12, generator=generator), 6.0)
-        for name, scale in (("a", 1.0), ("b", 0.1))
-    }
-    whole = sum(f.parameters for f in layers.values())
-    for share in (0.5, 0.9):
-        kept = fit(layers, whole, 0, None, None, share)
-        energy = sum(float(f.delta().square().sum()) for f in kept.values())
-        assert energy >= share * sum(float(f.delta().square().sum()) for f in layers.values())
-        assert sum(f.parameters for f in kept.values()) < whole
-        assert kept["b"].rank == 0
-    assert fit(layers, whole, 0, {"a": 1.0, "b": 1e6}, None, 0.9)["b"].rank > 0, "by weight"
-    assert fit(layers, whole, 2, None, None, 0.5)["b"].rank == 2, "min_rank is kept"
-    assert sum(f.parameters for f in fit(layers, 48, 0, None, None, 0.9).values()) <= 48

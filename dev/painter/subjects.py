@@ -24,27 +24,28 @@ _TRAINED_PLACES, _HELD_OUT_PLACES = list(world.PLACES)[:6], list(world.PLACES)[6
 
 @dataclass(frozen=True)
 class Subject:
-    """name: of the subject. cells: along each side of its pattern. shape: its outline. seed: of its colours."""
+    """name: of the subject. cells: along its pattern. shape: its outline. seed: of its colours. rows: of cells, 0 = as many."""
 
     name: str
     cells: int
     shape: str
     seed: int
+    rows: int = 0
 
     @property
     def parts(self) -> int:
         """Its complexity."""
-        return self.cells**2
+        return self.cells * (self.rows or self.cells)
 
     def surface(self, side: int) -> Image.Image:
         """Its pattern: side x side pixels."""
         rng = random.Random(self.seed)  # noqa: S311 (pictures, not secrets)
         colours = [_colour(rng) for _ in range(self.parts)]
         image = Image.new("RGB", (side, side))
-        brush, cell = ImageDraw.Draw(image), side / self.cells
+        brush, width, height = ImageDraw.Draw(image), side / self.cells, side / (self.rows or self.cells)
         for index, colour in enumerate(colours):
             row, column = divmod(index, self.cells)
-            brush.rectangle((column * cell, row * cell, (column + 1) * cell, (row + 1) * cell), fill=colour)
+            brush.rectangle((column * width, row * height, (column + 1) * width, (row + 1) * height), fill=colour)
         return image
 
     def pictures(self, count: int, held_out: bool = False) -> list[tuple[Image.Image, str]]:

@@ -1,0 +1,182 @@
+"""The smallest size that keeps a share of what was learned: the search, and sizes as a network holds them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora2.enough import FINER, HALVINGS, smallest
+from lora2.network import AdaptiveNetwork
+from lora2.settings import Settings
+from tests.test_memory import fail_once, trainer_of
+from tests.test_sensitivity import WIDTH, inputs, network_of
+
+MOST = 10_000
+
+
+def falling(half: float) -> Callable[[int], float]:
+    """A loss of which a size of `half` takes off one half of all that any could."""
+    return lambda size: 1 - 0.5 * size / (size + half)
+
+
+@given(half=st.floats(1.0, 3e4), share=st.floats(0.1, 0.99))
+def test_it_is_enough_and_not_a_tenth_more_than_that(half: float, share: float) -> None:
+    loss = falling(half)
+    goal = 1 - share * (1 - loss(MOST))
+    found = smallest(loss, MOST, share)
+    assert found is not None
+    assert loss(found) <= goal + 1e-12
+    assert loss(math.floor(found / 1.1) - 1) > goal or found == MOST >> HALVINGS
+
+
+def test_every_size_is_judged_once_and_few_are() -> None:
+    seen: list[int] = []
+
+    def loss(size: int) -> float:
+        seen.append(size)
+        return falling(1)(size)
+
+    assert smallest(loss, MOST, 0.9) == MOST >> HALVINGS
+    assert seen == [0, *(MOST >> k for k in range(HALVINGS + 1))]
+    seen.clear()
+    smallest(falling(300), MOST, 0.9)
+    assert smallest(loss, MOST, 0.9999) is not None
+    assert len(seen) == len(set(seen)) <= 2 + HALVINGS + FINER
+
+
+def test_the_best_size_need_not_be_the_largest() -> None:
+    """Positions that hold noise raise the loss; even where all together are worse than nothing, some may be worth keeping."""
+    curve = {0: 1.0, 64: 1.2, 32: 1.1, 16: 0.7, 8: 0.5, 4: 0.6, 2: 0.9, 1: 0.95}
+    found = smallest(lambda size: curve.get(size, 0.8), 64, 0.9)
+    assert found == 8
+
+
+@pytest.mark.parametrize("loss", [
+    lambda size: 1.0, lambda size: 1.0 + size, lambda size: math.nan, lambda size: 1.0 if not size else math.nan,
+    lambda size: math.inf if not size else 1.0,
+], ids=["nothing learned", "worse", "no number", "no number with any", "no number without"])  # fmt: skip
+def test_where_nothing_was_learned_there_is_no_size(loss: Callable[[int], float]) -> None:
+    assert smallest(loss, MOST, 0.9) is None
+
+
+def test_sizes_that_are_no_numbers_are_not_enough() -> None:
+    assert smallest(lambda size: math.nan if 0 < size < 1250 else falling(10)(size), MOST, 0.5) == 1250
+
+
+# -- a network at every size -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_network_shows_what_a_cut_to_that_size_would_be(compute: torch.dtype) -> None:
+    """Against a second network, cut to that size; and the one that is chosen is left, in whatever order sizes were shown."""
+    weights = {"faint": 1.0, "plain": 2.0, "loud": 0.5}
+    x = inputs(5, torch.Generator().manual_seed(1))
+
+    def outputs(network: AdaptiveNetwork, layers: Any) -> torch.Tensor:
+        with torch.no_grad(), network.attached():
+            return torch.stack([layers[name](x[name].to(compute)) for name in layers]).float()
+
+    def made() -> tuple[AdaptiveNetwork, Any]:
+        torch.manual_seed(0)
+        network, _, layers = network_of(compute=compute)
+        for layer in layers.values():
+            layer.to(compute)
+        return network, layers
+
+    sizes = [200, 700, 48, 500, 0]
+    network, layers = made()
+    shown = {}
+
+    def choose(show: Callable[[int], None], most: int) -> int:
+        assert most == network.size() <= 800
+        for size in sizes:
+            show(size)
+            shown[size] = outputs(network, layers)
+        return 500
+
+    network.settle(800, weights, choose)
+    for size in sizes:
+        other, others_layers = made()
+        other.settle(size, weights)
+        # Both round to the same type; positions are mixed in the other one.
+        near = {"rtol": 1e-5, "atol": 1e-5} if compute == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(outputs(other, others_layers), shown[size], **near)
+        if size == 500:
+            assert network.ranks() == other.ranks()
+            for one, same in zip(network.parameters(), other.parameters(), strict=True):
+                torch.testing.assert_close(one, same)
+    assert not torch.equal(shown[48], shown[700])
+    assert outputs(*made()).shape == (3, 5, WIDTH)
+
+
+GROWING: dict[str, Any] = {"steps": 12, "settle_at": 0.5, "settle_cuts": 1, "target_rank": 4, "settle_keep": 0.5}
+
+
+@pytest.mark.parametrize(("name", "at"), [("load", 2), ("mix", 2), ("load", 6)])
+def test_where_memory_runs_out_the_size_is_chosen_once_all_the_same(name: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lora2.adapter
+
+    trainer, plenty = trainer_of(**GROWING), trainer_of(**GROWING)
+    plenty.run()
+    calls = fail_once(monkeypatch, lora2.adapter.Adapter, name, at)
+    trainer.run()
+    assert len(calls) > at
+    for one, other in zip(trainer.network.parameters(), plenty.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_choice_does_not_touch_the_runs_own_order_of_pictures_and_noise() -> None:
+    """A share of all but 1 that ends at the whole target gives the run without a share, bit for bit."""
+    one, other = trainer_of(**{**GROWING, "settle_keep": 1.0}), trainer_of(**GROWING)
+    draws = [[], []]
+    for trainer, drawn in zip((one, other), draws, strict=True):
+        own = trainer.draw
+
+        def draw(own: Any = own, drawn: list[Any] = drawn) -> Any:
+            drawn.append(own())
+            return drawn[-1]
+
+        trainer.draw = draw  # type: ignore[method-assign]
+        trainer.run()
+    assert other.network.size() < one.network.size()
+    for a, b in zip(itertools.chain(*draws[0]), itertools.chain(*draws[1]), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_where_nothing_was_learned_the_target_is_filled_and_that_is_said() -> None:
+    said: list[str] = []
+    trainer = trainer_of(**{**GROWING, "learning_rate": 1e-12})
+    trainer._say = said.append
+    trainer.loss = lambda clean, noise, sigma, conditioning: torch.ones(()) + 0 * clean.sum() + _sum(trainer.network)  # type: ignore
+    trainer.run()
+    assert trainer.network.budget - trainer.network.size() < max(a.cost for a in trainer.network.adapters)
+    assert [words for words in said if "settle_keep" in words and "target is filled" in words]
+
+
+def _sum(network: AdaptiveNetwork) -> torch.Tensor:
+    return sum((0 * p.sum() for p in network.parameters()), torch.zeros(()))
+
+
+def test_a_run_that_is_stopped_before_its_last_cut_is_cut_to_the_target() -> None:
+    trainer = trainer_of(**GROWING)
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        if progress.step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        trainer.run(stop)
+    factors, _ = trainer.network.final_factors(trainer.sensitivities())
+    left = trainer.network.budget - sum(f.parameters for f in factors.values())
+    assert 0 <= left < max(a.cost for a in trainer.network.adapters)
+    assert Settings(**GROWING).enough == 0.5
