@@ -60,26 +60,32 @@ def fresh() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def load(patcher: Any) -> Any:
-    """The model, whole on its device, in a node's way."""
+def load(patcher: Any, whole: bool = True, memory: float = 0) -> Any:
+    """The model on its device, in a node's way, which leaves so many bytes free. whole: all of it, whatever ComfyUI would do."""
     import comfy.model_management as management
     import torch
 
     with torch.inference_mode():
-        management.load_models_gpu([patcher])
-    patcher.model.to(patcher.load_device)
+        management.load_models_gpu([patcher], memory_required=memory)
+    if whole:
+        patcher.model.to(patcher.load_device)
     return patcher.model
 
 
 def frozen_step(
-    patcher: Any, sample: models.Sample, graph: bool, checkpointing: bool = False, repeats: int | None = None
+    patcher: Any,
+    sample: models.Sample,
+    graph: bool,
+    checkpointing: bool = False,
+    repeats: int | None = None,
+    whole: bool = True,
 ) -> Figures:
-    """The frozen model's forward and backward, the limit of what training can reach."""
+    """The frozen model's forward and backward, the limit of what training can reach. whole: see `load`."""
     import comfy.model_management as management
     import torch
 
     weights, blocks = models.pack("nodes.host.weights"), models.pack("nodes.host.checkpointing")
-    model = load(patcher)
+    model = load(patcher, whole, 0 if whole else 2 * patcher.model.memory_required(list(sample.latent.shape)))
     fresh()
     recomputed = blocks.repeated_blocks(model.diffusion_model) if checkpointing else []
     norms = model.diffusion_model if "num_res_blocks" not in model.model_config.unet_config else torch.nn.Identity()

@@ -35,6 +35,8 @@ BYTES_PER_PARAMETER = 16
 
 MAIN = "SDXL 1024², batch 1, attention, rank 64"
 BATCH = "SDXL 1024², batch 4, attention, rank 64"
+OFFLOADED_GB = 3
+OFFLOADED = "SDXL 1024², batch 1, attention, rank 64, 3 GB of the weights on the GPU"
 
 
 class Bench:
@@ -113,6 +115,34 @@ def eager(bench: Bench) -> None:
         patcher, sample = bench.sdxl, models.sample_for("sdxl", 128, 128)
         bench.table.add(MAIN, "limit-eager", frozen_step(patcher, sample, False), "limit-eager")
         bench.ours(MAIN, "ours-eager", "limit-eager", patcher, sample, steps=12, rank=64, graphs=False)
+
+
+@contextlib.contextmanager
+def left_for_weights(gigabytes: float) -> Iterator[None]:
+    """While inside, ComfyUI loads this many GB of a model's weights and leaves the rest with the CPU, as with --reserve-vram."""
+    import comfy.model_management as management
+
+    usual = management.EXTRA_RESERVED_VRAM
+    inference = management.minimum_inference_memory() - usual
+    management.EXTRA_RESERVED_VRAM = max(usual, int(management.get_free_memory() - inference - gigabytes * 1e9))
+    try:
+        yield
+    finally:
+        management.EXTRA_RESERVED_VRAM = usual
+
+
+def offloaded(bench: Bench) -> None:
+    """SDXL with a part of its weights in the CPU's memory, from where each is copied when it is needed."""
+    if cuda():
+        patcher, sample = bench.sdxl, models.sample_for("sdxl", 128, 128)
+        bench.aside()
+        with left_for_weights(OFFLOADED_GB):
+            limit = frozen_step(patcher, sample, False, repeats=10, whole=False)
+            loaded = round(patcher.loaded_size() / GIB, 2)
+            bench.table.add(OFFLOADED, "limit-eager", limit, "limit-eager", loaded_gib=loaded)
+            bench.ours(OFFLOADED, "ours-eager", "limit-eager", patcher, sample, steps=15, rank=64)
+            bench.table.rows[-1]["loaded_gib"] = round(patcher.loaded_size() / GIB, 2)
+        bench.aside()
 
 
 def everything(bench: Bench) -> None:
@@ -386,6 +416,7 @@ def profile(bench: Bench) -> None:
 SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "step": (step, 110),
     "eager": (eager, 40),
+    "offloaded": (offloaded, 50),
     "everything": (everything, 50),
     "peft": (peft, 60),
     "trainlora": (trainlora, 60),

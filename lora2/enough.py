@@ -8,6 +8,9 @@ from collections.abc import Callable
 SAMPLES = 32
 """On which losses are compared, the same for all sizes."""
 
+TOGETHER = 4
+"""Of them run at once at least, where memory allows: nothing is kept for a backward pass."""
+
 HALVINGS = 6
 """How often the largest size is halved at most."""
 

@@ -388,7 +388,7 @@ class AdaptiveNetwork:
     def _chosen(
         self, factors: Mapping[str, Factors], weights: Mapping[str, float] | None, choose: Choose
     ) -> dict[str, Factors]:
-        """The first positions of factors in singular order, of the size that is chosen; the network then holds any of the sizes."""
+        """The first positions of factors in singular order, of the size that is chosen; the network then holds some size."""
         rows = {name: f.up.reshape(len(f.up), f.rank).t() for name, f in factors.items()}
         sigmas = {name: r.double().square().sum(1) for name, r in rows.items()}  # √σ in either factor
         costs = {name: f.cost for name, f in factors.items()}

@@ -263,35 +263,35 @@ class Trainer:
 
     # -- samples ---------------------------------------------------------------------------------------------------
 
-    def _parts(self, drawn: list[Batch], count: int = 0) -> Iterator[Part]:
+    def _parts(self, drawn: list[Batch], count: int = 0, most: int = 0) -> Iterator[Part]:
         """A step's samples on the device, in parts that can run together, of as many samples as memory allows.
 
         drawn: the step's batches so far; those that are missing are drawn and added. count: of batches, as many as a step has if
-        not given.
+        not given. most: samples in a part, as many as a step's memory allows if not given.
         """
         device, count, self._largest = self.denoiser.device, count or self.settings.accumulation, 0
         for index in range(count):
             if index == len(drawn):
                 drawn.append(self.draw())
             clean, noise, sigma, captions = drawn[index]
-            for members, conditioning in self._groups(captions, range(len(captions)), clean.shape):
+            for members, conditioning in self._groups(captions, range(len(captions)), clean.shape, most or self._most):
                 self._largest = max(self._largest, len(members))
                 weight = torch.full((), len(members) / (len(captions) * count), device=device)
                 some: Any = slice(None) if len(members) == len(captions) else members
                 yield Part(clean[some].to(device), noise[some].to(device), sigma[some].to(device), conditioning, weight)
 
     def _groups(
-        self, captions: Sequence[int], members: Sequence[int], shape: torch.Size
+        self, captions: Sequence[int], members: Sequence[int], shape: torch.Size, most: int
     ) -> Iterator[tuple[list[int], Any]]:
-        """Samples that can run together, no more at once than memory allows, with their conditioning."""
+        """Samples that can run together, at most so many at once, with their conditioning."""
         chosen = [captions[i] for i in members]
         for places, conditioning in self.denoiser.conditions(chosen, torch.Size([len(chosen), *shape[1:]])):
             group = [members[place] for place in places]
-            if len(group) <= self._most:
+            if len(group) <= most:
                 yield group, conditioning
                 continue
-            for start in range(0, len(group), self._most):
-                yield from self._groups(captions, group[start : start + self._most], shape)
+            for start in range(0, len(group), most):
+                yield from self._groups(captions, group[start : start + most], shape, most)
 
     def _rate(self, step: int) -> float:
         """The learning rate's share now; in the paper's form it does not depend on the size, which has no end to be told by."""
@@ -324,19 +324,24 @@ class Trainer:
     def _enough(self, show: Callable[[int], None], most: int) -> int:
         """The smallest size that keeps the share of what was learned that settings call enough, on samples of its own."""
         settings = self.settings
-        data = Buckets(self.data.latents, settings.batch_size, (settings.seed + 3) % SEEDS)
+        together = [max(settings.batch_size, enough.TOGETHER)]
+        data = Buckets(self.data.latents, together[0], (settings.seed + 3) % SEEDS)
         generator = Generator().manual_seed((settings.seed + 4) % SEEDS)
-        batches = [self._drawn(data, generator) for _ in range(math.ceil(enough.SAMPLES / settings.batch_size))]
+        batches = [self._drawn(data, generator) for _ in range(math.ceil(enough.SAMPLES / together[0]))]
 
         @torch.no_grad()
         def loss(size: int) -> float:
             show(size)
-            parts = self._parts(batches, len(batches))
+            parts = self._parts(batches, len(batches), together[0])
             return float(sum(p.weight * self.loss(p.clean, p.noise, p.sigma, p.conditioning) for p in parts))
 
-        found = enough.smallest(loss, most, settings.enough)
+        def fewer() -> str | None:
+            together[0] = 0 if settings.on_out_of_memory == "stop" else together[0] // 2
+            return f"sizes are compared on {together[0]} pictures at a time" if together[0] else None
+
+        found = enough.smallest(lambda size: self._relieved(lambda: loss(size), fewer), most, settings.enough)
         if found is None:
-            self._say("Training had not lowered the loss by the last cut, so settle_keep could not be used: the target is filled.")
+            self._say("Training had not lowered the loss by the last cut: settle_keep cannot be used, and the target is filled.")
         return most if found is None else found
 
     def sensitivities(self) -> Mapping[str, float] | None:

@@ -391,7 +391,7 @@ def inputs() -> list[io.Input]:
             step=0.01,
             optional=True,
             advanced=True,
-            tooltip="Below 1, the target is the most, not the aim: the last cut keeps as few positions as hold this share of "
-            "what all are worth, so the file may be smaller.",
+            tooltip="Below 1, the target is the most, not the aim: the last cut keeps as little as holds this share of what "
+            "training has taken off the loss, so the file may be smaller.",
         ),
     ]

@@ -17,7 +17,8 @@ BEST_RATE = 10**-2.5
 
 def parts(subject: str) -> int:
     """The parts of "grid 3x3"."""
-    return int(subject.split()[1].split("x")[0]) ** 2
+    rows, cells = subject.split()[1].split("x")
+    return int(rows) * int(cells)
 
 
 def loss(method: str, rank: float, job: Job, step: int) -> float:

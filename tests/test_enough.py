@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora2.enough import FINER, HALVINGS, smallest
+from lora2.memory import OutOfMemory
 from lora2.network import AdaptiveNetwork
 from lora2.settings import Settings
 from tests.test_memory import fail_once, trainer_of
@@ -132,8 +133,48 @@ def test_where_memory_runs_out_the_size_is_chosen_once_all_the_same(name: str, a
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(("fails", "words"), [(1, ["2"]), (2, ["2", "1"])])
+def test_where_memory_runs_out_sizes_are_compared_on_fewer_pictures(
+    fails: int, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same size is found, and the run says what it did."""
+    trainer, plenty = trainer_of(**GROWING), trainer_of(**GROWING)
+    plenty.run()
+    own, left = trainer.loss, [fails]
+
+    def loss(*given: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled() and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return own(*given)
+
+    trainer.loss = loss  # type: ignore[method-assign]
+    progress = trainer.run()
+    assert progress.changes == [f"sizes are compared on {count} pictures at a time" for count in words]
+    assert trainer.network.ranks() == plenty.network.ranks()
+
+
+@pytest.mark.parametrize("choice", ["stop", "retry with less"])
+def test_where_memory_is_never_enough_the_run_ends_and_keeps_the_target(choice: str) -> None:
+    trainer = trainer_of(**GROWING, on_out_of_memory=choice)
+    own = trainer.loss
+
+    def loss(*given: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return own(*given)
+
+    trainer.loss = loss  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemory, match="Memory ran out"):
+        trainer.run()
+    factors, _ = trainer.network.final_factors(trainer.sensitivities())
+    left = trainer.network.budget - sum(f.parameters for f in factors.values())
+    assert 0 <= left < max(a.cost for a in trainer.network.adapters)
+    assert all(bool(f.up.any()) for f in factors.values() if f.rank)
+
+
 def test_the_choice_does_not_touch_the_runs_own_order_of_pictures_and_noise() -> None:
-    """A share of all but 1 that ends at the whole target gives the run without a share, bit for bit."""
+    """Both runs see the same samples, before and after the choice."""
     one, other = trainer_of(**{**GROWING, "settle_keep": 1.0}), trainer_of(**GROWING)
     draws = [[], []]
     for trainer, drawn in zip((one, other), draws, strict=True):

@@ -245,12 +245,16 @@ def test_rank_by_parts_and_its_largest_fall() -> None:
     """Two subjects of each number of parts, two seeds: the error is over subjects, of their means over seeds."""
     ranks = {1: [(1.0, 1.2), (1.2, 1.4)], 4: [(3.0, 3.0), (5.0, 5.0)], 9: [(2.0, 4.0), (4.0, 4.0)]}
     rows = [{"parts": parts, "ranks": list(seeds)} for parts, many in ranks.items() for seeds in many]
-    results = {"graded": [*rows, {"parts": 9, "ranks": []}]}
-    levels = complexity.levels(results)
+    results = {"graded": [*rows, {"parts": 9, "ranks": []}, {"parts": 16, "ranks": [0.1]}]}
+    of = (1, 4, 9)
+    levels = complexity.levels(results, of)
     assert [mean for mean, _ in levels.values()] == pytest.approx([1.2, 4.0, 3.5])
     assert [error for _, error in levels.values()] == pytest.approx([0.1, 1.0, 0.5])
-    assert complexity.ordered(results) == pytest.approx(0.5), "one of three out of its place"
-    assert complexity.largest_fall(results) == pytest.approx(0.5 / math.hypot(1.0, 0.5))
+    assert complexity.ordered(results, of) == pytest.approx(0.5), "one of three out of its place"
+    assert complexity.largest_fall(results, of) == pytest.approx(0.5 / math.hypot(1.0, 0.5))
+    assert list(complexity.levels(results)) == [1, 4, 9, 16]
+    needs = {"graded": [{**row, "needs": row["ranks"][:1]} for row in rows]}
+    assert [mean for mean, _ in complexity.levels(needs, of, "needs").values()] == pytest.approx([1.1, 4.0, 3.0])
 
 
 def test_a_change_is_measured_pair_by_pair() -> None:
@@ -356,12 +360,14 @@ def test_a_page_and_its_figures_from_records(
         # The made-up ranks and losses rise with the number of parts.
         assert summary["spearman"] == pytest.approx(1.0)
         assert summary["largest_fall"] < 0
+        assert summary["spearman_to_100"] == pytest.approx(1.0)
+        assert list(summary["needs"]) == list(summary["mean_rank"])
         assert summary["ten_subjects_24"]["needed"] == pytest.approx(1.0)
         assert all(claim.holds for claim in claims)
     if experiment is keeping:
         # 8 to 10 by the subject's parts; equal for both shares and both numbers of pictures.
         assert summary["pictures_5_keep_0.95"]["mean_rank"] == [8.02, pytest.approx(8.77, abs=0.005), 10.0]
-        against = summary["pictures_24_keep_0.9"]["difference"]
+        against = summary["pictures_24_keep_0.98"]["difference"]
         assert against["fixed_64"] > -0.03 > against["fixed_8"]
     if experiment is truncation:
         assert summary["ordered_beats_unordered"] == 10

@@ -279,3 +279,26 @@ def test_a_processs_first_attention_may_lie_in_a_checkpointed_block(comfy: Any) 
     """A text encoder on the CPU leaves it to the model; torch chooses the first one's kernel in a way of its own."""
     done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=80, check=False)
     assert "same True" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("checkpointing", ["auto", "off"])
+def test_weights_that_wait_in_the_cpus_memory_train_like_those_on_the_gpu(
+    checkpointing: str, model_of: Callable[..., Any], lora_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The host copies them when they are needed. Losses to float32's rounding through eight steps; then all is as it was."""
+    import comfy.model_management as management
+
+    from benchmarks.sections import left_for_weights
+
+    caplog.set_level(logging.INFO, "lora2")
+    streams = getattr(management, "NUM_STREAMS", None)
+    told: dict[str, Any] = {"steps": 8, "checkpointing": checkpointing}
+    whole, _ = run(model_of("sd15", torch.float32), "sd15", **told)
+    assert "wait in the CPU's memory" not in caplog.text
+    management.unload_all_models()
+    with left_for_weights(0):
+        part, _ = run(model_of("sd15", torch.float32), "sd15", **told)
+    assert "wait in the CPU's memory" in caplog.text
+    assert ("gradient checkpointing on" in caplog.text) == (checkpointing == "auto")
+    assert part.losses == pytest.approx(whole.losses, rel=1e-3)
+    assert getattr(management, "NUM_STREAMS", None) == streams

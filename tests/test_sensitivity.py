@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora2.budget import fit, next_size
-from lora2.factors import Factors
+from lora2.budget import next_size
 from lora2.network import AdaptiveNetwork
 from lora2.optimizer import Optimizer
 from lora2.sensitivity import sensitivities

@@ -25,7 +25,7 @@ SUBJECT, PICTURES, SEED = 4, 24, 3
 """Cells along the subject's side; pictures to learn from; of everything random."""
 
 UNIFORM = {"target_rank": 64, "initial_rank": 64, "min_rank": 64, "settle_at": 0.0, "learning_rate": 10**-2.5}
-LEARNED = {"target_rank": 32, "settle_keep": 0.95, "learning_rate": 10**-2.5}
+LEARNED = {"target_rank": 32, "settle_keep": 0.98, "learning_rate": 10**-2.5}
 """Both at the learning rate that is best on the subjects of tuning, the same steps and batch."""
 STEPS, BATCH = 200, 4
 

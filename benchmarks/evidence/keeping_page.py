@@ -18,11 +18,11 @@ def build(results: Results, folder: Path) -> str:
     """The part of the page, in Markdown; draws its pictures into the folder."""
     parts = [
         "## A target that is only the most",
-        "With `settle_keep` below 1 the target is an upper limit: the last cut keeps the fewest positions that hold that share "
-        f"of what all are worth, so a subject's file is as large as it needs. Target {MOST} here, at the learning rate and step "
-        "of the whole target, beside fixed ranks at theirs. What is claimed of it above is no goal that was set before: it was "
-        "worded when the figures were known, and worded anew when they had changed. Four shares on the subjects that settings "
-        "are tuned on, one seed:",
+        "With `settle_keep` below 1 the target is an upper limit: the last cut keeps as little as holds that share of what "
+        f"training has taken off the loss by then, so a subject's file is as large as it needs. Target {MOST} here, at the "
+        "learning rate and step of the whole target, beside fixed ranks at theirs. What is claimed of it above is no goal that "
+        "was set before: it was worded when the figures were known. Four shares on the subjects that settings are tuned on, one "
+        "seed:",
         _tuning(results),
     ]
     for count in COUNTS:
@@ -58,7 +58,12 @@ def _means(results: Results, count: int) -> str:
             f"{keep:g}", f"{min(ranks):.1f} to {max(ranks):.1f}", f"{size:.0f}", *cells, f"{100 * mean(whole):+.1f} %",
         ])  # fmt: skip
     head = ["share", "mean rank", "KB, mean", *(f"over fixed {rank}" for rank in BESIDE), f"over ours, target {MOST}"]
-    return f"Loss over that of the other, mean (and subjects on which it is lower or equal):\n\n{table(head, rows)}"
+    spreads = [mean(of(results, count, "spread", method=SETTLING, keep=keep).values()) for keep in REPORTED]
+    apart = " and ".join(f"{spread:.0%} ({keep:g})" for spread, keep in zip(spreads, REPORTED, strict=True))
+    return (
+        f"Loss over that of the other, mean (and subjects on which it is lower or equal):\n\n{table(head, rows)}\n\n"
+        f"From seed to seed, a subject's size differs by {apart}: the standard deviation, mean over subjects."
+    )
 
 
 def _told(results: Results, count: int) -> str:

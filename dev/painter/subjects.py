@@ -68,9 +68,17 @@ def _colour(rng: random.Random) -> world.Colour:
 
 SUBJECTS = [Subject(f"grid {k}x{k}", k, _OUTLINES[k % 5], 100 + k) for k in range(1, 11)]
 TUNING = [Subject(f"tune {k}x{k}", k, _OUTLINES[(k + 2) % 5], 500 + k) for k in (1, 3, 5, 8)]
+_BETWEEN = ((1, 2), (1, 3), (2, 3), (2, 4), (3, 4), (4, 5))
+"""Rows and cells of a row of graded subjects that are no squares."""
+
 GRADED = [
     Subject(f"graded {k}x{k} {shape} {colours}", k, shape, 9000 + 100 * colours + 10 * k + place)
     for k in range(1, 11)
+    for place, shape in enumerate(_OUTLINES)
+    for colours in range(2)
+] + [
+    Subject(f"graded {rows}x{k} {shape} {colours}", k, shape, 9300 + 100 * colours + 10 * number + place, rows)
+    for number, (rows, k) in enumerate(_BETWEEN)
     for place, shape in enumerate(_OUTLINES)
     for colours in range(2)
 ]

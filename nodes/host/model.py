@@ -24,7 +24,7 @@ from ...lora2.trainer import EMPTY_CAPTION
 from .checkpointing import checkpointed, inputs_of_norms_kept, repeated_blocks
 from .dataset import Caption, caption_entries, check_caption
 from .versions import misfit
-from .weights import trainable_weights
+from .weights import trainable_weights, waiting
 
 log = logging.getLogger("lora2")
 
@@ -134,8 +134,14 @@ class HostModel:
         self.patcher.cleanup()
 
     def _checkpoint(self, choice: str, memory: float) -> bool:
+        away = waiting(self.model, self.device)
+        if away:
+            log.info("LoRA²: %.1f GB of the model's weights wait in the CPU's memory; steps take longer for it.", away / 1e9)
         if choice != "auto":
             return choice == "on"
+        if away:
+            log.info("LoRA²: gradient checkpointing on, so that their copies need not all be kept at once.")
+            return True
         needed = memory * TRAINING_OVER_INFERENCE
         free = self.patcher.get_free_memory(self.device)
         if needed > free:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,8 @@ def trainable_weights(model: nn.Module) -> Iterator[None]:
     tensor over the same storage is not one, and costs nothing; the original objects come back at the end, so that the
     host finds what it left. All of them, since a weight that was moved between devices outside inference mode no longer
     says that it is an inference tensor, and is refused all the same. LoRAs that the host applies in bypass mode, as it does
-    to quantised models, keep their weights outside the model: the same is done for those. Call with inference mode off.
+    to quantised models, keep their weights outside the model: the same is done for those. Weights that wait in the CPU's memory
+    may be saved too (`_copies_of_their_own`). Call with inference mode off.
     """
     swapped: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
     for module in model.modules():
@@ -34,13 +36,36 @@ def trainable_weights(model: nn.Module) -> Iterator[None]:
             slots[name] = alias
         for adapter, weights in bypasses:
             adapter.weights = tuple(ordinary(w) if isinstance(w, Tensor) else w for w in weights)
-        yield
+        with _copies_of_their_own():
+            yield
     finally:
         for adapter, weights in bypasses:
             adapter.weights = weights
         for slots, name, original, alias in swapped:
             if slots.get(name) is alias:
                 slots[name] = original
+
+
+@contextmanager
+def _copies_of_their_own() -> Iterator[None]:
+    """While inside, a weight that waits in the CPU's memory is copied to memory of its own when a layer needs it.
+
+    The host would copy it into one of a few buffers, beside its other work: over what autograd has saved of the layers before.
+    """
+    management: Any = comfy.model_management
+    usual = getattr(management, "NUM_STREAMS", None)
+    try:
+        if usual is not None:
+            management.NUM_STREAMS = 0
+        yield
+    finally:
+        if usual is not None:
+            management.NUM_STREAMS = usual
+
+
+def waiting(model: nn.Module, device: torch.device) -> int:
+    """The bytes of a loaded model's weights that are elsewhere than on its device: they are copied there when they are needed."""
+    return sum(p.nbytes for p in model.parameters() if p.device.type != device.type)
 
 
 def bypass_adapters(module: nn.Module) -> Iterator[Any]:
