@@ -9,20 +9,20 @@ SAMPLES = 32
 """On which losses are compared, the same for all sizes."""
 
 TOGETHER = 4
-"""Of them run at once at least, where memory allows: nothing is kept for a backward pass."""
+"""Of them run at once, where memory allows: nothing is kept for a backward pass."""
 
 HALVINGS = 6
-"""How often the largest size is halved at most."""
+"""How often the largest size is halved at most: nothing below a 64th of it is found."""
 
 FINER = 3
 """Halvings of the last step's logarithm: what is found lies within a tenth, 2^(1/8), of the smallest size."""
 
 
-def smallest(loss: Callable[[int], float], most: int, share: float) -> int | None:
+def smallest(loss: Callable[[int], float], least: int, most: int, share: float) -> int | None:
     """The smallest size whose loss is at most none − share · (none − best); None where no size lowers the loss.
 
-    loss: of a size in parameters, 0 … most; not a number where it has none. none: loss(0). best: the lowest that was seen, which
-    need not be that of the largest size. Sizes are halved for as long as they are enough, then it is bisected.
+    loss: of a size in parameters, 0 or least … most; not a number where it has none. none: loss(0). best: the lowest that was
+    seen, which need not be that of the largest size. Sizes are halved for as long as they are enough, then it is bisected.
     """
     none = loss(0)
     size, seen = most, {most: _or_worst(loss(most))}
@@ -33,8 +33,8 @@ def smallest(loss: Callable[[int], float], most: int, share: float) -> int | Non
     def goal() -> float:
         return none - share * (none - min(seen.values()))
 
-    while size > max(1, most >> HALVINGS) and not (learned() and seen[size] > goal()):
-        size //= 2
+    while size > max(least, 1, most >> HALVINGS) and not (learned() and seen[size] > goal()):
+        size = max(size // 2, least)
         seen[size] = _or_worst(loss(size))
     if not (learned() and math.isfinite(none)):
         return None

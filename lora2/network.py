@@ -13,13 +13,14 @@ from torch import Generator, Tensor, nn
 
 from . import importance as imp
 from .adapter import GRANULE, HEADROOM, Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
-from .budget import fit, next_pressure, scaled_ranks, split
+from .budget import fit, next_pressure, scaled_ranks
 from .errors import LoraError
 from .factors import Factors, float32
 from .keys import shown
 from .memory import on_device
 from .packed import Block, Packed
 from .settings import Settings
+from .sizes import Sizes
 from .spectrum import singular_order
 from .state import MOST_STEPS, State, damaged, restore_generator
 
@@ -38,8 +39,8 @@ MOST_GAIN = 1e9
 FASTEST = 2.5
 """A growing layer gets room for this many times its rank at most."""
 
-Choose = Callable[[Callable[[int], None], int], int]
-"""Given what makes a network hold a size in parameters, and the largest one, says which is enough."""
+Choose = Callable[[Callable[[int], None], int, int], int]
+"""Given what makes a network hold a size in parameters, the smallest and the largest one, says which is enough."""
 
 
 class AdaptiveNetwork:
@@ -388,26 +389,18 @@ class AdaptiveNetwork:
     def _chosen(
         self, factors: Mapping[str, Factors], weights: Mapping[str, float] | None, choose: Choose
     ) -> dict[str, Factors]:
-        """The first positions of factors in singular order, of the size that is chosen; the network then holds some size."""
-        rows = {name: f.up.reshape(len(f.up), f.rank).t() for name, f in factors.items()}
-        sigmas = {name: r.double().square().sum(1) for name, r in rows.items()}  # √σ in either factor
-        costs = {name: f.cost for name, f in factors.items()}
-        for name, adapter in zip(self.names, self.adapters, strict=True):
+        """What is chosen of factors in singular order; the layers are left with one of the sizes that were shown."""
+        adapters = dict(zip(self.names, self.adapters, strict=True))
+        for name, adapter in adapters.items():
             adapter.load(factors[name])
         self._rebuild()
-
-        def ranks(size: int) -> dict[str, int]:
-            return split(sigmas, costs, size, self.settings.min_rank, weights, self.settings.unused_by_layer)
+        sizes = Sizes(adapters, factors, weights, self.settings)
 
         def show(size: int) -> None:
-            kept = ranks(size)
-            for name, adapter in zip(self.names, self.adapters, strict=True):
-                adapter.up.data[: kept[name]] = rows[name][: kept[name]].to(adapter.up)
-                adapter.up.data[kept[name] :] = 0
+            sizes.show(size)
             self.refresh()
 
-        chosen = ranks(choose(show, sum(f.parameters for f in factors.values())))
-        return {name: f.head(chosen[name]) for name, f in factors.items()}
+        return sizes.cut(choose(show, sizes.smallest, sizes.largest))
 
     @torch.no_grad()
     def export(self, ordered: bool | None = None) -> dict[str, Factors]:
@@ -435,7 +428,7 @@ class AdaptiveNetwork:
         """The layers as a file should hold them, and whether they are in singular order.
 
         The paper's form keeps the order of Λ, unless a size budget still has to be met. A run that was stopped before its
-        last cut is cut as that would have, by `weights` as in `settle`: its file has the size that was asked for.
+        last cut is cut to the target, by `weights` as in `settle`: its file has the size that was asked for, or the most it may.
         """
         factors = self.export()
         gone = sum(not f.rank for f in factors.values())

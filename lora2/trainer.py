@@ -144,6 +144,7 @@ class Trainer:
         self._say = say
         self._judge = Judge(network, settings, say)
         self._most, self._largest = settings.batch_size, 0
+        self._on_step: Callable[[Progress], None] | None = None
         self._torn = self._rested = False
         self._marks: deque[tuple[int, State]] = deque(maxlen=STEPS_AHEAD + 2)
 
@@ -153,7 +154,7 @@ class Trainer:
         on_state: Callable[[], object] | None = None,
         state_every: int = 0,
     ) -> Progress:
-        """Train to the end. on_step is called after every step and may raise to stop.
+        """Train to the end. on_step is called after every step, and while sizes are compared, and may raise to stop.
 
         Raises Diverged where the loss or gradients are not finite (or, where such steps are skipped, are so too often), and
         OutOfMemory.
@@ -161,6 +162,7 @@ class Trainer:
         On a GPU the loop runs a little ahead: `progress` counts the steps that are known to be done.
         """
         start = time.monotonic() - self.progress.seconds
+        self._on_step = on_step
         with ExitStack() as stack:
             stack.enter_context(self.network.attached())
             if self.entropy is not None:
@@ -321,28 +323,44 @@ class Trainer:
             progress.settled = not left
         self._note_ranks()
 
-    def _enough(self, show: Callable[[int], None], most: int) -> int:
-        """The smallest size that keeps the share of what was learned that settings call enough, on samples of its own."""
+    def _enough(self, show: Callable[[int], None], least: int, most: int) -> int:
+        """The smallest size that keeps the share of what was learned that settings call enough, on samples of its own.
+
+        `most` where that cannot be found out; the run says why.
+        """
         settings = self.settings
-        together = [max(settings.batch_size, enough.TOGETHER)]
-        data = Buckets(self.data.latents, together[0], (settings.seed + 3) % SEEDS)
+        data = Buckets(self.data.latents, enough.TOGETHER, (settings.seed + 3) % SEEDS)
         generator = Generator().manual_seed((settings.seed + 4) % SEEDS)
-        batches = [self._drawn(data, generator) for _ in range(math.ceil(enough.SAMPLES / together[0]))]
+        batches = [self._drawn(data, generator) for _ in range(enough.SAMPLES // enough.TOGETHER)]
+        together = min(enough.TOGETHER, self._most) if self._most < settings.batch_size else enough.TOGETHER
+        trouble = "training had not lowered the loss by the last cut"
 
         @torch.no_grad()
-        def loss(size: int) -> float:
+        def measured(size: int) -> float:
             show(size)
-            parts = self._parts(batches, len(batches), together[0])
+            parts = self._parts(batches, len(batches), together)
             return float(sum(p.weight * self.loss(p.clean, p.noise, p.sigma, p.conditioning) for p in parts))
 
-        def fewer() -> str | None:
-            together[0] = 0 if settings.on_out_of_memory == "stop" else together[0] // 2
-            return f"sizes are compared on {together[0]} pictures at a time" if together[0] else None
+        def loss(size: int) -> float:
+            nonlocal together, trouble
+            if self._on_step is not None:
+                self._on_step(self.progress)  # it takes a while: a person may want to stop it
+            while not (done := attempt(lambda: measured(size))):
+                self._let_go()
+                if self._largest <= 1:
+                    trouble = "memory ran out while sizes were compared"
+                    return math.nan
+                together = self._largest // 2
+            if not math.isfinite(done[0]):
+                trouble = "the loss was not a number while sizes were compared"
+            return done[0]
 
-        found = enough.smallest(lambda size: self._relieved(lambda: loss(size), fewer), most, settings.enough)
+        found = enough.smallest(loss, least, most, settings.enough)
         if found is None:
-            self._say("Training had not lowered the loss by the last cut: settle_keep cannot be used, and the target is filled.")
-        return most if found is None else found
+            self._say(f"settle_keep cannot be used, and the target is filled: {trouble}.")
+            return most
+        log.info("LoRA²: %.0f %% of the target's size is enough.", 100 * found / most)
+        return found
 
     def sensitivities(self) -> Mapping[str, float] | None:
         """What a unit of each layer's energy is worth now (sensitivity.py)."""

@@ -12,12 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora2.enough import FINER, HALVINGS, smallest
-from lora2.memory import OutOfMemory
+from lora2.enough import FINER, HALVINGS, TOGETHER, smallest
+from lora2.errors import LoraError
 from lora2.network import AdaptiveNetwork
-from lora2.settings import Settings
 from tests.test_memory import fail_once, trainer_of
-from tests.test_sensitivity import WIDTH, inputs, network_of
+from tests.test_sensitivity import inputs, network_of
 
 MOST = 10_000
 
@@ -31,10 +30,12 @@ def falling(half: float) -> Callable[[int], float]:
 def test_it_is_enough_and_not_a_tenth_more_than_that(half: float, share: float) -> None:
     loss = falling(half)
     goal = 1 - share * (1 - loss(MOST))
-    found = smallest(loss, MOST, share)
+    found = smallest(loss, 0, MOST, share)
     assert found is not None
     assert loss(found) <= goal + 1e-12
     assert loss(math.floor(found / 1.1) - 1) > goal or found == MOST >> HALVINGS
+    floored = smallest(loss, 3000, MOST, share)
+    assert floored == 3000 or (floored is not None and 3000 < floored <= 1.1 * max(found, 3000) + 1)
 
 
 def test_every_size_is_judged_once_and_few_are() -> None:
@@ -44,18 +45,20 @@ def test_every_size_is_judged_once_and_few_are() -> None:
         seen.append(size)
         return falling(1)(size)
 
-    assert smallest(loss, MOST, 0.9) == MOST >> HALVINGS
+    assert smallest(loss, 0, MOST, 0.9) == MOST >> HALVINGS
     assert seen == [0, *(MOST >> k for k in range(HALVINGS + 1))]
     seen.clear()
-    smallest(falling(300), MOST, 0.9)
-    assert smallest(loss, MOST, 0.9999) is not None
+    assert smallest(loss, 0, MOST, 0.9999) is not None
     assert len(seen) == len(set(seen)) <= 2 + HALVINGS + FINER
+    seen.clear()
+    assert smallest(loss, MOST, MOST, 0.5) == MOST
+    assert seen == [0, MOST], "there is nothing to choose"
 
 
 def test_the_best_size_need_not_be_the_largest() -> None:
     """Positions that hold noise raise the loss; even where all together are worse than nothing, some may be worth keeping."""
     curve = {0: 1.0, 64: 1.2, 32: 1.1, 16: 0.7, 8: 0.5, 4: 0.6, 2: 0.9, 1: 0.95}
-    found = smallest(lambda size: curve.get(size, 0.8), 64, 0.9)
+    found = smallest(lambda size: curve.get(size, 0.8), 0, 64, 0.9)
     assert found == 8
 
 
@@ -64,11 +67,11 @@ def test_the_best_size_need_not_be_the_largest() -> None:
     lambda size: math.inf if not size else 1.0,
 ], ids=["nothing learned", "worse", "no number", "no number with any", "no number without"])  # fmt: skip
 def test_where_nothing_was_learned_there_is_no_size(loss: Callable[[int], float]) -> None:
-    assert smallest(loss, MOST, 0.9) is None
+    assert smallest(loss, 0, MOST, 0.9) is None
 
 
 def test_sizes_that_are_no_numbers_are_not_enough() -> None:
-    assert smallest(lambda size: math.nan if 0 < size < 1250 else falling(10)(size), MOST, 0.5) == 1250
+    assert smallest(lambda size: math.nan if 0 < size < 1250 else falling(10)(size), 0, MOST, 0.5) == 1250
 
 
 # -- a network at every size -----------------------------------------------------------------------------------------
@@ -95,8 +98,9 @@ def test_a_network_shows_what_a_cut_to_that_size_would_be(compute: torch.dtype) 
     network, layers = made()
     shown = {}
 
-    def choose(show: Callable[[int], None], most: int) -> int:
-        assert most == network.size() <= 800
+    def choose(show: Callable[[int], None], least: int, most: int) -> int:
+        assert (least, most) == (0, network.size())
+        assert most <= 800
         for size in sizes:
             show(size)
             shown[size] = outputs(network, layers)
@@ -114,7 +118,6 @@ def test_a_network_shows_what_a_cut_to_that_size_would_be(compute: torch.dtype) 
             for one, same in zip(network.parameters(), other.parameters(), strict=True):
                 torch.testing.assert_close(one, same)
     assert not torch.equal(shown[48], shown[700])
-    assert outputs(*made()).shape == (3, 5, WIDTH)
 
 
 GROWING: dict[str, Any] = {"steps": 12, "settle_at": 0.5, "settle_cuts": 1, "target_rank": 4, "settle_keep": 0.5}
@@ -133,44 +136,111 @@ def test_where_memory_runs_out_the_size_is_chosen_once_all_the_same(name: str, a
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("fails", "words"), [(1, ["2"]), (2, ["2", "1"])])
-def test_where_memory_runs_out_sizes_are_compared_on_fewer_pictures(
-    fails: int, words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same size is found, and the run says what it did."""
+@pytest.mark.parametrize(("most", "words"), [(4, [4]), (3, [4, 2]), (1, [4, 2, 1])])
+def test_where_memory_runs_out_sizes_are_compared_on_fewer_pictures(most: int, words: list[int]) -> None:
+    """The same size is found."""
     trainer, plenty = trainer_of(**GROWING), trainer_of(**GROWING)
     plenty.run()
-    own, left = trainer.loss, [fails]
+    own, sizes = trainer.loss, list[int]()
 
-    def loss(*given: Any) -> torch.Tensor:
-        if not torch.is_grad_enabled() and left[0]:
-            left[0] -= 1
+    def loss(clean: torch.Tensor, *given: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return own(clean, *given)
+        if len(clean) not in sizes:
+            sizes.append(len(clean))
+        if len(clean) > most:
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
-        return own(*given)
+        return own(clean, *given)
 
     trainer.loss = loss  # type: ignore[method-assign]
     progress = trainer.run()
-    assert progress.changes == [f"sizes are compared on {count} pictures at a time" for count in words]
+    assert sizes == words
+    assert progress.changes == [], "steps are made as before"
     assert trainer.network.ranks() == plenty.network.ranks()
 
 
 @pytest.mark.parametrize("choice", ["stop", "retry with less"])
-def test_where_memory_is_never_enough_the_run_ends_and_keeps_the_target(choice: str) -> None:
-    trainer = trainer_of(**GROWING, on_out_of_memory=choice)
-    own = trainer.loss
+@pytest.mark.parametrize(("trouble", "words"), [
+    (torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), "memory ran out while sizes were compared"),
+    (None, "the loss was not a number while sizes were compared"),
+], ids=["no memory", "no number"])  # fmt: skip
+def test_where_sizes_cannot_be_compared_the_run_goes_on_with_the_target(
+    choice: str, trouble: Exception | None, words: str
+) -> None:
+    trainer, whole = trainer_of(**GROWING, on_out_of_memory=choice), trainer_of(**{**GROWING, "settle_keep": 1.0})
+    whole.run()
+    own, said, calls = trainer.loss, list[str](), list[int]()
+    trainer._say = said.append
 
-    def loss(*given: Any) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
-        return own(*given)
+    def loss(clean: torch.Tensor, *given: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return own(clean, *given)
+        calls.append(len(clean))
+        if trouble is not None:
+            raise trouble
+        return torch.tensor(math.nan)
 
     trainer.loss = loss  # type: ignore[method-assign]
-    with pytest.raises(OutOfMemory, match="Memory ran out"):
+    progress = trainer.run()
+    assert progress.step == GROWING["steps"]
+    assert progress.changes == []
+    assert [line for line in said if words in line and "target is filled" in line]
+    assert trainer.network.ranks() == whole.network.ranks()
+    if trouble is not None:
+        assert calls[:3] == [4, 2, 1]
+        assert 4 not in calls[1:], "what did not fit is not tried again"
+
+
+def test_a_floor_is_kept_and_does_not_count_as_learned() -> None:
+    """With min_rank, none is still the frozen model: the size that is found is that without it, or the floor."""
+    found = {}
+    for least in (0, 1, 4):
+        trainer = trainer_of(**{**GROWING, "min_rank": least, "settle_keep": 0.9})
+        said: list[str] = []
+        trainer._say = said.append
         trainer.run()
+        assert not said
+        ranks = trainer.network.ranks().values()
+        assert min(ranks) >= least
+        found[least] = trainer.network.size()
+    assert found[4] == trainer.network.budget, "a floor at the target leaves nothing to choose"
+    assert found[0] <= found[1] < found[4]
+
+
+def test_a_person_can_stop_it_while_sizes_are_compared() -> None:
+    """What was learned is there, at the target's size."""
+    trainer = trainer_of(**GROWING)
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        if not torch.is_grad_enabled():
+            raise Stop
+
+    with pytest.raises(Stop):
+        trainer.run(stop)
     factors, _ = trainer.network.final_factors(trainer.sensitivities())
     left = trainer.network.budget - sum(f.parameters for f in factors.values())
     assert 0 <= left < max(a.cost for a in trainer.network.adapters)
     assert all(bool(f.up.any()) for f in factors.values() if f.rank)
+    with pytest.raises(LoraError, match="no state to go on from"):
+        trainer.state()
+
+
+def test_large_batches_are_compared_in_small_groups_too() -> None:
+    """A batch is of one shape; 32 samples are of more than that."""
+    trainer = trainer_of(**{**GROWING, "batch_size": 32})
+    own, seen = trainer.loss, set[int]()
+
+    def loss(clean: torch.Tensor, *given: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            seen.add(len(clean))
+        return own(clean, *given)
+
+    trainer.loss = loss  # type: ignore[method-assign]
+    trainer.run()
+    assert seen == {TOGETHER}
 
 
 def test_the_choice_does_not_touch_the_runs_own_order_of_pictures_and_noise() -> None:
@@ -220,4 +290,3 @@ def test_a_run_that_is_stopped_before_its_last_cut_is_cut_to_the_target() -> Non
     factors, _ = trainer.network.final_factors(trainer.sensitivities())
     left = trainer.network.budget - sum(f.parameters for f in factors.values())
     assert 0 <= left < max(a.cost for a in trainer.network.adapters)
-    assert Settings(**GROWING).enough == 0.5

@@ -1,9 +1,8 @@
 """Rank against what there is to learn: what subjects of 1 to 100 parts make of the same model.
 
-Graded subjects differ in the number of parts alone: for every number there is each outline with two sets of colours. Up to 25
-parts the model can tell more of them from fewer; beyond, it learns less and less of a pattern that is finer than it can draw.
-What a plain LoRA of rank 64, cut afterwards, needs of its size says so without our ranks. The ten subjects of the comparison,
-which differ in outline too, stand beside them with other measures.
+Graded subjects differ in the number of parts alone: for every number there is each outline with two sets of colours. What a plain
+LoRA of rank 64, cut afterwards, needs of its size stands beside our ranks. The ten subjects of the comparison, which differ in
+outline too, are told of with other measures.
 
 `python -m benchmarks.evidence.complexity` computes it from docs/evidence/records.jsonl.gz; gpu.py makes those.
 """
@@ -54,10 +53,10 @@ KEPT = 0.95
 SIGNIFICANT = 0.648
 """Spearman's correlation that ten subjects without any order reach in one case of twenty, in either direction."""
 
-TOLD_APART = (1, 2, 3, 4, 6, 8, 9, 12, 16, 20, 25)
-"""Numbers of parts that the model can tell apart."""
+FEW_PARTS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 20, 25)
+"""Numbers of parts that rank follows: how far was seen on subjects of other colours, before those here were trained."""
 SQUARES = tuple(k * k for k in range(1, 11))
-"""Numbers of parts far beyond that."""
+"""Square numbers of parts, far beyond that."""
 
 KEPT_RANK, KEPT_MORE = "kept_0.95", "kept_0.98"
 SHARES = {KEPT_RANK: 0.95, KEPT_MORE: 0.98}
@@ -260,8 +259,8 @@ def claims(results: Results) -> list[Claim]:
         return [Claim("rank that 64 parts need over what one part needs", fine / plain, 1.2, above=True)]
     words = f"Spearman of the {MEASURES[KEPT_RANK]} and the parts"
     made = []
-    for of, missed, falls in ((TOLD_APART, False, True), (SQUARES, True, False)):
-        graded = f"graded subjects of 1 to {of[-1]} parts"
+    for of, missed, falls in ((FEW_PARTS, False, True), (SQUARES, True, False)):
+        graded = f"graded subjects of 1 to {of[-1]} parts" + (", square numbers" if of is SQUARES else "")
         fall = "the largest fall of that rank with more parts, in standard errors"
         made += [
             Claim(f"{graded}, ten for every number: {words}", ordered(results, of), ORDERED, above=True, open=missed),
@@ -279,13 +278,13 @@ def claims(results: Results) -> list[Claim]:
 def summary(results: Results) -> Results:
     """The headline is the total rank that ours comes to on graded subjects under one setting; other measures stand beside it."""
     told: Results = {
-        "spearman": round(ordered(results, TOLD_APART), 4),
-        "parts": list(TOLD_APART),
+        "spearman": round(ordered(results, FEW_PARTS), 4),
+        "parts": list(FEW_PARTS),
         "spearman_to_100": round(ordered(results, SQUARES), 4),
         "measure": KEPT_RANK,
         "subjects": len(results["graded"]),
         "seeds": len(results["graded_seeds"]),
-        "largest_fall": round(largest_fall(results, TOLD_APART), 2),
+        "largest_fall": round(largest_fall(results, FEW_PARTS), 2),
         "largest_fall_to_100": round(largest_fall(results, SQUARES), 2),
         "mean_rank": {f"{parts}": round(rank, 2) for parts, (rank, _) in levels(results).items()},
         "needs": {f"{parts}": round(rank, 2) for parts, (rank, _) in levels(results, what="needs").items()},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.evidence.comparison import COUNTS, LARGE
 from benchmarks.evidence.complexity import (
+    FEW_PARTS,
     KEPT,
     KEPT_RANK,
     MEASURES,
@@ -15,7 +16,6 @@ from benchmarks.evidence.complexity import (
     SIGNIFICANT,
     SQUARES,
     SURE,
-    TOLD_APART,
     correlation,
     largest_fall,
     levels,
@@ -70,21 +70,20 @@ def build(results: Results, folder: Path) -> str:
 
 
 def _verdict(results: Results) -> str:
-    told = [_order(results, TOLD_APART), _order(results, SQUARES)]
-    ranks, last = _ranks(results, TOLD_APART).values(), TOLD_APART[-1]
+    told = [_order(results, FEW_PARTS), _order(results, SQUARES)]
+    ranks, last = _ranks(results, FEW_PARTS).values(), FEW_PARTS[-1]
     needs, learned = levels(results, what="needs"), dict[int, list[float]]()
     for row in results["graded"]:
         learned.setdefault(row["parts"], []).append(row["learned"])
-    before, at, most = (mean(learned[parts]) for parts in (TOLD_APART[3], last, SQUARES[-1]))
-    far = [parts for parts in SQUARES if parts > last]
-    reached = max(_ranks(results, far).values())
+    before, at, most = (mean(learned[parts]) for parts in (FEW_PARTS[3], last, SQUARES[-1]))
+    far, squares = [parts for parts in SQUARES if parts > last], _ranks(results, SQUARES)
+    peak = max(squares, key=lambda parts: squares[parts])
     beyond = (
-        f"Beyond {last} parts rank falls, from {reached:.1f} at most to {_ranks(results, far)[far[-1]]:.1f} at {far[-1]}; what "
-        f"a plain rank {LARGE} needs stays, within its error ({needs[last][0]:.1f} at {last} parts, "
-        f"{min(needs[p][0] for p in far):.1f} to {max(needs[p][0] for p in far):.1f} from there on). In these steps the model "
-        f"learns less and less of a pattern so fine: of {TOLD_APART[3]} parts training takes {before:.0%} off the loss, of "
-        f"{last} {at:.0%}, of {far[-1]} {most:.0%}. Up to {last} parts, the least takes "
-        f"{min(ranks) / max(ranks):.0%} of the most."
+        f"Beyond {peak} parts rank falls, from {squares[peak]:.1f} to {squares[far[-1]]:.1f} at {far[-1]}, and what a plain rank "
+        f"{LARGE} needs does not: {needs[last][0]:.1f} at {last} parts, {min(needs[p][0] for p in far):.1f} to "
+        f"{max(needs[p][0] for p in far):.1f} from there on, within its error the same. In these steps the model learns less and "
+        f"less of a pattern so fine: of {FEW_PARTS[3]} parts training takes {before:.0%} off the loss, of {last} {at:.0%}, of "
+        f"{far[-1]} {most:.0%}. Up to {last} parts, the least takes {min(ranks) / max(ranks):.0%} of the most."
     )
     return (
         f"{told[0]}\n\n{told[1]} {beyond}\n\nThe order shows in the mean over these looks: single subjects keep it less well, as "
@@ -103,7 +102,8 @@ def _order(results: Results, of: Sequence[int]) -> str:
     """How the means follow the parts."""
     found = list(_ranks(results, of).items())
     falls = [(parts, a - b) for (_, a), (parts, b) in pairwise(found) if b < a]
-    words = f"**1 to {of[-1]} parts:** Spearman's correlation of mean rank and parts is {ordered(results, of):.3f}"
+    squares = ", square numbers" if of is SQUARES else ""
+    words = f"**1 to {of[-1]} parts{squares}:** Spearman's correlation of mean rank and parts is {ordered(results, of):.3f}"
     words += f" (of what a rank {LARGE} needs: {ordered(results, of, 'needs'):.3f})."
     if not falls:
         return f"{words} More parts, more rank, at every step."

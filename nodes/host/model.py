@@ -31,6 +31,9 @@ log = logging.getLogger("lora2")
 TRAINING_OVER_INFERENCE = 20
 """Activations that a backward pass needs, over the host's estimate for an inference step (SDXL, 1024², measured)."""
 
+MUCH_AWAY = 0.01
+"""Of a model's weights: from so many that are not on its device on, checkpointing pays."""
+
 _UNTRAINABLE = ("control", "gligen", "hooks", "area", "mask")
 """Conditioning options that act at sampling time; a training step would have to ignore them."""
 
@@ -135,11 +138,12 @@ class HostModel:
 
     def _checkpoint(self, choice: str, memory: float) -> bool:
         away = waiting(self.model, self.device)
-        if away:
+        much = away > MUCH_AWAY * self.patcher.model_size()
+        if much:
             log.info("LoRA²: %.1f GB of the model's weights wait in the CPU's memory; steps take longer for it.", away / 1e9)
         if choice != "auto":
             return choice == "on"
-        if away:
+        if much:
             log.info("LoRA²: gradient checkpointing on, so that their copies need not all be kept at once.")
             return True
         needed = memory * TRAINING_OVER_INFERENCE
