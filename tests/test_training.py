@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,25 @@ def test_the_budget_is_met_from_below(
             trained = run(small_model("flux"), "flux", budget_mb=megabytes, settle_at=settle_at, initial_rank=64)
             size = trained.path.stat().st_size
             assert 0.98 * megabytes * 1e6 <= size <= megabytes * 1e6, (megabytes, settle_at, size)
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("sd15", {"entropy_weight": 1e-2, "caption_dropout": 0.5, "checkpointing": "on"}),
+    ("flux", {"conditioning": captions("flux", 2, tokens=7) + captions("flux", 1, tokens=9), "batch_size": 1}),
+], ids=["entropy, dropped captions, checkpointing", "captions of two lengths"])  # fmt: skip
+def test_a_share_of_what_was_learned_is_found_on_real_models(
+    family: str, changes: dict[str, Any], small_model: Callable[[str], Any], lora_folder: Path, inside_a_node: None,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Pictures of two shapes; the file is smaller than the target's, and not without anything."""
+    monkeypatch.setattr(pack("lora2.enough"), "SAMPLES", 8)  # a UNet takes its time on a CPU
+    caplog.set_level("INFO", "lora2")
+    trained = run(small_model(family), family, settle_keep=0.5, steps=10, target_rank=8, learning_rate=3e-3, **changes)
+    [share] = re.findall(r"(\d+) % of the target's size is enough", caplog.text)
+    assert 1 <= int(share) < 90
+    layers = pack("lora2.format").read(trained.path).layers
+    assert sum(f.parameters for f in layers.values()) > 0
+    assert len(trained.losses) == 10
 
 
 def test_each_picture_has_its_own_size_conditioning(small_model: Callable[[str], Any], inside_a_node: None) -> None:
