@@ -159,13 +159,12 @@ def test_where_memory_runs_out_sizes_are_compared_on_fewer_pictures(most: int, w
     assert trainer.network.ranks() == plenty.network.ranks()
 
 
-@pytest.mark.parametrize("choice", ["stop", "retry with less"])
-@pytest.mark.parametrize(("trouble", "words"), [
-    (torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), "memory ran out while sizes were compared"),
-    (None, "the loss was not a number while sizes were compared"),
+@pytest.mark.parametrize(("trouble", "choice", "words"), [
+    (torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), "stop", "memory ran out while sizes were compared"),
+    (None, "retry with less", "the loss was not a number while sizes were compared"),
 ], ids=["no memory", "no number"])  # fmt: skip
 def test_where_sizes_cannot_be_compared_the_run_goes_on_with_the_target(
-    choice: str, trouble: Exception | None, words: str
+    trouble: Exception | None, choice: str, words: str
 ) -> None:
     trainer, whole = trainer_of(**GROWING, on_out_of_memory=choice), trainer_of(**{**GROWING, "settle_keep": 1.0})
     whole.run()

@@ -63,8 +63,9 @@ def weights(patcher: Any) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in patcher.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("settle_at", [0.5, 1.0], ids=["settled", "pure"])
-@pytest.mark.parametrize("family", WIDTHS)
+@pytest.mark.parametrize(("family", "settle_at"), [
+    *((family, 0.5) for family in WIDTHS), *((family, 1.0) for family in WIDTHS if family != "sdxl"),
+])  # fmt: skip
 def test_every_family_trains_and_its_file_is_exact_in_comfyui(
     family: str, settle_at: float, comfy: Any, small_model: Callable[[str], Any], lora_folder: Path, inside_a_node: None
 ) -> None:
@@ -206,7 +207,7 @@ def test_a_share_of_what_was_learned_is_found_on_real_models(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Pictures of two shapes; the file is smaller than the target's, and not without anything."""
-    monkeypatch.setattr(pack("lora2.enough"), "SAMPLES", 8)  # a UNet takes its time on a CPU
+    monkeypatch.setattr(pack("lora2.enough"), "SAMPLES", 4)  # a UNet takes its time on a CPU
     caplog.set_level("INFO", "lora2")
     trained = run(small_model(family), family, settle_keep=0.5, steps=10, target_rank=8, learning_rate=3e-3, **changes)
     [share] = re.findall(r"(\d+) % of the target's size is enough", caplog.text)

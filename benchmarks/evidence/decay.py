@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ MOST = 5.0
 """Of the reduced run."""
 
 
+@cache
 def decay_of(count: int, share: float) -> float:
     """A share of the decay that the default has for so many pictures."""
     return round(share * float(pack("lora2.settings").Settings().for_pictures(count).weight_decay), 6)

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Job:
     """Cuts to judge at every mark at which the file has its size."""
     twist: str = ""
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The same for the same work."""
         return repr(self)
