@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from lora2.enough import FINER, HALVINGS, TOGETHER, smallest
 from lora2.errors import LoraError
+from lora2.factors import Factors
 from lora2.network import AdaptiveNetwork
+from lora2.trainer import Progress, Trainer
 from tests.test_memory import fail_once, trainer_of
 from tests.test_sensitivity import inputs, network_of
 
@@ -206,15 +208,15 @@ def test_a_floor_is_kept_and_does_not_count_as_learned() -> None:
     assert found[0] <= found[1] < found[4]
 
 
-def test_a_person_can_stop_it_while_sizes_are_compared() -> None:
-    """What was learned is there, at the target's size."""
-    trainer = trainer_of(**GROWING)
+class Stop(Exception):
+    """What a person's cancel is here."""
 
-    class Stop(Exception):
-        pass
 
-    def stop(progress: Any) -> None:
-        if not torch.is_grad_enabled():
+def stopped(trainer: Trainer, when: Callable[[Progress], bool]) -> dict[str, Factors]:
+    """What a file would hold of a run that is stopped at that moment: the target's size."""
+
+    def stop(progress: Progress) -> None:
+        if when(progress):
             raise Stop
 
     with pytest.raises(Stop):
@@ -222,6 +224,13 @@ def test_a_person_can_stop_it_while_sizes_are_compared() -> None:
     factors, _ = trainer.network.final_factors(trainer.sensitivities())
     left = trainer.network.budget - sum(f.parameters for f in factors.values())
     assert 0 <= left < max(a.cost for a in trainer.network.adapters)
+    return factors
+
+
+def test_a_person_can_stop_it_while_sizes_are_compared() -> None:
+    """What was learned is there, at the target's size."""
+    trainer = trainer_of(**GROWING)
+    factors = stopped(trainer, lambda progress: not torch.is_grad_enabled())
     assert all(bool(f.up.any()) for f in factors.values() if f.rank)
     with pytest.raises(LoraError, match="no state to go on from"):
         trainer.state()
@@ -275,17 +284,4 @@ def _sum(network: AdaptiveNetwork) -> torch.Tensor:
 
 
 def test_a_run_that_is_stopped_before_its_last_cut_is_cut_to_the_target() -> None:
-    trainer = trainer_of(**GROWING)
-
-    class Stop(Exception):
-        pass
-
-    def stop(progress: Any) -> None:
-        if progress.step == 3:
-            raise Stop
-
-    with pytest.raises(Stop):
-        trainer.run(stop)
-    factors, _ = trainer.network.final_factors(trainer.sensitivities())
-    left = trainer.network.budget - sum(f.parameters for f in factors.values())
-    assert 0 <= left < max(a.cost for a in trainer.network.adapters)
+    stopped(trainer_of(**GROWING), lambda progress: progress.step == 3)

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 TRAIN, LOAD, INSPECT = "LoRA2_TrainAdaptiveLora", "LoRA2_LoadAdaptiveLora", "LoRA2_InspectRanks"
 SOCKETS = {"MODEL": ["1", 0], "CLIP": ["1", 1], "LATENT": ["3", 0], "CONDITIONING": ["2", 0]}
 SMALL = {"steps": 1, "target_rank": 1, "initial_rank": 1, "save_name": "t/x"}
-EXAMPLES = int(os.environ.get("EXAMPLES", "2"))
+EXAMPLES = int(os.environ.get("EXAMPLES", "4"))
 """Values tried in each input of each node."""
 
 QUICK = settings(
