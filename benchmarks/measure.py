@@ -67,8 +67,8 @@ def load(patcher: Any, whole: bool = True, memory: float = 0) -> Any:
 
     with torch.inference_mode():
         management.load_models_gpu([patcher], memory_required=memory)
-    if whole:
-        patcher.model.to(patcher.load_device)
+        if whole:
+            patcher.model.to(patcher.load_device)
     return patcher.model
 
 
@@ -85,6 +85,7 @@ def frozen_step(
     import torch
 
     weights, blocks = models.pack("nodes.host.weights"), models.pack("nodes.host.checkpointing")
+    fresh()
     model = load(patcher, whole, 0 if whole else 2 * patcher.model.memory_required(list(sample.latent.shape)))
     fresh()
     recomputed = blocks.repeated_blocks(model.diffusion_model) if checkpointing else []
@@ -92,7 +93,8 @@ def frozen_step(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        weights.trainable_weights(model),
+        weights.waiting_pinned(patcher),
+        weights.trainable_weights(model, patcher.load_device),
         blocks.checkpointed(recomputed),
         blocks.inputs_of_norms_kept(norms),
     ):

@@ -133,16 +133,21 @@ def left_for_weights(gigabytes: float) -> Iterator[None]:
 
 def offloaded(bench: Bench) -> None:
     """SDXL with a part of its weights in the CPU's memory, from where each is copied when it is needed."""
-    if cuda():
-        patcher, sample = bench.sdxl, models.sample_for("sdxl", 128, 128)
+    if not cuda():
+        return
+    patcher, sample = bench.sdxl, models.sample_for("sdxl", 128, 128)
+    for checkpointing in (False, True):
         bench.aside()
         with left_for_weights(OFFLOADED_GB):
-            limit = frozen_step(patcher, sample, False, repeats=10, whole=False)
-            loaded = round(patcher.loaded_size() / GIB, 2)
-            bench.table.add(OFFLOADED, "limit-eager", limit, "limit-eager", loaded_gib=loaded)
-            bench.ours(OFFLOADED, "ours-eager", "limit-eager", patcher, sample, steps=15, rank=64)
-            bench.table.rows[-1]["loaded_gib"] = round(patcher.loaded_size() / GIB, 2)
-        bench.aside()
+            work = OFFLOADED + (", checkpointing" if checkpointing else "")
+            ours: dict[str, Any] = {"steps": 20, "rank": 64, "checkpointing": "on" if checkpointing else "off"}
+            for name, graph in (("limit-eager", False), ("limit", True)):
+                figures = frozen_step(patcher, sample, graph, checkpointing, repeats=10, whole=False)
+                bench.table.add(work, name, figures, name, loaded_gib=round(patcher.loaded_size() / GIB, 2))
+            for name, against, graphs in (("ours", "limit", True), ("ours-eager", "limit-eager", False)):
+                bench.ours(work, name, against, patcher, sample, graphs=graphs, **ours)
+                bench.table.rows[-1]["loaded_gib"] = round(patcher.loaded_size() / GIB, 2)
+    bench.aside()
 
 
 def everything(bench: Bench) -> None:
@@ -416,7 +421,7 @@ def profile(bench: Bench) -> None:
 SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "step": (step, 110),
     "eager": (eager, 40),
-    "offloaded": (offloaded, 50),
+    "offloaded": (offloaded, 90),
     "everything": (everything, 50),
     "peft": (peft, 60),
     "trainlora": (trainlora, 60),

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from .errors import LoraError
 from .factors import Factors
+from .inputs import Recipe, made_again, recipe_of
 from .lowrank import AddLowRank, LowRankLinear
 from .memory import on_device
 from .mixing import mix
@@ -96,13 +97,21 @@ class Adapter:
         return int(self.down.shape[0])
 
     @property
+    def convolution(self) -> bool:
+        """Whether the layer is one, rather than linear."""
+        return len(self.shape) > 2
+
+    @property
     def cost(self) -> int:
         """Parameters per position."""
         return cost(self.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
         """B Λ A x for the layer's input x, in x's dtype; the shape of the layer's output."""
-        return self._apply(x, self._folded(self.down).to(x.dtype), self.up.to(x.dtype))
+        dtype, down = x.dtype, self._folded(self.down).to(x.dtype)  # a recipe must not hold x
+        cast = Recipe(lambda rows: self._folded(rows).to(dtype), (self.down.detach(),))
+        with made_again((x, recipe_of(x, self.shape[0])), (down, None if dtype == self.down.dtype else cast)):
+            return self._apply(x, down, self.up.to(dtype))
 
     def folded_down(self) -> Tensor:
         """Λ A, (capacity, …), detached."""
@@ -121,7 +130,7 @@ class Adapter:
             # A layer that the model runs in another type: its gradients must still reach the sums.
             dtype = self.working[0].dtype
             return output + self.add(torch.zeros_like(output, dtype=dtype), x.to(dtype)).to(output.dtype)
-        if len(self.shape) > 2 or output.dtype != x.dtype:
+        if self.convolution or output.dtype != x.dtype:
             return output + self(x)
         importance = None if self.importance is None else self.importance[: self.capacity]
         sums = None
@@ -131,7 +140,7 @@ class Adapter:
             with torch.no_grad():
                 folded = (self.down if importance is None else self.down * importance[:, None]).to(x.dtype)
                 cast = self.up.to(x.dtype)
-        return AddLowRank.apply(output, x, self.down, self.up, folded, cast, importance, sums)
+        return AddLowRank.apply(output, x, self.down, self.up, folded, cast, importance, sums, recipe_of(x, self.shape[0]))
 
     def replaces(self, weight: object, x: Tensor) -> bool:
         """Whether `linear` can stand for the layer and its path, for a layer that is x Wᵀ + bias and no more."""
@@ -146,7 +155,7 @@ class Adapter:
         if self.working is None:
             raise ValueError("There are no working copies to compute with.")
         folded, cast, *sums = self.working
-        return LowRankLinear.apply(x, weight, bias, self.up, folded, cast, sums)
+        return LowRankLinear.apply(x, weight, bias, self.up, folded, cast, sums, recipe_of(x, self.shape[0]))
 
     def _new_rows(self, count: int, generator: Generator) -> Tensor:
         """Rows of a down factor that is about to grow: N(0, σ²), drawn on the CPU so that every device draws the same."""
@@ -280,7 +289,8 @@ def _convolution_of(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Callable[[Tens
         pad: int | str | tuple[int, ...] = padding
         if mode != "zeros":
             x, pad = F.pad(x, around, mode=mode), 0
-        down = down.repeat(groups, *(1,) * (down.ndim - 1))
+        if groups > 1:
+            down = down.repeat(groups, *(1,) * (down.ndim - 1))
         hidden = convolve(x, down, None, stride, pad, dilation, groups)
         mix = up.t().reshape(up.shape[1], up.shape[0], *(1,) * (down.ndim - 2))
         return convolve(hidden, mix, None, 1, 0, 1, groups)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .inputs import Recipe, again, kept
+
 MANY_ROWS = 4096
 """From so many rows on, ΛA x is worked out again in the backward pass: keeping it takes rows × rank numbers of every layer."""
 
@@ -25,7 +27,7 @@ class AddLowRank(torch.autograd.Function):
         ∂L/∂x = u ΛA        ∂L/∂B = (ΛA x)ᵀ g        ∂L/∂A = Λ uᵀ x
 
     sums: instead, two tensors of the shapes of folded and cast to which ∂L/∂(ΛA) and ∂L/∂B are added by the products
-    themselves; whoever gave them finishes the gradients (packed.py).
+    themselves; whoever gave them finishes the gradients (packed.py). recipe: how x can be made again instead of being kept.
     """
 
     @staticmethod
@@ -39,13 +41,15 @@ class AddLowRank(torch.autograd.Function):
         cast: Tensor,
         importance: Tensor | None,
         sums: tuple[Tensor, Tensor] | None,
+        recipe: Recipe | None,
     ) -> Tensor:
         """The sum, in the output's shape."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         hidden = F.linear(rows, folded)
         # Working copies stay as they are until the backward pass. Others are made for this call: saved, checkpointing drops them.
-        ctx.save_for_backward(rows, _kept(hidden), *(() if sums else (folded, cast)))
-        ctx.fixed = down, up, (folded, cast) if sums else None, importance, sums, x.shape
+        copies = (folded, cast)
+        ctx.save_for_backward(_kept(hidden), *((None, None) if sums else copies), *kept(rows, recipe))
+        ctx.fixed = down, up, copies if sums else None, importance, sums, x.shape, recipe and recipe.make
         total = output.new_empty(output.shape)  # not a view, which the host's in-place additions would be refused on
         torch.addmm(output.reshape(-1, output.shape[-1]), hidden, cast, out=total.view(-1, output.shape[-1]))
         return total
@@ -54,9 +58,10 @@ class AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of output, x, down and up. Raises RuntimeError where they are to be differentiated in turn."""
         _once()
-        down, up, copies, importance, sums, shape = ctx.fixed
-        rows, hidden, *made = ctx.saved_tensors
-        folded, cast = copies or made
+        down, up, copies, importance, sums, shape, make = ctx.fixed
+        hidden, folded, cast, *saved = ctx.saved_tensors
+        folded, cast = copies or (folded, cast)
+        rows = _rows(again(saved, make))
         hidden = F.linear(rows, folded) if hidden is None else hidden
         g = gradient.reshape(-1, gradient.shape[-1])
         u = F.linear(g, cast)
@@ -64,10 +69,10 @@ class AddLowRank(torch.autograd.Function):
         if sums is not None:
             sums[0].addmm_(u.t(), rows)
             sums[1].addmm_(hidden.t(), g)
-            return gradient, to_x, None, None, None, None, None, None
+            return gradient, to_x, *(None,) * 7
         to_up = _added(up, (hidden.t() @ g)[: len(up)], None)
         to_down = _added(down, (u.t() @ rows)[: len(down)], importance)
-        return gradient, to_x, to_down, to_up, None, None, None, None
+        return gradient, to_x, to_down, to_up, *(None,) * 5
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -80,7 +85,7 @@ class LowRankLinear(torch.autograd.Function):
         ∂L/∂x = g W + u ΛA
 
     anchor: any tensor that requires a gradient, so that the backward pass comes here for inputs that need none; it gets none.
-    folded, cast, sums: as in AddLowRank.
+    folded, cast, sums, recipe: as in AddLowRank.
     """
 
     @staticmethod
@@ -93,12 +98,13 @@ class LowRankLinear(torch.autograd.Function):
         folded: Tensor,
         cast: Tensor,
         sums: tuple[Tensor, Tensor],
+        recipe: Recipe | None,
     ) -> Tensor:
         """(…, d_out)."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         hidden = F.linear(rows, folded)
-        ctx.save_for_backward(rows, _kept(hidden))
-        ctx.fixed = weight, folded, cast, sums, x.shape
+        ctx.save_for_backward(_kept(hidden), *kept(rows, recipe))
+        ctx.fixed = weight, folded, cast, sums, x.shape, recipe and recipe.make
         if weight.dtype is not x.dtype:
             weight = weight.to(x.dtype)
         if bias is not None and bias.dtype is not x.dtype:
@@ -119,18 +125,24 @@ class LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of x; those of the factors are added to the sums. Raises RuntimeError as that of AddLowRank does."""
         _once()
-        rows, hidden = ctx.saved_tensors
-        weight, folded, cast, sums, shape = ctx.fixed
+        weight, folded, cast, sums, shape, make = ctx.fixed
+        hidden, *saved = ctx.saved_tensors
+        rows = _rows(again(saved, make))
         hidden = F.linear(rows, folded) if hidden is None else hidden
         g = gradient.reshape(-1, gradient.shape[-1])
         u = F.linear(g, cast)
         sums[0].addmm_(u.t(), rows)
         sums[1].addmm_(hidden.t(), g)
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None, None
+            return (None,) * 8
         if weight.dtype is not g.dtype:
             weight = weight.to(g.dtype)
-        return torch.mm(g, weight).addmm_(u, folded).view(shape), None, None, None, None, None, None
+        return torch.mm(g, weight).addmm_(u, folded).view(shape), *(None,) * 7
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(…, d) as (rows, d)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _kept(hidden: Tensor) -> Tensor | None:

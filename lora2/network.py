@@ -16,6 +16,7 @@ from .adapter import GRANULE, HEADROOM, Adapter, capacity_for, cost, full_rank, 
 from .budget import fit, next_pressure, scaled_ranks
 from .errors import LoraError
 from .factors import Factors, float32
+from .inputs import made_again, recipe_of
 from .keys import shown
 from .memory import on_device
 from .packed import Block, Packed
@@ -525,7 +526,7 @@ class AdaptiveNetwork:
         """While inside, the adapted layers answer with their adapters' paths added; nothing is left behind after."""
         with ExitStack() as stack:
             for adapter in self.adapters:
-                if adapter.working is not None and self._plain(adapter.module):
+                if adapter.convolution or (adapter.working is not None and self._plain(adapter.module)):
                     stack.enter_context(_in_place_of(adapter))
                 else:
                     stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)
@@ -539,11 +540,19 @@ def plain_linear(module: nn.Module) -> bool:
 
 @contextmanager
 def _in_place_of(adapter: Adapter) -> Iterator[None]:
-    """While inside, a plain layer's own forward is computed together with its adapter's path where types allow."""
+    """While inside, a layer's own forward is computed together with its adapter's path.
+
+    In one operation for a plain layer where types allow. A convolution keeps its input also where it is frozen; both make it
+    again where they can.
+    """
     module: Any = adapter.module
-    own = module.forward
+    own, found = module.forward, vars(module).get("forward")
 
     def forward(x: Tensor) -> Tensor:
+        if adapter.convolution:
+            with made_again((x, recipe_of(x, adapter.shape[0]))):
+                output = own(x)
+            return adapter.add(output, x)
         if adapter.replaces(module.weight, x):
             return adapter.linear(x, module.weight, module.bias)
         return adapter.add(own(x), x)
@@ -552,7 +561,10 @@ def _in_place_of(adapter: Adapter) -> Iterator[None]:
     try:
         yield
     finally:
-        del module.forward
+        if found is None:
+            del module.forward
+        else:  # the host's, around a layer that it changes
+            module.forward = found
 
 
 def _plain(adapter: Adapter, rank: int, ordered: bool, device: torch.device) -> Factors:

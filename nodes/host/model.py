@@ -24,7 +24,7 @@ from ...lora2.trainer import EMPTY_CAPTION
 from .checkpointing import checkpointed, inputs_of_norms_kept, repeated_blocks
 from .dataset import Caption, caption_entries, check_caption
 from .versions import misfit
-from .weights import trainable_weights, waiting
+from .weights import trainable_weights, waiting, waiting_pinned
 
 log = logging.getLogger("lora2")
 
@@ -116,7 +116,9 @@ class HostModel:
         checkpoint = self._checkpoint(checkpointing, memory)
         was_training = comfy.model_management.in_training
         with ExitStack() as stack:
-            stack.enter_context(trainable_weights(self.model))
+            if waiting(self.model, self.device):
+                stack.enter_context(waiting_pinned(self.patcher))
+            stack.enter_context(trainable_weights(self.model, self.device))
             if checkpoint:
                 stack.enter_context(checkpointed(repeated_blocks(self.model.diffusion_model)))
             elif checkpointing == "auto":

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def trainable_weights(model: nn.Module) -> Iterator[None]:
-    """While inside, the model's parameters and buffers are ordinary frozen tensors over the same memory.
+def trainable_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """While inside, the model's parameters and buffers are ordinary frozen tensors over the same memory, buffers on its device.
 
     Nodes run in inference mode, where a loaded model's weights are inference tensors that autograd refuses to save. A new
     tensor over the same storage is not one, and costs nothing; the original objects come back at the end, so that the
     host finds what it left. All of them, since a weight that was moved between devices outside inference mode no longer
     says that it is an inference tensor, and is refused all the same. LoRAs that the host applies in bypass mode, as it does
     to quantised models, keep their weights outside the model: the same is done for those. Weights that wait in the CPU's memory
-    may be saved too (`_copies_of_their_own`). Call with inference mode off.
+    may be saved too (`_copies_of_their_own`); buffers are small and do not wait, as in a model that is loaded whole. Call with
+    inference mode off.
     """
     swapped: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
     for module in model.modules():
@@ -29,6 +30,8 @@ def trainable_weights(model: nn.Module) -> Iterator[None]:
                 if original is None:
                     continue
                 alias = ordinary(original)
+                if slots is module._buffers and alias.device.type != device.type:
+                    alias = alias.to(device)
                 swapped.append((slots, name, original, alias))  # type: ignore[arg-type]
     bypasses = [(adapter, adapter.weights) for module in model.modules() for adapter in bypass_adapters(module)]
     try:
@@ -66,6 +69,29 @@ def _copies_of_their_own() -> Iterator[None]:
 def waiting(model: nn.Module, device: torch.device) -> int:
     """The bytes of a loaded model's weights that are elsewhere than on its device: they are copied there when they are needed."""
     return sum(p.nbytes for p in model.parameters() if p.device.type != device.type)
+
+
+@contextmanager
+def waiting_pinned(patcher: Any) -> Iterator[None]:
+    """While inside, what waits in the CPU's memory is pinned: copies are faster then, and can be recorded (lora2/engine.py).
+
+    The host pins what it leaves there, but not anew when such a model is loaded again; and as soon as any patcher of a model is
+    gone it lets go of all that is pinned, whose list they share. A recorded copy must not lose its source, so until the end
+    the list is empty.
+    """
+    listed: set[str] | None = getattr(patcher, "pinned", None)
+    if not isinstance(listed, set) or not hasattr(patcher, "pin_weight_to_device"):
+        yield
+        return
+    for key, parameter in patcher.model.named_parameters():
+        if parameter.device.type == "cpu":
+            patcher.pin_weight_to_device(key)
+    kept = set(listed)
+    listed.clear()
+    try:
+        yield
+    finally:
+        listed.update(kept)
 
 
 def bypass_adapters(module: nn.Module) -> Iterator[Any]:

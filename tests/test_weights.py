@@ -1,0 +1,86 @@
+"""A base model's weights while it is trained: where they are, and that the host finds them as it left them."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from training import pack
+
+
+@pytest.fixture
+def patcher(comfy: Any) -> Any:
+    """A small SD 1.x model."""
+    from dev import assets
+
+    with torch.inference_mode():
+        return comfy.sd.load_diffusion_model(str(assets.family("sd15")))
+
+
+def test_buffers_do_not_wait_elsewhere(patcher: Any) -> None:
+    """A step that copies one from the CPU cannot be recorded. The meta device stands for a GPU: nothing there is on the CPU."""
+    model, meta = patcher.model, torch.device("meta")
+    buffers, parameters = dict(model.named_buffers()), dict(model.named_parameters())
+    assert "model_sampling.sigmas" in buffers
+    with torch.inference_mode(False), pack("nodes.host.weights").trainable_weights(model, meta):
+        assert {b.device for b in model.buffers()} == {meta}
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+        assert not any(p.is_inference() for p in model.parameters())
+    assert all(b is buffers[name] for name, b in model.named_buffers())
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+
+
+def test_what_waits_is_pinned_until_the_end(patcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the host's own means, which end it when a patcher of the model is gone: not while a model is trained, but then.
+
+    (Pinned memory needs a GPU: what the host asks of it is recorded.)
+    """
+    import comfy.model_management as management
+
+    held: dict[int, torch.Size] = {}
+
+    def pin(tensor: torch.Tensor) -> bool:
+        new = tensor.data_ptr() not in held
+        held[tensor.data_ptr()] = tensor.shape
+        return new
+
+    def gone(one: Any) -> None:
+        del one
+        gc.collect()
+
+    monkeypatch.setattr(management, "pin_memory", pin)
+    monkeypatch.setattr(management, "unpin_memory", lambda tensor: bool(held.pop(tensor.data_ptr())))
+    every = {w.data_ptr() for w in patcher.model.parameters()}
+    patcher.model.register_parameter("there", nn.Parameter(torch.zeros(4, device="meta"), requires_grad=False))
+    clone = patcher.clone()
+
+    def trained() -> None:
+        with pack("nodes.host.weights").waiting_pinned(clone):
+            assert set(held) == every
+            gone(patcher.clone())
+            assert set(held) == every
+            raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        trained()
+    assert set(held) == every
+    gone(patcher.clone())
+    assert not held
+
+
+def test_a_host_that_pins_nothing_is_left_alone() -> None:
+    class Old:
+        model = nn.Linear(2, 2)
+
+    with pack("nodes.host.weights").waiting_pinned(Old()):
+        pass
+    assert not hasattr(Old, "pinned")
+
+
+def test_weights_on_their_device_are_not_waiting(patcher: Any) -> None:
+    waiting = pack("nodes.host.weights").waiting
+    assert waiting(patcher.model, torch.device("cpu")) == 0
+    assert waiting(patcher.model, torch.device("cuda")) == sum(p.nbytes for p in patcher.model.parameters())
