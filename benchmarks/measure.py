@@ -223,13 +223,15 @@ def train(
     class Watched(trainer.Trainer):  # type: ignore[name-defined]
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **(named if graphs else {**named, "graphs": False}))
-            model = patcher.model
+            model, draw = patcher.model, self.samples.draw
             watch.base = (weight_bytes(model), allocated() - adapter_bytes(self.network) - watch.base[1])
 
-        def draw(self) -> Any:
-            drawn = super().draw()
-            watch.shapes.append(tuple(drawn[0].shape))
-            return drawn
+            def drawn() -> Any:
+                batch = draw()
+                watch.shapes.append(tuple(batch[0].shape))
+                return batch
+
+            self.samples.draw = drawn
 
         def run(self, *_given: Any, **_named: Any) -> Any:  # without live pictures and states
             def seen(progress: Any) -> None:

@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from . import importance as imp
-from .adapter import GRANULE, HEADROOM, Adapter, capacity_for, cost, full_rank, module_shape, next_capacity
+from .adapter import Adapter, capacity_for, cost, module_shape
+from .attach import attached, plain_linear
 from .budget import fit, next_pressure, scaled_ranks
 from .errors import LoraError
 from .factors import Factors, float32
-from .inputs import made_again, recipe_of
-from .keys import shown
+from .initial import initial_ranks, rank_limit, starting
 from .memory import on_device
 from .packed import Block, Packed
+from .resizes import Resizes
 from .settings import Settings
 from .sizes import Sizes
 from .spectrum import singular_order
-from .state import MOST_STEPS, State, damaged, restore_generator
-
-INITIAL_OVER_TARGET = 4
-SMALLEST_INITIAL = 16
-
-PRESSED_SHARE, FREED_SHARE = 0.02, 0.05
-"""Of the parameters held: what makes the arrays follow the ranks."""
-
-MOST_RESIZES = 4
-"""How often they follow in a run: a recorded step has to be recorded again after it (engine.py)."""
-
-MOST_GAIN = 1e9
-"""No rank that a layer can start at has a larger one."""
-
-FASTEST = 2.5
-"""A growing layer gets room for this many times its rank at most."""
 
 Choose = Callable[[Callable[[int], None], int, int], int]
 """Given what makes a network hold a size in parameters, the smallest and the largest one, says which is enough."""
@@ -88,11 +72,8 @@ class AdaptiveNetwork:
         self.theta = nn.Parameter(torch.tensor(initial, dtype=torch.float64).log().float().to(self.device))
         self.pressure = torch.ones((), device=self.device)
         """A budget's multiplier, raised and lowered while the paper's form trains."""
-        self._last_ratio = 1.0
-        self._last_ranks: list[float] = [float(rank) for rank in initial]
-        self._resized: list[int] = []
-        """The syncs, counted from 1, at which arrays were resized."""
-        self._syncs = 0
+        self.last_ratio = 1.0
+        self.resizes = Resizes(settings, initial)
         self._laid_out: list[int] = []
         self._settling: dict[str, Factors] | None = None
         self._choice_due = False
@@ -178,7 +159,7 @@ class AdaptiveNetwork:
         self._capacities = torch.tensor([a.capacity for a in self.adapters], device=self.device, dtype=torch.float32)
         self._importance = torch.zeros(len(self.adapters), width, device=self.device)
         self._shares = torch.zeros_like(self._importance)
-        self._peak = self._capacities.clone()
+        self.peak = self._capacities.clone()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -192,7 +173,7 @@ class AdaptiveNetwork:
         self.theta.data.clamp_(self._floor_theta, self._limit_theta)
         nu = imp.rate(self.theta, self.settings.q)[:, None]
         ranks = self.logical_ranks()
-        torch.maximum(self._peak, ranks, out=self._peak)
+        torch.maximum(self.peak, ranks, out=self.peak)
         inside = self._positions < ranks[:, None]
         torch.mul(self._gain * imp.importance(self._positions, nu), inside, out=self._importance)
 
@@ -298,67 +279,31 @@ class AdaptiveNetwork:
 
         exactly: hold every rank that θ asks for, also where resizing would not pay.
         Positions that fell out of the rank since the last sync are dropped for good: if the rank returns, they start anew.
-        Arrays are resized at most MOST_RESIZES times in a run, evenly spaced; a rank that outgrows its arrays before that waits
+        Arrays are resized a few times in a run (resizes.py); a rank that outgrows its arrays before that waits
         there. Where memory runs out in it, nothing learned is lost, and a second call goes on.
         """
         if self.settled:
             return False
         self.refresh()
-        self._syncs += 1
-        theta, ranks, peak = torch.stack([self.theta, imp.quantile_rank(self.theta), self._peak]).tolist()
+        theta, ranks, peak = torch.stack([self.theta, imp.quantile_rank(self.theta), self.peak]).tolist()
         wanted = [int(rank) for rank in ranks]
         for adapter, rank, reached in zip(self.adapters, wanted, peak, strict=True):
             if reached > rank:
                 adapter.renew(rank, self.generator, optimizer)
-        self._peak.copy_(self.logical_ranks())
-        rho = [math.exp(t) for t in theta]
-        capacities = [
-            next_capacity(a.capacity, rank, limit, self._expected(now, before))
-            for a, rank, limit, now, before in zip(self.adapters, wanted, self._limits, rho, self._last_ranks, strict=True)
-        ]
-        self._last_ranks = rho
-        short = exactly and any(rank > a.capacity for a, rank in zip(self.adapters, wanted, strict=True))
-        changed = short or (self._may_resize() and self._worth(capacities, wanted))
-        unfinished = self._laid_out != [a.capacity for a in self.adapters]
-        if changed:
-            self._resized.append(self._syncs)
-            for adapter, capacity in zip(self.adapters, capacities, strict=True):
-                if capacity != adapter.capacity:
-                    adapter.resize(capacity, self.generator, optimizer)
+        self.peak.copy_(self.logical_ranks())
+        held, costs = [a.capacity for a in self.adapters], [a.cost for a in self.adapters]
+        capacities = self.resizes.sync(held, wanted, [math.exp(t) for t in theta], self._limits, costs, exactly)
+        changed, unfinished = capacities != held, self._laid_out != held
+        for adapter, capacity in zip(self.adapters, capacities, strict=True):
+            if capacity != adapter.capacity:
+                adapter.resize(capacity, self.generator, optimizer)
         if self._steered:
             ratio = self.size() / self.budget
-            self.pressure.fill_(next_pressure(float(self.pressure), ratio, self._last_ratio))
-            self._last_ratio = ratio
+            self.pressure.fill_(next_pressure(float(self.pressure), ratio, self.last_ratio))
+            self.last_ratio = ratio
         if changed or unfinished:
             self._rebuild()
         return changed or unfinished
-
-    @property
-    def _syncs_between(self) -> int:
-        """How many syncs at least lie between two resizes."""
-        adapting = self.settings.adapting_steps - round(self.settings.steps * self.settings.rank_hold)
-        return max(1, math.ceil(adapting / self.settings.sync_every / MOST_RESIZES))
-
-    def _may_resize(self) -> bool:
-        return not self._resized or self._syncs - self._resized[-1] >= self._syncs_between
-
-    def _expected(self, now: float, before: float) -> int:
-        """The rank that a layer will ask for when the arrays may follow again, if it grows on as since the last sync."""
-        return math.ceil(now * min(FASTEST, max(1.0, now / before) ** self._syncs_between))
-
-    def _worth(self, capacities: Sequence[int], wanted: Sequence[int]) -> bool:
-        """Whether resizing pays.
-
-        It does when layers that hold a share of the parameters press against their arrays, or a single one wants much more
-        than its own, or when a share would be freed.
-        """
-        if any(rank > HEADROOM * a.capacity for a, rank in zip(self.adapters, wanted, strict=True)):
-            return True
-        held = sum(a.capacity * a.cost for a in self.adapters)
-        triples = list(zip(self.adapters, capacities, wanted, strict=True))
-        pressed = sum(a.capacity * a.cost for a, c, rank in triples if rank > a.capacity and c > a.capacity)
-        freed = sum((a.capacity - c) * a.cost for a, c, _ in triples if c < a.capacity)
-        return pressed > PRESSED_SHARE * held or freed > FREED_SHARE * held
 
     @torch.no_grad()
     def settle(
@@ -466,105 +411,11 @@ class AdaptiveNetwork:
             adapter.assume(down, up, std)
         self._rebuild()
 
-    def state(self) -> State:
-        """All that a network of the same layers and settings needs to go on as this one; see `restore`."""
-        tensors = {"theta": self.theta, "pressure": self.pressure, "peak": self._peak, "generator": self.generator.get_state()}
-        for index, adapter in enumerate(self.adapters):
-            tensors |= {f"{index}.down": adapter.down, f"{index}.up": adapter.up}
-        return State(
-            tensors,
-            {
-                "layers": self.names,
-                "settled": self.settled,
-                "last_ratio": self._last_ratio,
-                "deviations": [a.std for a in self.adapters],
-                "gains": list(self.gains),
-                "last_ranks": list(self._last_ranks),
-                "resized": list(self._resized),
-                "syncs": self._syncs,
-            },
-        )
-
-    def restore(self, state: State) -> None:
-        """Become what `state` was taken of. Raises LoraError where it is of other layers, or damaged."""
-        if state.items("layers", str) != self.names:
-            raise LoraError("The training state is of other layers. Adapt the layers that it was made with.")
-        settled, count = state.flag("settled"), len(self.adapters)
-        deviations, gains = state.items("deviations", float, count), state.items("gains", float, count)
-        arrays = []
-        for index, adapter in enumerate(self.adapters):
-            down = state.tensor(f"{index}.down", (None, *adapter.shape[1:]))
-            up = state.tensor(f"{index}.up", (down.shape[0], adapter.shape[0]))
-            # Working copies (packed.py) are laid out for capacities in whole granules while ranks adapt.
-            uneven = not settled and (len(down) % GRANULE or not len(down))
-            if uneven or len(down) > capacity_for(full_rank(adapter.shape)):
-                damaged(f"layer {shown(self.names[index])} holds {len(down)} positions")
-            if not 0 < deviations[index] < math.inf or not 0 < gains[index] < MOST_GAIN:
-                damaged("a deviation or a gain is out of bounds")
-            arrays.append((down, up))
-        peak = state.tensor("peak", (count,))
-        pressure = state.tensor("pressure", ())
-        if not settled and bool(((peak < 0) | (peak > peak.new_tensor([len(d) for d, _ in arrays]))).any()):
-            damaged("a rank was above its arrays")
-        if not 1e-6 <= float(pressure) <= 1e6:
-            damaged("the budget's multiplier is out of bounds")
-        self.settled = settled
-        self._last_ratio = state.number("last_ratio", 0.0, 1e12)
-        self._last_ranks = state.items("last_ranks", float, count)
-        self._syncs, self._resized = state.whole("syncs", 0, MOST_STEPS), list(state.items("resized", int))
-        if not all(0 < rank < MOST_STEPS for rank in self._last_ranks) or any(s > self._syncs for s in self._resized):
-            damaged("ranks or resizes are out of bounds")
-        self.assume(state.tensor("theta", (count,)), arrays, list(zip(deviations, gains, strict=True)))
-        restore_generator(self.generator, state, "generator")
-        self.pressure.copy_(pressure)
-        self._peak.copy_(peak)
-
     # -- attaching -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """While inside, the adapted layers answer with their adapters' paths added; nothing is left behind after."""
-        with ExitStack() as stack:
-            for adapter in self.adapters:
-                if adapter.convolution or (adapter.working is not None and self._plain(adapter.module)):
-                    stack.enter_context(_in_place_of(adapter))
-                else:
-                    stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)
-            yield
-
-
-def plain_linear(module: nn.Module) -> bool:
-    """Whether a layer computes x Wᵀ + bias from its own weight and bias, and nothing else."""
-    return type(module) is nn.Linear and "forward" not in vars(module)
-
-
-@contextmanager
-def _in_place_of(adapter: Adapter) -> Iterator[None]:
-    """While inside, a layer's own forward is computed together with its adapter's path.
-
-    In one operation for a plain layer where types allow. A convolution keeps its input also where it is frozen; both make it
-    again where they can.
-    """
-    module: Any = adapter.module
-    own, found = module.forward, vars(module).get("forward")
-
-    def forward(x: Tensor) -> Tensor:
-        if adapter.convolution:
-            with made_again((x, recipe_of(x, adapter.shape[0]))):
-                output = own(x)
-            return adapter.add(output, x)
-        if adapter.replaces(module.weight, x):
-            return adapter.linear(x, module.weight, module.bias)
-        return adapter.add(own(x), x)
-
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if found is None:
-            del module.forward
-        else:  # the host's, around a layer that it changes
-            module.forward = found
+        return attached(self.adapters, self._plain)
 
 
 def _plain(adapter: Adapter, rank: int, ordered: bool, device: torch.device) -> Factors:
@@ -573,30 +424,3 @@ def _plain(adapter: Adapter, rank: int, ordered: bool, device: torch.device) -> 
     if ordered:
         factors = float32(singular_order(factors)[0])
     return Factors(factors.up.cpu(), factors.down.cpu(), factors.alpha)
-
-
-def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return adapter.add(output, args[0])
-
-    return add
-
-
-def initial_ranks(target: float, limits: Sequence[int], settings: Settings) -> list[int]:
-    """The ranks that layers start from. target: the mean rank to end with; limits: every layer's largest."""
-    wanted = settings.initial_rank or max(SMALLEST_INITIAL, INITIAL_OVER_TARGET * math.ceil(target))
-    return [min(max(wanted, settings.min_rank), limit) for limit in limits]
-
-
-def rank_limit(shape: tuple[int, ...], settings: Settings) -> int:
-    """The largest rank that a layer of this shape may have."""
-    most = full_rank(shape)
-    return min(most, settings.max_rank) if settings.max_rank else most
-
-
-def starting(shape: tuple[int, ...], rank: int, settings: Settings) -> tuple[float, float]:
-    """σ of new down rows in a layer of this shape that starts at this rank, and the gain of its Λ."""
-    energy = imp.kept_energy(rank, imp.mass_constant(settings.q) / rank)
-    if settings.init == "paper":
-        return imp.paper_down_std(energy), 1.0
-    return imp.down_std(cost(shape) - shape[0]), imp.gain(rank, energy)

@@ -11,7 +11,8 @@ from torch import Tensor
 from . import importance as imp
 from .adapter import NO_WEIGHT, Adapter, capacity_for
 from .factors import Factors
-from .network import AdaptiveNetwork, starting
+from .initial import starting
+from .network import AdaptiveNetwork
 from .spectrum import singular_order
 from .state import State, damaged
 

@@ -8,111 +8,38 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from . import enough, schedule, sensitivity
 from .budget import next_size
-from .data import Buckets
-from .engine import Part, Result, engine_for
+from .denoiser import Denoiser
+from .engine import Result, engine_for
 from .errors import LoraError
 from .factors import Factors
 from .losses import EntropyProbe, denoising_loss
 from .memory import OutOfMemory, advice, attempt, release
 from .network import AdaptiveNetwork
+from .network_state import restore, state_of
 from .optimizer import Optimizer
-from .settings import SEEDS, Settings
+from .progress import Progress
+from .samples import Batch, Samples
+from .settings import Settings
 from .start import Started, start_from
-from .state import MOST_STEPS, State, damaged, restore_generator
+from .state import MOST_STEPS, State, damaged
 from .watch import Diverged, Judge
-
-__all__ = ["EMPTY_CAPTION", "Denoiser", "Diverged", "Progress", "Trainer"]
 
 log = logging.getLogger("lora2")
 
 T = TypeVar("T")
-Batch = tuple[Tensor, Tensor, Tensor, list[int]]
-"""Clean latents, noise, σ and captions, on the CPU."""
 
 STEPS_AHEAD = 1
 """Steps that a GPU may be given before the last one's loss is read: a cancel waits for them."""
 
 MOST_PARAMETERS = 1 << 40
 """More than any adapter has: what a state may claim."""
-
-EMPTY_CAPTION = -1
-"""Stands for the empty caption where a picture's index stands for its caption."""
-
-
-class Denoiser(Protocol):
-    """A diffusion model as the trainer sees it: what a host provides."""
-
-    @property
-    def prediction(self) -> str:
-        """What the network puts out: one of losses.PREDICTIONS."""
-
-    @property
-    def sigma_data(self) -> float:
-        """The data's standard deviation in the model's parametrisation."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model runs."""
-
-    def sigma(self, time: Tensor, shifted: bool) -> Tensor:
-        """σ of times in (0, 1): (batch,) → (batch,). shifted: by the model's own timestep shift, if it has one."""
-
-    def add_noise(self, sigma: Tensor, noise: Tensor, clean: Tensor) -> Tensor:
-        """The noisy latent, (batch, channels, …)."""
-
-    def conditions(self, captions: Sequence[int], shape: torch.Size) -> list[tuple[list[int], Any]]:
-        """Captions (indices, or EMPTY_CAPTION) as conditioning, in groups that can run together.
-
-        shape: of the latents, (batch, channels, …). Returns for each group its places in `captions`, and what `denoise` takes.
-        """
-
-    def denoise(self, noisy: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
-        """The model's x0 prediction with every sample's own caption, with gradients."""
-
-    def save_memory(self) -> str | None:
-        """Change something so that a step needs less memory; in words what, None where there is nothing."""
-
-
-@dataclass
-class Progress:
-    """Where a run is.
-
-    losses: one per finished step, NaN for one that was skipped. ranks: by layer, as of the last time the arrays followed
-    them. cuts: the steps before which layers were cut. settled: whether the ranks are final. changes: what was changed on the
-    way since memory ran out, in words.
-    """
-
-    steps: int
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    ranks: dict[str, int] = field(default_factory=dict)
-    cuts: list[int] = field(default_factory=list)
-    settled: bool = False
-    seconds: float = 0.0
-    changes: list[str] = field(default_factory=list)
-
-    @property
-    def skipped(self) -> list[int]:
-        """The steps, counted from 1, that were not taken."""
-        return [step for step, loss in enumerate(self.losses, 1) if math.isnan(loss)]
-
-    @property
-    def learned(self) -> int:
-        """How many steps were taken."""
-        return self.step - len(self.skipped)
-
-    @property
-    def phase(self) -> str:
-        """The phase: "adapting" until layers are cut for the first time, "settling" until the last, then "settled"."""
-        return "settled" if self.settled else "settling" if self.cuts else "adapting"
 
 
 class Trainer:
@@ -132,8 +59,7 @@ class Trainer:
         self.denoiser = denoiser
         self.settings = settings = settings.for_pictures(len(latents))
         self.entropy = entropy if settings.entropy_weight > 0 else None
-        self.data = Buckets(latents, settings.batch_size, (settings.seed + 1) % SEEDS)
-        self.generator = Generator().manual_seed((settings.seed + 2) % SEEDS)
+        self.samples = Samples(latents, denoiser, settings, settings.batch_size, (settings.seed + 1, settings.seed + 2))
         self.optimizer = Optimizer(network, settings)
         self.engine = engine_for(network, lambda part: self.loss(part.clean, part.noise, part.sigma, part.conditioning), graphs)
         self.progress = Progress(settings.steps, ranks=network.ranks())
@@ -143,7 +69,6 @@ class Trainer:
         self._ahead = STEPS_AHEAD if network.device.type == "cuda" else 0
         self._say = say
         self._judge = Judge(network, settings, say)
-        self._most, self._largest = settings.batch_size, 0
         self._on_step: Callable[[Progress], None] | None = None
         self._torn = self._rested = False
         self._marks: deque[tuple[int, State]] = deque(maxlen=STEPS_AHEAD + 2)
@@ -188,9 +113,12 @@ class Trainer:
         settings, step = self.settings, self._issued
         drawn: list[Batch] = []  # once: an attempt that failed is made again with the same samples
         moves = settings.ranks_move(step) and not self._rested
-        self._marks.append((step, self._drawing()))
+        self._marks.append((step, self.samples.state()))
         result = self._relieved(
-            lambda: self.engine.step(self._parts(drawn), self.optimizer, self._rate(step), moves), self._less
+            lambda: self.engine.step(
+                self.samples.parts(drawn, settings.accumulation), self.optimizer, self._rate(step), moves
+            ),
+            self._less,
         )
         self._pending.append(Result(result))
         self._issued += 1
@@ -252,9 +180,9 @@ class Trainer:
             return None
         if words := self.denoiser.save_memory():
             return words
-        if self._largest > 1:
-            self._most = math.ceil(self._largest / 2)
-            return f"{self._most} of a batch's pictures at a time, not {self._largest}"
+        if (together := self.samples.largest) > 1:
+            self.samples.most = math.ceil(together / 2)
+            return f"{self.samples.most} of a batch's pictures at a time, not {together}"
         return self.engine.save_memory()
 
     @staticmethod
@@ -263,37 +191,7 @@ class Trainer:
         once = [""]
         return lambda: once.pop() if once else None
 
-    # -- samples ---------------------------------------------------------------------------------------------------
-
-    def _parts(self, drawn: list[Batch], count: int = 0, most: int = 0) -> Iterator[Part]:
-        """A step's samples on the device, in parts that can run together, of as many samples as memory allows.
-
-        drawn: the step's batches so far; those that are missing are drawn and added. count: of batches, as many as a step has if
-        not given. most: samples in a part, as many as a step's memory allows if not given.
-        """
-        device, count, self._largest = self.denoiser.device, count or self.settings.accumulation, 0
-        for index in range(count):
-            if index == len(drawn):
-                drawn.append(self.draw())
-            clean, noise, sigma, captions = drawn[index]
-            for members, conditioning in self._groups(captions, range(len(captions)), clean.shape, most or self._most):
-                self._largest = max(self._largest, len(members))
-                weight = torch.full((), len(members) / (len(captions) * count), device=device)
-                some: Any = slice(None) if len(members) == len(captions) else members
-                yield Part(clean[some].to(device), noise[some].to(device), sigma[some].to(device), conditioning, weight)
-
-    def _groups(
-        self, captions: Sequence[int], members: Sequence[int], shape: torch.Size, most: int
-    ) -> Iterator[tuple[list[int], Any]]:
-        """Samples that can run together, at most so many at once, with their conditioning."""
-        chosen = [captions[i] for i in members]
-        for places, conditioning in self.denoiser.conditions(chosen, torch.Size([len(chosen), *shape[1:]])):
-            group = [members[place] for place in places]
-            if len(group) <= most:
-                yield group, conditioning
-                continue
-            for start in range(0, len(group), most):
-                yield from self._groups(captions, group[start : start + most], shape, most)
+    # -- ranks --------------------------------------------------------------------------------------------------------
 
     def _rate(self, step: int) -> float:
         """The learning rate's share now; in the paper's form it does not depend on the size, which has no end to be told by."""
@@ -328,29 +226,30 @@ class Trainer:
 
         `most` where that cannot be found out; the run says why.
         """
-        settings = self.settings
-        data = Buckets(self.data.latents, enough.TOGETHER, (settings.seed + 3) % SEEDS)
-        generator = Generator().manual_seed((settings.seed + 4) % SEEDS)
-        batches = [self._drawn(data, generator) for _ in range(enough.SAMPLES // enough.TOGETHER)]
-        together = min(enough.TOGETHER, self._most) if self._most < settings.batch_size else enough.TOGETHER
+        settings, own = self.settings, self.samples
+        seeds = settings.seed + 3, settings.seed + 4
+        samples = Samples(own.data.latents, self.denoiser, settings, enough.TOGETHER, seeds)
+        batches = [samples.draw() for _ in range(enough.SAMPLES // enough.TOGETHER)]
+        if own.most < settings.batch_size:
+            samples.most = min(enough.TOGETHER, own.most)
         trouble = "training had not lowered the loss by the last cut"
 
         @torch.no_grad()
         def measured(size: int) -> float:
             show(size)
-            parts = self._parts(batches, len(batches), together)
+            parts = samples.parts(batches, len(batches))
             return float(sum(p.weight * self.loss(p.clean, p.noise, p.sigma, p.conditioning) for p in parts))
 
         def loss(size: int) -> float:
-            nonlocal together, trouble
+            nonlocal trouble
             if self._on_step is not None:
                 self._on_step(self.progress)  # it takes a while: a person may want to stop it
             while not (done := attempt(lambda: measured(size))):
                 self._let_go()
-                if self._largest <= 1:
+                if samples.largest <= 1:
                     trouble = "memory ran out while sizes were compared"
                     return math.nan
-                together = self._largest // 2
+                samples.most = samples.largest // 2
             if not math.isfinite(done[0]):
                 trouble = "the loss was not a number while sizes were compared"
             return done[0]
@@ -376,10 +275,6 @@ class Trainer:
                 self._rested = True
             self._note_ranks()
 
-    def _drawing(self) -> State:
-        """Where everything random of the next batches stands."""
-        return State.joined(data=self.data.state(), noise=State({"generator": self.generator.get_state()}, {}))
-
     def state(self) -> State:
         """All that the run needs to go on bit for bit from the last step that is done; waits for the device.
 
@@ -398,15 +293,15 @@ class Trainer:
             "size": self._size,
             "seconds": progress.seconds,
             "changes": list(progress.changes),
-            "most": self._most,
+            "most": self.samples.most,
             "rested": self._rested,
             "sync_due": progress.step == self.settings.steps and progress.step % self.settings.sync_every == 0,
         }
         return State.joined(
             run=State({"losses": torch.tensor(progress.losses, dtype=torch.float64)}, facts),
-            network=self.network.state(),
+            network=state_of(self.network),
             optimizer=self.optimizer.state(),
-            drawing=drawing or self._drawing(),
+            drawing=drawing or self.samples.state(),
             settings=State({}, self.settings.to_dict()),
         )
 
@@ -416,7 +311,7 @@ class Trainer:
         Raises LoraError where the state is damaged or of another run, or has all the steps already; the trainer is of no
         use then.
         """
-        run, drawing = state.part("run"), state.part("drawing")
+        run = state.part("run")
         step = run.whole("step", 1, MOST_STEPS)
         if step >= self.settings.steps:
             raise LoraError(
@@ -424,11 +319,10 @@ class Trainer:
                 "the start of the run."
             )
         losses = run.tensor("losses", (step,), torch.float64, finite=False)
-        self.network.restore(state.part("network"))
+        restore(self.network, state.part("network"))
         self.optimizer = Optimizer(self.network, self.settings)
         self.optimizer.restore(state.part("optimizer"))
-        self.data.restore(drawing.part("data"))
-        restore_generator(self.generator, drawing.part("noise"), "generator")
+        self.samples.restore(state.part("drawing"))
         cuts = run.items("cuts", int) if self.network.settled else []
         if sorted(set(cuts)) != cuts or not all(0 <= cut <= step for cut in cuts) or self.network.settled != bool(cuts):
             damaged("its cuts are out of bounds")
@@ -437,7 +331,7 @@ class Trainer:
         self.progress = Progress(self.settings.steps, step, losses.tolist(), {}, list(cuts), settled, seconds, changes)
         self._judge.remember(self.progress.losses)
         self._rested = run.flag("rested")
-        self._most = min(self._most, run.whole("most", 1, MOST_STEPS))
+        self.samples.most = min(self.samples.most, run.whole("most", 1, MOST_STEPS))
         self._issued = step
         self._marks.clear()
         self.engine.forget()
@@ -456,22 +350,6 @@ class Trainer:
 
     def _note_ranks(self) -> None:
         self.progress.ranks = self.network.ranks()
-
-    def draw(self) -> Batch:
-        """Clean latents, noise, σ and captions of the next batch. Drawn on the CPU: a seed means the same everywhere."""
-        return self._drawn(self.data, self.generator)
-
-    def _drawn(self, data: Buckets, generator: Generator) -> Batch:
-        settings = self.settings
-        indices = data.next_batch()
-        clean = data.stack(indices)
-        noise = torch.randn(clean.shape, generator=generator)
-        sampling = settings.timestep_sampling
-        times = schedule.sample_times(len(indices), sampling, generator)
-        sigma = self.denoiser.sigma(times, shifted=sampling in ("auto", "shifted"))
-        dropped = torch.rand(len(indices), generator=generator) < settings.caption_dropout
-        captions = [EMPTY_CAPTION if gone else i for i, gone in zip(indices, dropped.tolist(), strict=True)]
-        return clean, noise, sigma, captions
 
     def loss(self, clean: Tensor, noise: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         """The denoising loss plus λ_e times the entropy of cross-attention."""

@@ -15,7 +15,7 @@ from .network import AdaptiveNetwork
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .trainer import Progress
+    from .progress import Progress
 
 MOST_IN_A_ROW = 10
 MOST_SHARE = 0.1

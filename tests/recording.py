@@ -134,7 +134,7 @@ def places(trainer: Trainer) -> dict[str, int]:
     network, optimizer = trainer.network, trainer.optimizer
     held: dict[str, Any] = {"theta": network.theta}
     if not network.settled:
-        held |= {"importance": network._importance, "shares": network._shares, "peak": network._peak}
+        held |= {"importance": network._importance, "shares": network._shares, "peak": network.peak}
     for i, adapter in enumerate(network.adapters):
         held |= {f"down {i}": adapter.down.data, f"up {i}": adapter.up.data}
         held |= {f"working {i} {n}": t for n, t in enumerate(adapter.working or ())}

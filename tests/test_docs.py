@@ -21,7 +21,7 @@ from dev.server import ComfyServer
 from lora2 import importance, losses
 from lora2.adapter import cost, module_shape
 from lora2.budget import next_size
-from lora2.network import initial_ranks
+from lora2.initial import initial_ranks
 from lora2.settings import TARGETS, Settings
 
 README = ROOT / "README.md"

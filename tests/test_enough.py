@@ -16,7 +16,8 @@ from lora2.enough import FINER, HALVINGS, TOGETHER, smallest
 from lora2.errors import LoraError
 from lora2.factors import Factors
 from lora2.network import AdaptiveNetwork
-from lora2.trainer import Progress, Trainer
+from lora2.progress import Progress
+from lora2.trainer import Trainer
 from tests.test_memory import fail_once, trainer_of
 from tests.test_sensitivity import inputs, network_of
 
@@ -256,13 +257,13 @@ def test_the_choice_does_not_touch_the_runs_own_order_of_pictures_and_noise() ->
     one, other = trainer_of(**{**GROWING, "settle_keep": 1.0}), trainer_of(**GROWING)
     draws = [[], []]
     for trainer, drawn in zip((one, other), draws, strict=True):
-        own = trainer.draw
+        own = trainer.samples.draw
 
         def draw(own: Any = own, drawn: list[Any] = drawn) -> Any:
             drawn.append(own())
             return drawn[-1]
 
-        trainer.draw = draw  # type: ignore[method-assign]
+        trainer.samples.draw = draw  # type: ignore[method-assign]
         trainer.run()
     assert other.network.size() < one.network.size()
     for a, b in zip(itertools.chain(*draws[0]), itertools.chain(*draws[1]), strict=True):

@@ -95,7 +95,7 @@ def test_every_change_is_one_of_a_setting(variant: variants.Variant) -> None:
 
 def test_where_the_papers_form_starts() -> None:
     settings = pack("lora2.settings").Settings(target_rank=variants.PAPER_RANK)
-    assert pack("lora2.network").initial_ranks(float(variants.PAPER_RANK), [256], settings) == [ablations.START]
+    assert pack("lora2.initial").initial_ranks(float(variants.PAPER_RANK), [256], settings) == [ablations.START]
 
 
 # -- cutting and counting ------------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ def test_the_batch_is_split_and_stays_the_same_batch(most: int, groups: int) -> 
     assert poor.progress.step == 8
     assert [w.split(":")[0] for w in words] == ["Memory ran out at step 1"] * len(poor.progress.changes)
     assert poor.progress.changes[0].startswith("3 of a batch's pictures at a time, not 6" if groups == 1 else "")
-    assert torch.equal(plain.generator.get_state(), poor.generator.get_state()), "drawn once"
-    assert torch.equal(plain.data.generator.get_state(), poor.data.generator.get_state())
+    assert torch.equal(plain.samples.generator.get_state(), poor.samples.generator.get_state()), "drawn once"
+    assert torch.equal(plain.samples.data.generator.get_state(), poor.samples.data.generator.get_state())
     assert hooks(toy_of(poor)) == 0
 
 

@@ -11,8 +11,9 @@ import torch
 from test_network import Model, frozen, pictures, randomise, relative, set_ranks, settings
 from torch import Tensor, nn
 
-from lora2.network import MOST_RESIZES, AdaptiveNetwork
+from lora2.network import AdaptiveNetwork
 from lora2.optimizer import Optimizer
+from lora2.resizes import MOST_RESIZES
 
 
 @pytest.mark.parametrize("bias", [torch.float64, torch.float32, None], ids=str)
@@ -131,7 +132,7 @@ def test_steps_over_blocks_are_the_steps_of_each_factor() -> None:
         if step in (3, 6):
             for network, optimizer in ((together, one.inner), (apart, plain)):
                 set_ranks(network, *((4.0, 30.0, 9.0) if step == 3 else (20.0, 5.0, 9.0)))
-                network._resized.clear()  # as if there had been time
+                network.resizes.at.clear()  # as if there had been time
                 assert network.sync(optimizer)
         if step == 5:
             one.inner.load_state_dict(one.inner.state_dict())

@@ -12,8 +12,10 @@ from test_trainer import EVERYTHING, Stop, Toy, latents, learned, same, told
 from torch import Tensor, nn
 
 from lora2.adapter import Adapter
+from lora2.denoiser import EMPTY_CAPTION
 from lora2.network import AdaptiveNetwork
-from lora2.trainer import EMPTY_CAPTION, Progress, Trainer
+from lora2.progress import Progress
+from lora2.trainer import Trainer
 
 STEPS = 40
 

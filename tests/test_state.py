@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from lora2.errors import LoraError
 from lora2.losses import EPSILON
+from lora2.network_state import restore, state_of
+from lora2.progress import Progress
 from lora2.resume import compare, settings_of
 from lora2.settings import Settings
 from lora2.state import KEY, State, read_facts, read_state
-from lora2.trainer import Diverged, Progress, Trainer
+from lora2.trainer import Trainer
+from lora2.watch import Diverged
 from lora2.writer import write_new
 
 MOST = 1 << 30
@@ -375,8 +378,8 @@ def test_another_generator_place_is_taken() -> None:
         trainer, other = trainer_of(steps=3), trainer_of(steps=3)
         trainer.run(None, None)
         torch.rand(used, generator=trainer.network.generator)
-        found = trainer.network.state()
-        other.network.restore(found)
+        found = state_of(trainer.network)
+        restore(other.network, found)
         one, two = (torch.rand(2000, generator=t.network.generator) for t in (trainer, other))
         assert torch.equal(one, two)
 

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora2.denoiser import EMPTY_CAPTION
 from lora2.losses import EPSILON, FLOW, PREDICTIONS, X0, EntropyProbe, V, denoising_loss
 from lora2.network import AdaptiveNetwork
 from lora2.optimizer import Optimizer, gradient_norms
+from lora2.progress import Progress
 from lora2.schedule import learning_rate_factor, size_factor
 from lora2.settings import Settings
-from lora2.trainer import EMPTY_CAPTION, Diverged, Progress, Trainer
+from lora2.trainer import Trainer
+from lora2.watch import Diverged
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
@@ -286,9 +289,9 @@ def test_stopping_and_going_on_is_the_same_as_not_stopping(compute: torch.dtype)
 def test_a_model_that_fails_in_the_middle_of_a_step_leaves_no_half_gradients(compute: torch.dtype) -> None:
     """The second of three micro-batches fails; then the run may go on."""
     trainer, plain = (trainer_of(accumulation=3, steps=1, settle_at=1.0, compute=compute) for _ in range(2))
-    batches = [plain.draw() for _ in range(3)]
-    plain.draw = iter(batches).__next__  # type: ignore[method-assign]
-    trainer.draw = iter([*batches[:2], *batches]).__next__  # type: ignore[method-assign]
+    batches = [plain.samples.draw() for _ in range(3)]
+    plain.samples.draw = iter(batches).__next__  # type: ignore[method-assign]
+    trainer.samples.draw = iter([*batches[:2], *batches]).__next__  # type: ignore[method-assign]
     toy, before = toy_of(trainer), state(trainer)
     toy.calls.append({})
     ordinary = toy.denoise
@@ -338,7 +341,7 @@ def test_every_sample_has_its_own_picture_caption_noise_and_time(batch: int) -> 
 )
 def test_only_a_shifted_schedule_is_shifted(sampling: str, shifted: bool) -> None:
     trainer = trainer_of(timestep_sampling=sampling)
-    trainer.draw()
+    trainer.samples.draw()
     assert toy_of(trainer).calls[0]["shifted"] is shifted
 
 
@@ -346,7 +349,7 @@ def test_only_a_shifted_schedule_is_shifted(sampling: str, shifted: bool) -> Non
 def test_captions_are_dropped_at_their_rate(share: float) -> None:
     """Sample by sample, independent of the picture; the other captions stay right."""
     trainer = trainer_of(caption_dropout=share, batch_size=4)
-    drawn = [trainer.draw() for _ in range(500)]
+    drawn = [trainer.samples.draw() for _ in range(500)]
     captions = [c for *_, batch in drawn for c in batch]
     dropped = sum(c == EMPTY_CAPTION for c in captions)
     # 2000 draws: three deviations of a binomial.
@@ -370,7 +373,7 @@ def test_the_loss_is_the_models_own_plus_the_entropy(prediction: str) -> None:
     toy = Toy(prediction)
     for gamma, weight in ((0.0, 0.0), (0.0, 0.3), (5.0, 0.3)):
         trainer = trainer_of(toy, min_snr_gamma=gamma, entropy_weight=weight)
-        clean, noise, sigma, captions = trainer.draw()
+        clean, noise, sigma, captions = trainer.samples.draw()
         predicted = toy.denoise(toy.add_noise(sigma, noise, clean), sigma, captions)
         expected = float(denoising_loss(predicted, clean, sigma, prediction, gamma))
         probe = toy.probe()
@@ -393,7 +396,7 @@ def test_every_prediction_type_learns(compute: torch.dtype, prediction: str) -> 
         prediction=prediction, steps=60, batch_size=3, rank_weight=1e-4, settle_at=0.5, compute=compute
     )
     toy_of(trainer).calls.append({})
-    probe = [trainer_of(prediction=prediction, seed=99, batch_size=9).draw() for _ in range(6)]
+    probe = [trainer_of(prediction=prediction, seed=99, batch_size=9).samples.draw() for _ in range(6)]
 
     def mean_loss() -> float:
         trainer.network.refresh()
@@ -418,12 +421,12 @@ def test_micro_batches_equal_one_batch_of_the_same_samples(
     changes: dict[str, Any] = {"optimizer": optimizer, "settle_at": 0.5, "entropy_weight": 0.1, "compute": compute}
     one, four = (trainer_of(accumulation=count, **changes) for count in (1, 4))
     source = trainer_of(Toy(), batch_size=8, seed=3)
-    batches = [source.draw() for _ in range(12)]
+    batches = [source.samples.draw() for _ in range(12)]
     whole = iter(batches)
     parts = iter([(c[i : i + 2], n[i : i + 2], s[i : i + 2], k[i : i + 2]) for c, n, s, k in batches for i in range(0, 8, 2)])
     for trainer, feed in ((one, whole), (four, parts)):
         toy_of(trainer).calls.append({})
-        trainer.draw = feed.__next__  # type: ignore[method-assign]
+        trainer.samples.draw = feed.__next__  # type: ignore[method-assign]
         trainer.run()
     assert one.progress.losses == pytest.approx(four.progress.losses, rel=near / 20)
     if compute == torch.float32:
@@ -585,7 +588,7 @@ def theta_after_a_step(clip: float) -> Tensor:
         adapter.up.data.normal_(generator=torch.Generator().manual_seed(0))
     network.refresh()
     with network.attached():
-        trainer.loss(*trainer.draw()).backward()
+        trainer.loss(*trainer.samples.draw()).backward()
     trainer.optimizer.step(1.0, True, torch.ones(()))
     assert theta is not None
     return theta.state[network.theta]["exp_avg"]

@@ -11,10 +11,10 @@ import comfy.utils
 from torch import nn
 
 from ...lora2.adapter import adaptable
+from ...lora2.attach import plain_linear
 from ...lora2.errors import LoraError
 from ...lora2.keys import shown
 from ...lora2.losses import V
-from ...lora2.network import plain_linear
 from ...lora2.settings import TARGETS
 
 PREFIX = "diffusion_model."

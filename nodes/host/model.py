@@ -18,9 +18,9 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...lora2.denoiser import EMPTY_CAPTION
 from ...lora2.errors import LoraError
 from ...lora2.losses import EPSILON, FLOW, X0, V
-from ...lora2.trainer import EMPTY_CAPTION
 from .checkpointing import checkpointed, inputs_of_norms_kept, repeated_blocks
 from .dataset import Caption, caption_entries, check_caption
 from .versions import misfit
@@ -209,7 +209,7 @@ class HostModel:
             self._empty[shape] = self._encode(self._empty_source, torch.zeros(shape[1:]))
         return self._empty[shape]
 
-    # -- the denoiser (lora2.trainer.Denoiser) -------------------------------------------------------------------------
+    # -- the denoiser (lora2.denoiser) ----------------------------------------------------------------------------------
 
     @property
     def prediction(self) -> str:

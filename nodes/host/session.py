@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from ...lora2.adapter import cost, module_shape
 from ...lora2.errors import LoraError
 from ...lora2.format import LoraStateDict
+from ...lora2.initial import initial_ranks, rank_limit
 from ...lora2.keeper import Keeper
 from ...lora2.live import live_picture
 from ...lora2.losses import EntropyProbe
 from ...lora2.memory import OutOfMemory, attempt, out_of_memory, release
-from ...lora2.network import AdaptiveNetwork, initial_ranks, rank_limit
+from ...lora2.network import AdaptiveNetwork
+from ...lora2.progress import Progress
 from ...lora2.settings import PRECISIONS, TARGETS, TRISTATE, Settings
 from ...lora2.state import State
-from ...lora2.trainer import Diverged, Progress, Trainer
+from ...lora2.trainer import Trainer
+from ...lora2.watch import Diverged
 from .beginning import ON_DIFFERENCE, REFUSE, Past, about_run, beginning, opened
 from .dataset import pictures
 from .kept import save, write_kept

@@ -14,7 +14,7 @@ from dev.host import HOST, ROOT, VENV
 
 FAULTS = {
     "a hook left behind": (
-        "lora2/network.py",
+        "lora2/attach.py",
         "stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)",
         "adapter.module.register_forward_hook(_hook(adapter))",
         "tests/test_training.py tests/test_trouble.py tests/test_cancel_anywhere.py",
@@ -58,7 +58,7 @@ FAULTS = {
         "tests/test_memory.py",
     ),
     "a second draw for the second attempt": (
-        "lora2/trainer.py",
+        "lora2/samples.py",
         "            if index == len(drawn):\n                drawn.append(self.draw())",
         "            drawn[index:] = [self.draw()]",
         "tests/test_memory.py",
