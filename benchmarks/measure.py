@@ -50,12 +50,16 @@ def peak() -> float:
 
 
 def fresh() -> None:
-    """Give back what was cached and start a new peak."""
+    """Give back what was cached and start a new peak.
+
+    cuBLAS keeps 32 MiB for every stream that it was ever used on: a graph that was recorded before would count.
+    """
     import torch
 
     gc.collect()
     if cuda():
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

@@ -122,6 +122,10 @@ PAPERS = [
         "paper's form, 600 steps", "rank_weight 0, rank_learning_rate 0.03",
         (("rank_weight", 0.0), ("rank_learning_rate", 0.03)), method=PAPER, steps=LONG,
     ),
+    Variant(
+        "paper's form, 600 steps", "rank_weight 0, weight_decay 0", (("rank_weight", 0.0), ("weight_decay", 0.0)), method=PAPER,
+        steps=LONG,
+    ),
     Variant("paper's form, 600 steps", "rank_learning_rate 0.03", (("rank_learning_rate", 0.03),), method=PAPER, steps=LONG),
 ]  # fmt: skip
 
