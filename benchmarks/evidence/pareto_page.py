@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -235,6 +236,7 @@ def _remains(found: Points, count: int) -> str:
         table(["rank", "mean rank of ours", "mean difference", "better or equal", f"worse by more than {SURE:g} standard errors",
                *(f"against {WORDS[method]}, mean" for method in CUT_WAYS)], rows),
         _large(found, count),
+        _own_best(found, count),
     ])  # fmt: skip
 
 
@@ -257,6 +259,32 @@ def _large(found: Points, count: int) -> str:
     size = mean(p.ours.parameters for p in own) / UNIT
     told = f"Against rank {LARGE}, a quarter of full rank, stands ours of mean rank {size:.0f}: "
     return told + (f"behind on {len(lost)} subjects ({_short(lost)})." if lost else "better or equal on every subject.")
+
+
+def _own_best(found: Points, count: int) -> str:
+    """Both methods at the size that is best for each subject, which nobody knows beforehand."""
+    told: dict[str, dict[str, tuple[float, int]]] = {}
+    for (name, (method, size, pictures)), at in found.items():
+        if pictures == count and method in (SETTLING, FIXED):
+            best = told.setdefault(name, {})
+            best[method] = min(best.get(method, (math.inf, 0)), (at.loss, size))
+    both = {name: (each[SETTLING], each[FIXED]) for name, each in told.items() if len(each) == 2}
+    better = [name for name, (ours, fixed) in both.items() if ours[0] <= fixed[0]]
+    words = (
+        f"Each at the size that is best for a subject, as the judging pictures say, ours is better or equal on {len(better)} of "
+        f"{len(both)} and {100 * mean(1 - ours[0] / fixed[0] for ours, fixed in both.values()):.1f} % lower in the mean"
+    )
+    small = [name for name, (ours, _) in both.items() if ours[1] <= SMALL_BEST]
+    if not small:
+        return f"{words}."
+    return (
+        f"{words}. On {_short(small)} the best size of ours is {SMALL_BEST} or less, since more rank only learns the few pictures "
+        "by heart: what is missing there is to know that beforehand."
+    )
+
+
+SMALL_BEST = 2
+"""A rank, so small that more does harm."""
 
 
 def _short(names: Sequence[str]) -> str:
