@@ -108,19 +108,16 @@ class Adapter:
 
     def __call__(self, x: Tensor) -> Tensor:
         """B Λ A x for the layer's input x, in x's dtype; the shape of the layer's output."""
-        dtype, down = x.dtype, self._folded(self.down).to(x.dtype)  # a recipe must not hold x
-        cast = Recipe(lambda rows: self._folded(rows).to(dtype), (self.down.detach(),))
-        with made_again((x, recipe_of(x, self.shape[0])), (down, None if dtype == self.down.dtype else cast)):
-            return self._apply(x, down, self.up.to(dtype))
+        importance = () if self.importance is None else (self.importance[: self.capacity],)
+        down = _folded(self.down, *importance, dtype=x.dtype)
+        cast = Recipe(partial(_folded, dtype=x.dtype), (self.down.detach(), *importance)) if x.dtype != self.down.dtype else None
+        with made_again((x, recipe_of(x, self.shape[0])), (down, cast)):
+            return self._apply(x, down, self.up.to(x.dtype))
 
     def folded_down(self) -> Tensor:
         """Λ A, (capacity, …), detached."""
-        return self._folded(self.down.detach())
-
-    def _folded(self, down: Tensor) -> Tensor:
-        if self.importance is None:
-            return down
-        return down * self.importance[: self.capacity].view(-1, *(1,) * (down.ndim - 1))
+        importance = () if self.importance is None else (self.importance[: self.capacity],)
+        return _folded(self.down.detach(), *importance, dtype=self.down.dtype)
 
     def add(self, output: Tensor, x: Tensor) -> Tensor:
         """The layer's output plus B Λ A x, with as few launches as the layer's kind allows."""
@@ -207,15 +204,20 @@ class Adapter:
 
     def load(self, factors: Factors, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Take these factors as they are, at exactly their rank; moments start at zero."""
-        down = (factors.down * factors.scale).to(self.down)
-        up = factors.up.reshape(self.shape[0], -1).t().to(self.up, copy=True)  # what is trained must not be the caller's
-        self._replace({"down": down.contiguous(), "up": up.contiguous()}, 0, optimizer)
+        down, up = factors.down * factors.scale, factors.up.reshape(self.shape[0], -1).t()
+        self._replace({"down": self._own(down), "up": self._own(up)}, 0, optimizer)
 
     def assume(self, down: Tensor, up: Tensor, std: float) -> None:
         """Take these arrays, (capacity, …) and (capacity, d_out), and the deviation of new rows. Start a new optimizer then."""
         self.std = std
-        arrays = {"down": down.to(self.device, copy=True).contiguous(), "up": up.to(self.device, copy=True).contiguous()}
-        self._replace(arrays, 0, None)
+        self._replace({"down": self._own(down), "up": self._own(up)}, 0, None)
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """The same numbers in memory that is not the caller's, row by row.
+
+        A single row counts as contiguous in other layouts too, and products of those are rounded in another way.
+        """
+        return rows.to(self.down, copy=True, memory_format=torch.contiguous_format)
 
     def factors(self, rank: int, device: torch.device | None = None) -> Factors:
         """The first `rank` positions with √Λ folded into both factors; float32 views or copies, detached.
@@ -251,6 +253,11 @@ class Adapter:
             state = optimizer.state.pop(old, None)
             if state is not None:
                 optimizer.state[new] = state | {key: moment for (of, key), moment in moments.items() if of == name}
+
+
+def _folded(down: Tensor, importance: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+    """Λ A in a type."""
+    return (down if importance is None else down * importance.view(-1, *(1,) * (down.ndim - 1))).to(dtype)
 
 
 def full_rank(shape: tuple[int, ...]) -> int:

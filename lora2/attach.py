@@ -20,10 +20,12 @@ def attached(adapters: Sequence[Adapter], plain: Callable[[nn.Module], bool]) ->
     """
     with ExitStack() as stack:
         for adapter in adapters:
-            if adapter.convolution or (adapter.working is not None and plain(adapter.module)):
+            if adapter.working is not None and plain(adapter.module):
                 stack.enter_context(_in_place_of(adapter))
-            else:
-                stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)
+                continue
+            if adapter.convolution:
+                stack.enter_context(_input_made_again(adapter))
+            stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)
         yield
 
 
@@ -33,32 +35,51 @@ def plain_linear(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _in_place_of(adapter: Adapter) -> Iterator[None]:
-    """While inside, a layer's own forward is computed together with its adapter's path.
-
-    In one operation for a plain layer where types allow. A convolution keeps its input also where it is frozen; both make it
-    again where they can.
-    """
-    module: Any = adapter.module
-    own, found = module.forward, vars(module).get("forward")
-
-    def forward(x: Tensor) -> Tensor:
-        if adapter.convolution:
-            with made_again((x, recipe_of(x, adapter.shape[0]))):
-                output = own(x)
-            return adapter.add(output, x)
-        if adapter.replaces(module.weight, x):
-            return adapter.linear(x, module.weight, module.bias)
-        return adapter.add(own(x), x)
-
+def _forward(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """While inside, this is the module's forward. What others have put around it meanwhile stays."""
+    found = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        if found is None:
-            del module.forward
-        else:  # the host's, around a layer that it changes
-            module.forward = found
+        if vars(module).get("forward") is forward:
+            if found is None:
+                del module.forward
+            else:  # the host's, around a layer that it changes
+                module.forward = found
+
+
+@contextmanager
+def _in_place_of(adapter: Adapter) -> Iterator[None]:
+    """While inside, a plain layer is computed together with its adapter's path, in one operation where types allow."""
+    module: Any = adapter.module
+    own, inside = module.forward, True
+
+    def forward(x: Tensor) -> Tensor:
+        if not inside:
+            return own(x)  # type: ignore[no-any-return]
+        if adapter.replaces(module.weight, x):
+            return adapter.linear(x, module.weight, module.bias)
+        return adapter.add(own(x), x)
+
+    try:
+        with _forward(module, forward):
+            yield
+    finally:
+        inside = False
+
+
+@contextmanager
+def _input_made_again(adapter: Adapter) -> Iterator[None]:
+    """While inside, a convolution, which keeps its input also where it is frozen, makes it again where it can."""
+    own = adapter.module.forward
+
+    def forward(x: Tensor, *args: Any, **named: Any) -> Tensor:
+        with made_again((x, recipe_of(x, adapter.shape[0]))):
+            return own(x, *args, **named)  # type: ignore[no-any-return]
+
+    with _forward(adapter.module, forward):
+        yield
 
 
 def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:

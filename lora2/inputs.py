@@ -7,8 +7,8 @@ then. Bit for bit the same, but for a norm's output, which is the same to float3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,25 +26,30 @@ WIDE = 4
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an input is made again: `make` of `parts`, detached tensors that autograd keeps."""
+    """How a tensor is made again: `make` of `parts`, detached tensors that are kept anyway."""
 
     make: Callable[..., Tensor]
     parts: tuple[Tensor, ...]
 
 
 def recipe_of(x: Tensor, width: int) -> Recipe | None:
-    """How a layer's input x can be made again; None where it is small, was made in another way, or others decide what is kept.
+    """How a layer's input x can be made again; width: d_out of the layer.
 
-    Those are torch's hooks for saved tensors, as in a checkpointed block: asking for what is kept there would run it again.
-    width: d_out of the layer.
+    None where x is small, was made in another way, or was changed since, also unseen by autograd (but a change through `x.data`
+    leaves no trace). And where hooks for saved tensors are in use, or were when x was made, as in a checkpointed block: what they
+    keep is not asked for.
     """
     node: Any = x.grad_fn
-    if node is None or x.nbytes < LARGE:
+    if node is None or x.nbytes < LARGE or x._version:
         return None
     known = _KNOWN.get(node.name())
     if known is None or _hooked() or (known is _norm and width < WIDE * x.shape[-1]):
         return None
-    return known(node)
+    try:
+        recipe = known(node)
+    except RuntimeError:  # a part was changed since, or is gone: whoever goes backward through x hears of it
+        return None
+    return recipe if recipe is not None and _type_of(recipe) == x.dtype else None
 
 
 def kept(x: Tensor, recipe: Recipe | None) -> tuple[Tensor, ...]:
@@ -57,20 +62,42 @@ def again(saved: Sequence[Tensor], make: Callable[..., Tensor] | None) -> Tensor
     return saved[0] if make is None else make(*saved)
 
 
-def made_again(*known: tuple[Tensor, Recipe | None]) -> AbstractContextManager[object]:
-    """While inside, torch's own operations keep none of these tensors that have a recipe, but make them again by it."""
-    places = {x.data_ptr(): (recipe, x.shape) for x, recipe in known if recipe is not None}
-    if not places or not torch.is_grad_enabled() or _hooked():
-        return nullcontext()
+@contextmanager
+def made_again(*known: tuple[Tensor, Recipe | None]) -> Iterator[None]:
+    """While inside, torch's own operations keep none of these tensors that have a recipe, but make them again by it.
 
-    def pack(saved: Tensor) -> Tensor | Recipe:  # what is packed holds on to this function, and so not to the tensors
-        recipe, shape = places.get(saved.data_ptr(), (None, None))
-        return recipe if recipe is not None and saved.shape == shape else saved
+    Going backward raises RuntimeError where a part was changed in between, as autograd does.
+    """
+    recipes = [(x, recipe) for x, recipe in known if recipe is not None]
+    with ExitStack() as stack:
+        if recipes and torch.is_grad_enabled() and not _hooked():
+            try:
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_packer(recipes), _unpacked))
+            except RuntimeError:  # hooks are forbidden, or these tensors have no memory of their own (torch.func)
+                stack.close()
+        yield
 
-    def unpack(packed: Tensor | Recipe) -> Tensor:
-        return packed.make(*packed.parts) if isinstance(packed, Recipe) else packed
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+def _packer(recipes: Sequence[tuple[Tensor, Recipe]]) -> Callable[[Tensor], object]:
+    """What packs saved tensors. It lives as long as what it packs, and so must not hold the tensors."""
+    places = {x.data_ptr(): (x.shape, recipe) for x, recipe in recipes}
+
+    def pack(saved: Tensor) -> object:
+        shape, recipe = places.get(saved.data_ptr(), (None, None))
+        if recipe is None or saved.shape != shape:
+            return saved
+        return recipe, [part._version for part in recipe.parts]
+
+    return pack
+
+
+def _unpacked(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    recipe, versions = packed
+    if versions != [part._version for part in recipe.parts]:
+        raise RuntimeError("A tensor that the backward pass needs has been modified by an inplace operation.")
+    return recipe.make(*recipe.parts)  # type: ignore[no-any-return]
 
 
 def _hooked() -> bool:
@@ -82,26 +109,43 @@ def _hooked() -> bool:
         return True
 
 
+def _type_of(recipe: Recipe) -> torch.dtype:
+    """That of what it makes: an operation in place has another one where a factor is wider."""
+    if recipe.make is torch.mul:
+        return torch.result_type(*recipe.parts)
+    return recipe.parts[0].dtype
+
+
+def _saved(node: Any, name: str) -> Tensor | None:
+    """What a node keeps, detached; None where it keeps nothing, or hooks keep it in its place."""
+    packed = getattr(getattr(node, f"_raw_saved_{name}"), "data", torch.Tensor)  # older torch does not tell
+    if packed is not torch.Tensor and not isinstance(packed, Tensor):
+        return None
+    value = getattr(node, f"_saved_{name}")
+    return None if value is None else value.detach()
+
+
 def _product(node: Any) -> Recipe | None:
-    one, other = node._saved_self, node._saved_other
+    one, other = _saved(node, "self"), _saved(node, "other")
     # Of a factor that needs no gradient the other one is not kept.
-    return None if one is None or other is None else Recipe(torch.mul, (one.detach(), other.detach()))
+    return None if one is None or other is None else Recipe(torch.mul, (one, other))
 
 
-def _silu(node: Any) -> Recipe:
-    return Recipe(F.silu, (node._saved_self.detach(),))
+def _silu(node: Any) -> Recipe | None:
+    x = _saved(node, "self")
+    return None if x is None else Recipe(F.silu, (x,))
 
 
-def _gelu(node: Any) -> Recipe:
-    return Recipe(partial(F.gelu, approximate=node._saved_approximate), (node._saved_self.detach(),))
+def _gelu(node: Any) -> Recipe | None:
+    x = _saved(node, "self")
+    return None if x is None else Recipe(partial(F.gelu, approximate=node._saved_approximate), (x,))
 
 
 def _norm(node: Any) -> Recipe | None:
-    moments = (node._saved_result1.detach(), node._saved_result2.detach())
-    if moments[0].dtype not in (torch.float32, torch.float64):
-        return None  # on a CPU they may be as coarse as x
-    weight, bias = (None if t is None else t.detach() for t in (node._saved_weight, node._saved_bias))
-    return Recipe(partial(_normalised, weight=weight, bias=bias), (node._saved_input.detach(), *moments))
+    x, mean, deviation = (_saved(node, name) for name in ("input", "result1", "result2"))
+    if x is None or mean is None or deviation is None or mean.dtype not in (torch.float32, torch.float64):
+        return None  # on a CPU the moments may be as coarse as x
+    return Recipe(partial(_normalised, weight=_saved(node, "weight"), bias=_saved(node, "bias")), (x, mean, deviation))
 
 
 def _normalised(x: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

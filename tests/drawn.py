@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from benchmarks.evidence import comparison, complexity, decay, keeping, variants
+from benchmarks.evidence import comparison, complexity, decay, keeping, longer, variants
 from benchmarks.evidence.comparison import UNIT
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING, Job
 
@@ -104,4 +104,5 @@ def everything() -> tuple[dict[str, dict[str, Any]], comparison.Tuned]:
     made.run(keeping.jobs(tuned))
     made.run(complexity.jobs(tuned))
     made.run(decay.jobs())
+    made.run(longer.jobs(tuned))
     return made.records, tuned

@@ -525,3 +525,18 @@ def test_memory_falls_with_the_rank() -> None:
     optimizer.zero_grad()
     train(adapter, optimizer, x, 1)
     assert full - live_bytes() == 4 * 4 * (128 - 32) * 500
+
+
+def test_a_single_position_lies_like_many() -> None:
+    """Of one row, several layouts count as contiguous, and BLAS rounds products of them differently: a run that goes on from a
+    state, whose tensors lie in rows, would not be the unbroken one bit for bit.
+    """
+    adapter, _ = make("linear", dtype=torch.float32)
+    adapter.load(Factors(torch.randn(20, 1), torch.randn(1, 12)))
+    assert (adapter.down.stride(), adapter.up.stride()) == ((12, 1), (20, 1))
+    down, up = torch.randn(12, 1).t(), torch.randn(20, 1).t()
+    assert up.is_contiguous()
+    adapter.assume(down, up, adapter.std)
+    assert (adapter.down.stride(), adapter.up.stride()) == ((12, 1), (20, 1))
+    assert torch.equal(adapter.up, up)
+    assert adapter.up.data_ptr() != up.data_ptr()

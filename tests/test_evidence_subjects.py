@@ -356,6 +356,12 @@ def test_a_page_and_its_figures_from_records(
             row["loss"] = 1.0
         assert experiment.summary(results)["beats_fixed"] == 9
         assert "Not better than every fixed rank at every size: grid 4x4." in experiment.page(results, tmp_path)
+        # The made-up loss at the end does not depend on the steps, and ours is 3 % lower.
+        assert [(row["pictures"], row["rank"]) for row in results["longer"]] == [(24, 8), (24, 32), (5, 8), (5, 32)]
+        for row in results["longer"]:
+            assert row[FIXED][0] == row[SETTLING][0] == pytest.approx(0.0, abs=1e-6)
+            assert row["ours_200"][0] == row["ours_400"][0] == pytest.approx(-0.03, abs=1e-6)
+        assert "+0.0 ± 0.0 % | -3.0 ± 0.0 % | -3.0 ± 0.0 % |" in page
     if experiment is complexity:
         # The made-up ranks and losses rise with the number of parts.
         assert summary["spearman"] == pytest.approx(1.0)

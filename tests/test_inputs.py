@@ -34,7 +34,6 @@ BEFORE: dict[str, Callable[[Tensor], Tensor]] = {
     "a gated unit by SiLU": lambda wide: F.silu(wide[..., :SIZE]) * wide[..., SIZE:],
     "a product that is broadcast": lambda wide: wide[..., :SIZE] * wide[:1, SIZE:],
     "SiLU": lambda wide: F.silu(wide[..., :SIZE]),
-    "SiLU in place": lambda wide: F.silu(wide[..., :SIZE] + 0, inplace=True),
     "GELU": lambda wide: F.gelu(wide[..., :SIZE]),
     "GELU by tanh": lambda wide: F.gelu(wide[..., :SIZE], approximate="tanh"),
 }
@@ -122,38 +121,121 @@ def test_a_convolutions_cast_factor_is_made_again() -> None:
     out = network.adapters[0](pictures(1, 4, 8, 8).bfloat16())
     path, *_ = out.grad_fn.next_functions  # type: ignore[union-attr]
     inner: Any = path[0]
-    kept = inner._raw_saved_weight.data
-    assert isinstance(kept, inputs.Recipe)
-    assert kept.parts[0].data_ptr() == network.adapters[0].down.data_ptr()
-
-
-def test_what_cannot_be_made_again_is_kept() -> None:
-    """A tensor that nothing made, one half of whose making is not kept, that was changed since, or that is small."""
-    wide = pictures(SIZE, SIZE).requires_grad_()
-    assert recipe_of(F.silu(wide), 8) is not None
-    changed = F.silu(wide)
-    changed += 1
-    others = [wide, wide.detach(), wide * 2, wide * pictures(SIZE, SIZE), wide + wide, F.silu(wide[:8]), F.silu(wide).view(-1)]
-    others.append(changed)
-    assert not any(recipe_of(x, 8) for x in others)
+    recipe, _versions = inner._raw_saved_weight.data
+    assert recipe.parts[0].data_ptr() == network.adapters[0].down.data_ptr()
     with torch.no_grad():
-        assert recipe_of(F.silu(wide), 8) is None
+        network.adapters[0].down.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
-def test_a_forward_of_others_is_given_back() -> None:
-    """As the host sets around a layer whose weights it changes: ours calls it, and leaves it as it was."""
+def _in_place(wide: Tensor) -> Tensor:
+    return (wide[..., :SIZE] + 0).mul_(wide[..., SIZE:].double())
+
+
+def _changed(wide: Tensor) -> Tensor:
+    x = F.silu(wide[..., :SIZE])
+    with torch.no_grad():
+        x.clamp_(-0.1, 0.1)
+    return x
+
+
+def _part_changed(wide: Tensor) -> Tensor:
+    half = wide[..., :SIZE] + 0
+    x = F.silu(half)
+    half.mul_(2)
+    return x.detach()
+
+
+# what is kept after all, and why
+KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+    "made by nothing": lambda wide: wide[..., :SIZE].detach().clone(),
+    "a factor is a number": lambda wide: wide[..., :SIZE] * 2,
+    "a factor needs no gradient": lambda wide: wide[..., :SIZE] * wide[..., SIZE:].detach(),
+    "a sum": lambda wide: wide[..., :SIZE] + wide[..., SIZE:],
+    "small": lambda wide: F.silu(wide[:16, :SIZE]),
+    "a view": lambda wide: F.silu(wide).view(-1, SIZE),
+    "in place": lambda wide: F.silu(wide[..., :SIZE] + 0, inplace=True),
+    "in place, by a wider factor": _in_place,
+    "changed by hand": lambda wide: F.silu(wide[..., :SIZE]).add_(1),
+    "changed unseen by autograd": _changed,
+    "without gradients": _part_changed,
+}
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("why", KEPT)
+def test_what_cannot_be_made_again_is_kept(why: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives the gradients that it always gave."""
+    seen = []
+    for large in (inputs.LARGE, 10**12):
+        monkeypatch.setattr(inputs, "LARGE", large)
+        layer, network = layer_of(kind, torch.float32)
+        network.refresh()
+        x = KEPT[why](pictures(2 * SIZE, 2 * SIZE).requires_grad_())
+        assert recipe_of(x, 8 * SIZE) is None
+        with network.attached():
+            out = layer(x if kind == "linear" else x.reshape(-1, 4, SIZE // 4, SIZE // 4))
+        out.square().sum().backward()
+        network.finish_gradients()
+        seen.append((out, network.adapters[0].down.grad, network.adapters[0].up.grad))
+    assert all(one is not None and other is not None and torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+def test_a_part_that_was_changed_before_is_not_asked_for() -> None:
+    """The forward pass goes through, as it does without us; going backward through that operation is what autograd refuses."""
+    layer, network = layer_of("linear", torch.float32)
+    half = pictures(SIZE, SIZE).requires_grad_() + 0
+    x = F.silu(half)
+    half.mul_(2)
+    with network.attached():
+        layer(x)
+    gone = F.silu(pictures(SIZE, SIZE).requires_grad_())
+    gone.sum().backward()
+    with network.attached():
+        layer(gone)
+
+
+def test_where_hooks_are_forbidden_nothing_is_made_again() -> None:
+    layer, network = layer_of("convolution", torch.float32)
+    x = F.silu(pictures(8, 4, SIZE // 4, SIZE // 4).requires_grad_())
+    with network.attached(), torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        layer(x).sum().backward()
+
+
+def test_what_others_do_to_a_convolution_stays_as_it_was() -> None:
+    """The host's forward is called with all that it is given, and comes back; hooks see the layer without its adapter's path,
+    which is added after them; and what is put around it meanwhile stays, while we are gone from it.
+    """
     layer = frozen(nn.Conv2d(4, 8, 3))
     own = layer.forward
 
-    def twice(x: Tensor) -> Tensor:
-        return 2 * own(x)
+    def scaled(x: Tensor, by: float = 2.0) -> Tensor:
+        return by * own(x)
 
-    layer.forward = twice  # type: ignore[method-assign]
+    layer.forward = scaled  # type: ignore[method-assign]
+    layer.register_forward_hook(lambda _m, _a, out: out * 0)
     network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8)))
-    x = pictures(2, 4, 8, 8)
+    x, path = pictures(2, 4, 8, 8), network.adapters[0]
     with network.attached():
-        assert relative(layer(x), 2 * own(x) + network.adapters[0](x)) < 1e-6
-    assert vars(layer)["forward"] is twice
+        assert torch.equal(layer(x), path(x))
+        assert torch.equal(layer(x, by=3.0), path(x))
+    assert vars(layer)["forward"] is scaled
+    with network.attached():
+        inside = layer.forward
+        layer.forward = lambda *args, **named: inside(*args, **named) + 1  # type: ignore[method-assign]
+    assert relative(layer.forward(x), 2 * own(x) + 1) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_what_others_put_around_a_plain_layer_meanwhile_stays(kind: str) -> None:
+    layer, network = layer_of(kind, torch.bfloat16)
+    x = pictures(8, SIZE) if kind == "linear" else pictures(8, 4, 16, 16)
+    expected = layer(x.bfloat16()) + 1
+    with network.attached():
+        inside = layer.forward
+        layer.forward = lambda y: inside(y) + 1  # type: ignore[method-assign]
+    assert torch.equal(layer(x.bfloat16()), expected)
 
 
 def test_a_checkpointed_block_keeps_what_it_is_told_to() -> None:
@@ -170,6 +252,17 @@ def test_a_checkpointed_block_keeps_what_it_is_told_to() -> None:
     checkpoint(block, pictures(SIZE, SIZE).requires_grad_(), use_reentrant=False).backward()
     assert len(calls) == 2
     assert found == [None, None]
+
+    def ends(x: Tensor) -> Tensor:
+        calls.append(1)
+        return F.silu(x)
+
+    layer, network = layer_of("linear", torch.float32)
+    with network.attached():
+        out = layer(checkpoint(ends, pictures(SIZE, SIZE).requires_grad_(), use_reentrant=False))
+    assert len(calls) == 3, "nor is what a block before the layer keeps"
+    out.sum().backward()
+    assert len(calls) == 4
 
 
 def test_a_part_that_is_changed_meanwhile_is_noticed() -> None:

@@ -20,13 +20,16 @@ def patcher(comfy: Any) -> Any:
         return comfy.sd.load_diffusion_model(str(assets.family("sd15")))
 
 
-def test_buffers_do_not_wait_elsewhere(patcher: Any) -> None:
+def test_small_buffers_do_not_wait_elsewhere(patcher: Any) -> None:
     """A step that copies one from the CPU cannot be recorded. The meta device stands for a GPU: nothing there is on the CPU."""
     model, meta = patcher.model, torch.device("meta")
+    large = torch.zeros(pack("nodes.host.weights").SMALL_BUFFER + 1, dtype=torch.uint8)
+    model.register_buffer("large", large)  # a table of positions can take half a gigabyte
     buffers, parameters = dict(model.named_buffers()), dict(model.named_parameters())
     assert "model_sampling.sigmas" in buffers
     with torch.inference_mode(False), pack("nodes.host.weights").trainable_weights(model, meta):
-        assert {b.device for b in model.buffers()} == {meta}
+        assert {b.device for name, b in model.named_buffers() if name != "large"} == {meta}
+        assert model.large.data_ptr() == large.data_ptr()
         assert {p.device.type for p in model.parameters()} == {"cpu"}
         assert not any(p.is_inference() for p in model.parameters())
     assert all(b is buffers[name] for name, b in model.named_buffers())

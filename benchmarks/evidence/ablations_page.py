@@ -142,7 +142,9 @@ def _paper(results: Results, folder: Path) -> list[str]:
             setting, row["change"], _loss(row), f"{row['rank']:.1f}", f"{row['low']} to {row['high']}",
         ])  # fmt: skip
     series = [
-        Series(row["change"], [0.0, *(s for s, _ in row["growth"])], [START, *(r for _, r in row["growth"])]) for row in long
+        Series(row["change"], [0.0, *(s for s, _ in row["growth"])], [START, *(r for _, r in row["growth"])])
+        for row in long
+        if "rank_learning_rate" not in row["change"]  # as far as there are colours; the table has them
     ]
     Plot(f"Ranks of the paper's form, {LONG} steps", "step", "mean rank", series, y_log=2).save(folder / "ablations_growth.png")
     steps = [step for step, _ in long[0]["growth"]] if long else []

@@ -5,8 +5,8 @@
 
 tune: learning rates and stopping points, on the tuning subjects. graded: subjects that differ in the number of parts alone.
 keep: a target that is only the most. report: the ten subjects that are reported, a first seed of everything and then the others.
-ablate: one change at a time, on the tuning subjects. decay: weight decay by the number of pictures. What time does not allow is
-left for a later call. Exit code 1 where anything is missing or has failed.
+ablate: one change at a time, on the tuning subjects. decay: weight decay by the number of pictures. longer: twice the steps.
+What time does not allow is left for a later call. Exit code 1 where anything is missing or has failed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.evidence import comparison, complexity, decay, effects, equal_bytes, keeping, variants
+from benchmarks.evidence import comparison, complexity, decay, effects, equal_bytes, keeping, longer, variants
 from benchmarks.evidence.comparison import Config, Tuned
 from benchmarks.evidence.experiment import plain_table
 from benchmarks.evidence.pool import LONGEST, Pool
 from dev.painter.subjects import SUBJECTS
 
-STAGES = ("tune", "graded", "keep", "report", "ablate", "decay")
+STAGES = ("tune", "graded", "keep", "report", "ablate", "decay", "longer")
 
 
 def tuned_table(tuned: Tuned) -> str:
@@ -85,6 +85,7 @@ def missing(pool: Pool, tuned: Tuned, wanted: Sequence[Config], stages: Sequence
     jobs += list(complexity.jobs(tuned)) if "graded" in stages else []
     jobs += list(keeping.jobs(tuned)) if "keep" in stages else []
     jobs += list(decay.jobs()) if "decay" in stages else []
+    jobs += list(longer.jobs(tuned)) if "longer" in stages else []
     return len({j.key for j in jobs} - set(pool.records)) + len(set(wanted) - set(tuned))
 
 
@@ -127,6 +128,9 @@ def main() -> int:
         if "decay" in options.stage:
             pool.run(decay.jobs())
             say("weight decay by the number of pictures is done")
+        if "longer" in options.stage:
+            pool.run(longer.jobs(tuned))
+            say(f"twice the steps: {longer.rows(pool.records, tuned)}")
         left = missing(pool, tuned, wanted, options.stage)
         say(f"{left} missing, {len(pool.failed)} failed")
     finally:

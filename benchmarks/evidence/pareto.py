@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import reduced
+from benchmarks.evidence import longer, reduced
 from benchmarks.evidence.comparison import (
     COUNTS,
     LARGE,
@@ -63,7 +63,7 @@ def run(full: bool) -> Results:
     large = {f"{count}": beyond((FIXED, LARGE, count), tuned, kept, tuning_names()) for count in COUNTS}
     return {
         "about": about, "steps": STEPS, "seeds": list(SEEDS), "tuned": _rows(tuned), "points": _point_rows(found),
-        "beyond": rounded(large),
+        "beyond": rounded(large), "longer": rounded(longer.rows(kept, tuned)),
     }  # fmt: skip
 
 

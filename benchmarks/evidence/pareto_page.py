@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.evidence.comparison import (
     ALLOCATED,
@@ -14,6 +15,7 @@ from benchmarks.evidence.comparison import (
     LARGE,
     PAPER_TARGETS,
     RESIZED,
+    STEPS,
     TARGETS,
     TUNING_SEEDS,
     UNIT,
@@ -35,6 +37,7 @@ from benchmarks.evidence.equal_bytes import (
     tally,
 )
 from benchmarks.evidence.experiment import Results, mean, table
+from benchmarks.evidence.longer import LONGER, LOWER
 from benchmarks.evidence.pareto import choices_of, points_of
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
 from benchmarks.evidence.plot import ACCENT, CALM, ROSE, SKY, STRAW, Colour, Plot, Series, sheet
@@ -56,7 +59,7 @@ def build(results: Results, folder: Path) -> str:
         parts += _pictures(found, names, count, folder)
         parts += [_by_subject(found, names, count), _remains(found, count)]
     parts += ["### What is forgotten", _drift(found, names, folder)]
-    parts += ["### What was tuned", _stopped(chosen, results["steps"]), _tuned(chosen)]
+    parts += ["### What was tuned", _stopped(chosen, results["steps"]), _longer(results["longer"]), _tuned(chosen)]
     return "\n\n".join(parts)
 
 
@@ -278,8 +281,8 @@ def _own_best(found: Points, count: int) -> str:
     if not small:
         return f"{words}."
     return (
-        f"{words}. On {_short(small)} the best size of ours is {SMALL_BEST} or less, since more rank only learns the few pictures "
-        "by heart: what is missing there is to know that beforehand."
+        f"{words}. On {_short(small)} the best size of ours is {SMALL_BEST} or less, since more rank only learns the few "
+        "pictures by heart: what is missing there is to know that beforehand."
     )
 
 
@@ -339,6 +342,34 @@ def _stopped(chosen: Mapping[Config, Choice], steps: int) -> str:
         f"Steps end at {steps} for every method, and the learning rate falls to a tenth by then. That step was the best one for "
         f"{', '.join(told)}: those might gain by more steps, so what is compared is what each makes of {steps} at most."
     )
+
+
+def _longer(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What twice the steps change."""
+    if not rows:
+        return ""
+
+    def told(value: Sequence[float]) -> str:
+        return f"{100 * value[0]:+.1f} ± {100 * value[1]:.1f} %"
+
+    said = []
+    for count in COUNTS:
+        changes = [row[method][0] for row in rows if row["pictures"] == count for method in (FIXED, SETTLING)]
+        if changes and max(changes) < 0:
+            said.append(f"With {count} pictures both methods gain by them.")
+        if changes and min(changes) > 0:
+            said.append(f"With {count} pictures both lose by them, so {STEPS} steps are not too few there.")
+    body = [
+        [row["pictures"], row["rank"], *(told(row[of]) for of in (FIXED, SETTLING, f"ours_{STEPS}", f"ours_{LONGER}"))]
+        for row in rows
+    ]
+    return "\n\n".join([
+        f"**Twice the steps**, on the subjects that settings are tuned on, {len(TUNING_SEEDS)} seeds: what {LONGER} steps "
+        f"change, at the best of the tuned learning rate and {LOWER} lower ones, and ours with the same target over the "
+        "fixed rank:",
+        table(["pictures", "rank", "fixed rank", "ours", f"ours over fixed, {STEPS} steps", f"{LONGER} steps"], body),
+        *([" ".join(said)] if said else []),
+    ])  # fmt: skip
 
 
 def _tuned(chosen: dict[Config, Choice]) -> str:

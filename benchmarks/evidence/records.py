@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence import comparison, complexity, decay, keeping, variants
+from benchmarks.evidence import comparison, complexity, decay, keeping, longer, variants
 from benchmarks.evidence.comparison import Tuned
 from benchmarks.evidence.experiment import FOLDER
 from benchmarks.evidence.personal import SETTLING, Job
@@ -65,6 +65,7 @@ def compact(records: Mapping[str, Record]) -> tuple[dict[str, Any], list[Record]
     stored.run(keeping.jobs(tuned))
     stored.run(complexity.jobs(tuned))
     stored.run(decay.jobs())
+    stored.run(longer.jobs(tuned))
     used = [records[key] for key in sorted(stored.asked & set(records))]
     about = {
         **{name: ", ".join(sorted({r[name] for r in used})) for name in WHERE},

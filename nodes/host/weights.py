@@ -10,17 +10,20 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
+SMALL_BUFFER = 16 * 2**20
+"""Bytes up to which a buffer is on the device while a model is trained, wherever the host has left it."""
+
 
 @contextmanager
 def trainable_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """While inside, the model's parameters and buffers are ordinary frozen tensors over the same memory, buffers on its device.
+    """While inside, the model's parameters and buffers are ordinary frozen tensors over the same memory.
 
     Nodes run in inference mode, where a loaded model's weights are inference tensors that autograd refuses to save. A new
     tensor over the same storage is not one, and costs nothing; the original objects come back at the end, so that the
     host finds what it left. All of them, since a weight that was moved between devices outside inference mode no longer
     says that it is an inference tensor, and is refused all the same. LoRAs that the host applies in bypass mode, as it does
     to quantised models, keep their weights outside the model: the same is done for those. Weights that wait in the CPU's memory
-    may be saved too (`_copies_of_their_own`); buffers are small and do not wait, as in a model that is loaded whole. Call with
+    may be saved too (`_copies_of_their_own`); small buffers are on the device, as in a model that is loaded whole. Call with
     inference mode off.
     """
     swapped: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
@@ -30,7 +33,8 @@ def trainable_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
                 if original is None:
                     continue
                 alias = ordinary(original)
-                if slots is module._buffers and alias.device.type != device.type:
+                small = slots is module._buffers and alias.nbytes <= SMALL_BUFFER
+                if small and alias.device.type != device.type:
                     alias = alias.to(device)
                 swapped.append((slots, name, original, alias))  # type: ignore[arg-type]
     bypasses = [(adapter, adapter.weights) for module in model.modules() for adapter in bypass_adapters(module)]
