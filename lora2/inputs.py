@@ -97,7 +97,7 @@ def _unpacked(packed: Any) -> Tensor:
     recipe, versions = packed
     if versions != [part._version for part in recipe.parts]:
         raise RuntimeError("A tensor that the backward pass needs has been modified by an inplace operation.")
-    return recipe.make(*recipe.parts)  # type: ignore[no-any-return]
+    return recipe.make(*recipe.parts)
 
 
 def _hooked() -> bool:
