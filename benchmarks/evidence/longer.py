@@ -54,8 +54,11 @@ def rows(kept: Mapping[str, Record], tuned: Tuned) -> list[dict[str, Any]]:
     for count in COUNTS:
         for size in SIZES:
             row: dict[str, Any] = {"pictures": count, "rank": size}
-            runs = {method: _both(kept, tuned, (method, size, count)) for method in (FIXED, SETTLING)}
-            if not all(runs.values()):
+            runs = {}
+            for method in (FIXED, SETTLING):
+                if both := _both(kept, tuned, (method, size, count)):
+                    runs[method] = both
+            if len(runs) < 2:
                 continue
             for method, (usual, longer) in runs.items():
                 changes = compared(longer, usual)
@@ -69,11 +72,11 @@ def rows(kept: Mapping[str, Record], tuned: Tuned) -> list[dict[str, Any]]:
     return found
 
 
-def _both(kept: Mapping[str, Record], tuned: Tuned, config: Config) -> tuple[Runs, Runs] | tuple[()]:
+def _both(kept: Mapping[str, Record], tuned: Tuned, config: Config) -> tuple[Runs, Runs] | None:
     """The runs of the usual length, and the longer ones at their best rate."""
     if config not in tuned:
-        return ()
+        return None
     rate = tuned[config].rate
     usual = best_runs(kept, config, [(rate, one) for one in _runs(config, rate)])
     longer = best_runs(kept, config, _tried(config, tuned))
-    return (usual, longer) if usual and longer else ()
+    return (usual, longer) if usual and longer else None
