@@ -118,8 +118,7 @@ def _type_of(recipe: Recipe) -> torch.dtype:
 
 def _saved(node: Any, name: str) -> Tensor | None:
     """What a node keeps, detached; None where it keeps nothing, or hooks keep it in its place."""
-    packed = getattr(getattr(node, f"_raw_saved_{name}"), "data", torch.Tensor)  # older torch does not tell
-    if packed is not torch.Tensor and not isinstance(packed, Tensor):
+    if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None) is not None:  # older torch does not tell
         return None
     value = getattr(node, f"_saved_{name}")
     return None if value is None else value.detach()
