@@ -66,7 +66,8 @@ minutes on two cores) and checks that nothing is grossly wrong, which is less th
 `python -m benchmarks.evidence.NAME` runs one experiment in full, and `python -m benchmarks.evidence` writes this page and
 `results.json` from the files beside it.
 
-What says NO is a goal that is not reached; its section says what is missing."""
+What says NO is a goal that is not reached; its section says what is missing. Rows of a *share* are no goals that were set before:
+they were worded when the figures were known, of what ours is below."""
 
 
 def claim_table(claims: Iterable[Claim]) -> str:

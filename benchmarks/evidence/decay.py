@@ -163,8 +163,8 @@ def page(results: Results, folder: Path) -> str:
         "All that is compared on this page has this decay, fixed ranks too; what rank 4 gains by it is in the section before.",
         table([*head, "forgets, without", "forgets, with the default"], rows),
         "What four shares can show is that the best lies within a factor of four of the default with 5 and with 12 pictures; a "
-        "constant of 2 or 3 would do about as well there. **Learning rates that are wrong** do less harm with it. Loss at every "
-        "rate over that at the best one:",
+        "constant of 2 or 3 would do about as well there. **Learning rates that are too high** do less harm with it, those "
+        "that are too low more. Loss at every rate over that at the best one:",
         table(["pictures", "weight decay", *(f"{rate:.0e}" for rate in TRIED)], _rates(results)),
     ])  # fmt: skip
 
