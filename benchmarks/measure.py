@@ -71,8 +71,8 @@ def load(patcher: Any, whole: bool = True, memory: float = 0) -> Any:
 
     with torch.inference_mode():
         management.load_models_gpu([patcher], memory_required=memory)
-        if whole:
-            patcher.model.to(patcher.load_device)
+    if whole:
+        patcher.model.to(patcher.load_device)
     return patcher.model
 
 

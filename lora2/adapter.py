@@ -108,16 +108,24 @@ class Adapter:
 
     def __call__(self, x: Tensor) -> Tensor:
         """B Λ A x for the layer's input x, in x's dtype; the shape of the layer's output."""
-        importance = () if self.importance is None else (self.importance[: self.capacity],)
-        down = _folded(self.down, *importance, dtype=x.dtype)
-        cast = Recipe(partial(_folded, dtype=x.dtype), (self.down.detach(), *importance)) if x.dtype != self.down.dtype else None
-        with made_again((x, recipe_of(x, self.shape[0])), (down, cast)):
+        down = _folded(*self._parts(self.down), dtype=x.dtype)
+        cast = None
+        if x.dtype != self.down.dtype:
+            cast = Recipe(partial(_folded, dtype=x.dtype), self._parts(self.down.detach()))
+        with made_again((x, self.recipe(x)), (down, cast)):
             return self._apply(x, down, self.up.to(x.dtype))
+
+    def recipe(self, x: Tensor) -> Recipe | None:
+        """How the layer's input x can be made again in the backward pass; None where it is kept."""
+        return recipe_of(x, self.shape[0])
 
     def folded_down(self) -> Tensor:
         """Λ A, (capacity, …), detached."""
-        importance = () if self.importance is None else (self.importance[: self.capacity],)
-        return _folded(self.down.detach(), *importance, dtype=self.down.dtype)
+        return _folded(*self._parts(self.down.detach()), dtype=self.down.dtype)
+
+    def _parts(self, down: Tensor) -> tuple[Tensor, ...]:
+        """What ΛA is made of: A, and Λ where there is one."""
+        return (down,) if self.importance is None else (down, self.importance[: self.capacity])
 
     def add(self, output: Tensor, x: Tensor) -> Tensor:
         """The layer's output plus B Λ A x, with as few launches as the layer's kind allows."""
@@ -135,9 +143,9 @@ class Adapter:
             folded, cast, *sums = self.working
         else:
             with torch.no_grad():
-                folded = (self.down if importance is None else self.down * importance[:, None]).to(x.dtype)
+                folded = _folded(*self._parts(self.down), dtype=x.dtype)
                 cast = self.up.to(x.dtype)
-        return AddLowRank.apply(output, x, self.down, self.up, folded, cast, importance, sums, recipe_of(x, self.shape[0]))
+        return AddLowRank.apply(output, x, self.down, self.up, folded, cast, importance, sums, self.recipe(x))
 
     def replaces(self, weight: object, x: Tensor) -> bool:
         """Whether `linear` can stand for the layer and its path, for a layer that is x Wᵀ + bias and no more."""
@@ -152,7 +160,7 @@ class Adapter:
         if self.working is None:
             raise ValueError("There are no working copies to compute with.")
         folded, cast, *sums = self.working
-        return LowRankLinear.apply(x, weight, bias, self.up, folded, cast, sums, recipe_of(x, self.shape[0]))
+        return LowRankLinear.apply(x, weight, bias, self.up, folded, cast, sums, self.recipe(x))
 
     def _new_rows(self, count: int, generator: Generator) -> Tensor:
         """Rows of a down factor that is about to grow: N(0, σ²), drawn on the CPU so that every device draws the same."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .inputs import made_again, recipe_of
+from .inputs import made_again
 
 
 @contextmanager
@@ -21,10 +22,10 @@ def attached(adapters: Sequence[Adapter], plain: Callable[[nn.Module], bool]) ->
     with ExitStack() as stack:
         for adapter in adapters:
             if adapter.working is not None and plain(adapter.module):
-                stack.enter_context(_in_place_of(adapter))
+                stack.enter_context(forward_changed(adapter.module, partial(_together, adapter)))
                 continue
             if adapter.convolution:
-                stack.enter_context(_input_made_again(adapter))
+                stack.enter_context(forward_changed(adapter.module, partial(_without_its_input, adapter)))
             stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)
         yield
 
@@ -35,51 +36,49 @@ def plain_linear(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _forward(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """While inside, this is the module's forward. What others have put around it meanwhile stays."""
-    found = vars(module).get("forward")
+def forward_changed(module: Any, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """While inside, `change` of a module's forward stands in its place.
+
+    What others have put around it meanwhile stays, and comes to the module's own forward after that.
+    """
+    own, found, inside = module.forward, vars(module).get("forward"), True
+    changed = change(own)
+
+    def forward(*args: Any, **named: Any) -> Any:
+        return (changed if inside else own)(*args, **named)
+
     module.forward = forward
     try:
         yield
     finally:
+        inside = False
         if vars(module).get("forward") is forward:
             if found is None:
                 del module.forward
-            else:  # the host's, around a layer that it changes
+            else:  # the host's or another pack's, around a layer that they change
                 module.forward = found
 
 
-@contextmanager
-def _in_place_of(adapter: Adapter) -> Iterator[None]:
-    """While inside, a plain layer is computed together with its adapter's path, in one operation where types allow."""
+def _together(adapter: Adapter, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A plain layer's forward with its adapter's path, in one operation where types allow."""
     module: Any = adapter.module
-    own, inside = module.forward, True
 
     def forward(x: Tensor) -> Tensor:
-        if not inside:
-            return own(x)
         if adapter.replaces(module.weight, x):
             return adapter.linear(x, module.weight, module.bias)
         return adapter.add(own(x), x)
 
-    try:
-        with _forward(module, forward):
-            yield
-    finally:
-        inside = False
+    return forward
 
 
-@contextmanager
-def _input_made_again(adapter: Adapter) -> Iterator[None]:
-    """While inside, a convolution, which keeps its input also where it is frozen, makes it again where it can."""
-    own = adapter.module.forward
+def _without_its_input(adapter: Adapter, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A convolution's forward, which keeps its input also where it is frozen, and makes it again where it can."""
 
     def forward(x: Tensor, *args: Any, **named: Any) -> Tensor:
-        with made_again((x, recipe_of(x, adapter.shape[0]))):
+        with made_again((x, adapter.recipe(x))):
             return own(x, *args, **named)
 
-    with _forward(adapter.module, forward):
-        yield
+    return forward
 
 
 def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:

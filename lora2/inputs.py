@@ -35,9 +35,9 @@ class Recipe:
 def recipe_of(x: Tensor, width: int) -> Recipe | None:
     """How a layer's input x can be made again; width: d_out of the layer.
 
-    None where x is small, was made in another way, or was changed since, also unseen by autograd (but a change through `x.data`
-    leaves no trace). And where hooks for saved tensors are in use, or were when x was made, as in a checkpointed block: what they
-    keep is not asked for.
+    None where x is small, was made in another way or in place, or was changed since, also unseen by autograd (but a change
+    through `x.data` leaves no trace). And where hooks for saved tensors are in use, or were when x was made, as in a
+    checkpointed block: what they keep is not asked for.
     """
     node: Any = x.grad_fn
     if node is None or x.nbytes < LARGE or x._version:
@@ -46,10 +46,9 @@ def recipe_of(x: Tensor, width: int) -> Recipe | None:
     if known is None or _hooked() or (known is _norm and width < WIDE * x.shape[-1]):
         return None
     try:
-        recipe = known(node)
+        return known(node)
     except RuntimeError:  # a part was changed since, or is gone: whoever goes backward through x hears of it
         return None
-    return recipe if recipe is not None and _type_of(recipe) == x.dtype else None
 
 
 def kept(x: Tensor, recipe: Recipe | None) -> tuple[Tensor, ...]:
@@ -107,13 +106,6 @@ def _hooked() -> bool:
             return False
     except RuntimeError:
         return True
-
-
-def _type_of(recipe: Recipe) -> torch.dtype:
-    """That of what it makes: an operation in place has another one where a factor is wider."""
-    if recipe.make is torch.mul:
-        return torch.result_type(*recipe.parts)
-    return recipe.parts[0].dtype
 
 
 def _saved(node: Any, name: str) -> Tensor | None:

@@ -63,7 +63,7 @@ class Packed:
     """Linear layers' factors, with copies in a half type that hold Λ in the down factors, and room for their gradients."""
 
     def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device) -> None:
-        chosen = [(i, a) for i, a in enumerate(adapters) if len(a.shape) == 2]
+        chosen = [(i, a) for i, a in enumerate(adapters) if not a.convolution]
         self.indices = {i for i, _ in chosen}
         self._downs = _by_width([(i, a.down) for i, a in chosen], dtype, device)
         self._ups = _by_width([(i, a.up) for i, a in chosen], dtype, device)

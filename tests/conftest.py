@@ -46,6 +46,15 @@ def small_model(comfy: ModuleType) -> Callable[[str], Any]:
     return lambda family: comfy.sd.load_diffusion_model(str(assets.family(family)))
 
 
+@pytest.fixture
+def lora_folder(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's LoRA folder, empty."""
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A running ComfyUI with the pack, the small SD1.x checkpoint, the pictures in input/mug, and tests/probe."""

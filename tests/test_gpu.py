@@ -22,13 +22,10 @@ SHAPES = ((16, 16), (16, 24), (24, 16))
 
 
 @pytest.fixture
-def lora_folder(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def lora_folder(lora_folder: Path) -> Iterator[Path]:
     """ComfyUI's LoRA folder, empty; tests run as nodes do, in inference mode."""
-    import folder_paths
-
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
     with torch.inference_mode():
-        yield tmp_path
+        yield lora_folder
 
 
 @pytest.fixture

@@ -15,15 +15,6 @@ Train = Callable[..., Any]
 
 
 @pytest.fixture
-def lora_folder(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """ComfyUI's LoRA folder, empty."""
-    import folder_paths
-
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
-    return tmp_path
-
-
-@pytest.fixture
 def inside_a_node() -> Iterator[None]:
     """Nodes run in inference mode."""
     with torch.inference_mode():

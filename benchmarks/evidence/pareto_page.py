@@ -352,14 +352,7 @@ def _longer(rows: Sequence[Mapping[str, Any]]) -> str:
     def told(value: Sequence[float]) -> str:
         return f"{100 * value[0]:+.1f} ± {100 * value[1]:.1f} %"
 
-    said = []
-    for count in COUNTS:
-        changes = [row[method][0] for row in rows if row["pictures"] == count for method in (FIXED, SETTLING)]
-        if changes and max(changes) < 0:
-            said.append(f"With {count} pictures both methods gain by them.")
-        if changes and min(changes) > 0:
-            more = _who_more(rows, count)
-            said.append(f"With {count} pictures both lose by them, {more}so {STEPS} steps are not too few there.")
+    said = [_gained(own) for count in COUNTS if (own := [row for row in rows if row["pictures"] == count])]
     body = [
         [row["pictures"], row["rank"], *(told(row[of]) for of in (FIXED, SETTLING, f"ours_{STEPS}", f"ours_{LONGER}"))]
         for row in rows
@@ -369,14 +362,20 @@ def _longer(rows: Sequence[Mapping[str, Any]]) -> str:
         f"change, at the best of the tuned learning rate and the next {LOWER} below it (no further ones were tried), and ours "
         "with the same target over the fixed rank:",
         table(["pictures", "rank", "fixed rank", "ours", f"ours over fixed, {STEPS} steps", f"{LONGER} steps"], body),
-        *([" ".join(said)] if said else []),
+        " ".join(said),
     ])  # fmt: skip
 
 
-def _who_more(rows: Sequence[Mapping[str, Any]], count: int) -> str:
-    """Whether ours loses more at every size."""
-    own = [row for row in rows if row["pictures"] == count]
-    return "ours more, " if all(row[SETTLING][0] > row[FIXED][0] for row in own) else ""
+def _gained(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What twice the steps change with one number of pictures, where it is the same at every size."""
+    fixed, ours = ([row[method][0] for row in rows] for method in (FIXED, SETTLING))
+    pictures = f"With {rows[0]['pictures']} pictures"
+    if max(*fixed, *ours) < 0:
+        return f"{pictures} both methods gain by them."
+    if min(*fixed, *ours) > 0:
+        more = "ours more, " if all(a > b for a, b in zip(ours, fixed, strict=True)) else ""
+        return f"{pictures} both lose by them, {more}so {STEPS} steps are not too few there."
+    return f"{pictures} it differs."
 
 
 def _tuned(chosen: dict[Config, Choice]) -> str:

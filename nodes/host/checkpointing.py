@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...lora2.attach import forward_changed
+
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The modules to recompute: items of lists and sequences, the innermost ones that still hold several layers.
@@ -42,17 +44,10 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
     """While inside, these blocks keep only their inputs in the forward pass."""
     if blocks:
         _choose_attention()
-    own = [(block, vars(block).get("forward")) for block in blocks]  # another pack may have set one
-    for block in blocks:
-        block.forward = _recomputed(block.forward)
-    try:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(forward_changed(block, _recomputed))
         yield
-    finally:
-        for block, forward in own:
-            if forward is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = forward
 
 
 @cache

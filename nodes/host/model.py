@@ -116,8 +116,7 @@ class HostModel:
         checkpoint = self._checkpoint(checkpointing, memory)
         was_training = comfy.model_management.in_training
         with ExitStack() as stack:
-            if waiting(self.model, self.device):
-                stack.enter_context(waiting_pinned(self.patcher))
+            stack.enter_context(waiting_pinned(self.patcher))
             stack.enter_context(trainable_weights(self.model, self.device))
             if checkpoint:
                 stack.enter_context(checkpointed(repeated_blocks(self.model.diffusion_model)))
@@ -139,7 +138,7 @@ class HostModel:
         self.patcher.cleanup()
 
     def _checkpoint(self, choice: str, memory: float) -> bool:
-        away = waiting(self.model, self.device)
+        away = sum(weight.nbytes for weight in waiting(self.model, self.device).values())
         much = away > MUCH_AWAY * self.patcher.model_size()
         if much:
             log.info("LoRA²: %.1f GB of the model's weights wait in the CPU's memory; steps take longer for it.", away / 1e9)

@@ -70,9 +70,9 @@ def _copies_of_their_own() -> Iterator[None]:
             management.NUM_STREAMS = usual
 
 
-def waiting(model: nn.Module, device: torch.device) -> int:
-    """The bytes of a loaded model's weights that are elsewhere than on its device: they are copied there when they are needed."""
-    return sum(p.nbytes for p in model.parameters() if p.device.type != device.type)
+def waiting(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """A loaded model's weights that are elsewhere than on its device, by key: they are copied there when they are needed."""
+    return {key: p for key, p in model.named_parameters() if p.device.type != device.type}
 
 
 @contextmanager
@@ -87,9 +87,8 @@ def waiting_pinned(patcher: Any) -> Iterator[None]:
     if not isinstance(listed, set) or not hasattr(patcher, "pin_weight_to_device"):
         yield
         return
-    for key, parameter in patcher.model.named_parameters():
-        if parameter.device.type == "cpu":
-            patcher.pin_weight_to_device(key)
+    for key in waiting(patcher.model, patcher.load_device):
+        patcher.pin_weight_to_device(key)
     kept = set(listed)
     listed.clear()
     try:
