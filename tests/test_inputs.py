@@ -196,41 +196,6 @@ def test_where_hooks_are_forbidden_nothing_is_made_again() -> None:
         layer(x).sum().backward()
 
 
-def test_what_others_do_to_a_convolution_stays_as_it_was() -> None:
-    """The host's forward is called with all that it is given, and comes back; hooks see the layer without its adapter's path,
-    which is added after them; and what is put around it meanwhile stays, while we are gone from it.
-    """
-    layer = frozen(nn.Conv2d(4, 8, 3))
-    own = layer.forward
-
-    def scaled(x: Tensor, by: float = 2.0) -> Tensor:
-        return by * own(x)
-
-    layer.forward = scaled  # type: ignore[method-assign]
-    layer.register_forward_hook(lambda _m, _a, out: out * 0)
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8)))
-    x, path = pictures(2, 4, 8, 8), network.adapters[0]
-    with network.attached():
-        assert torch.equal(layer(x), path(x))
-        assert torch.equal(layer(x, by=3.0), path(x))
-    assert vars(layer)["forward"] is scaled
-    with network.attached():
-        inside = layer.forward
-        layer.forward = lambda *args, **named: inside(*args, **named) + 1  # type: ignore[method-assign]
-    assert relative(layer.forward(x), 2 * own(x) + 1) < 1e-6
-
-
-@pytest.mark.parametrize("kind", ["linear", "convolution"])
-def test_what_others_put_around_a_plain_layer_meanwhile_stays(kind: str) -> None:
-    layer, network = layer_of(kind, torch.bfloat16)
-    x = pictures(8, SIZE) if kind == "linear" else pictures(8, 4, 16, 16)
-    expected = layer(x.bfloat16()) + 1
-    with network.attached():
-        inside = layer.forward
-        layer.forward = lambda y: inside(y) + 1  # type: ignore[method-assign]
-    assert torch.equal(layer(x.bfloat16()), expected)
-
-
 def test_a_checkpointed_block_keeps_what_it_is_told_to() -> None:
     """What is kept there is asked for once, in the backward pass: asking earlier would run the block again."""
     calls: list[int] = []

@@ -1,10 +1,9 @@
-"""All adapted layers together: ranks on the device, θ's gradient, arrays that follow, settling, hooks."""
+"""All adapted layers together: ranks on the device, θ's gradient, arrays that follow, settling."""
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -795,71 +794,6 @@ def test_export_in_singular_order_is_the_same_update() -> None:
     for name in plain:
         assert relative(ordered[name].delta(), plain[name].delta()) < 1e-6
         assert bool((ordered[name].down.flatten(1).norm(dim=1).diff() <= 1e-6).all())
-
-
-# -- hooks ---------------------------------------------------------------------------------------------------
-
-
-def hooks(model: nn.Module) -> int:
-    """How often a module of the model is listened to, or has a forward of its own."""
-    return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + ("forward" in vars(m))
-        for m in model.modules()
-    )
-
-
-def test_outside_attached_the_model_is_untouched() -> None:
-    model = Model()
-    x = pictures(2, 5, 24)
-    plain = model(x)
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    network = randomise(network_of(model))
-    assert torch.equal(model(x), plain)
-    with network.attached():
-        assert hooks(model) == 4, "a convolution has both"
-        assert relative(model(x), plain) > 0.01
-    assert hooks(model) == 0
-    assert torch.equal(model(x), plain)
-    assert state.keys() == model.state_dict().keys()
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-
-
-def raising(error: BaseException) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
-        raise error
-
-    return hook
-
-
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), torch.OutOfMemoryError("x")])
-def test_nothing_is_left_behind_after_any_exception(error: BaseException) -> None:
-    """Raised inside the model's forward or by the caller."""
-    model = Model()
-    network = randomise(network_of(model))
-    x = pictures(2, 5, 24)
-    plain = model(x)
-    handle = model.second.register_forward_hook(raising(error))
-    with pytest.raises(type(error)), network.attached():
-        model(x)
-    handle.remove()
-    for where in (model.first, model.third):
-        handle = where.register_forward_pre_hook(raising(error))
-        with pytest.raises(type(error)), network.attached():
-            model(x)
-        handle.remove()
-    assert hooks(model) == 0
-    assert torch.equal(model(x), plain)
-
-
-def test_hooks_of_others_stay() -> None:
-    model = Model()
-    heard: list[int] = []
-    model.first.register_forward_hook(lambda *_: heard.append(1))
-    network = network_of(model)
-    with network.attached():
-        model(pictures(2, 5, 24))
-    model(pictures(2, 5, 24))
-    assert len(heard) == 2
 
 
 # -- start ---------------------------------------------------------------------------------------------------
