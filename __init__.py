@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .nodes.host.versions import words
+from .nodes.comfy.versions import words
 
 try:
     from comfy_api.latest import ComfyExtension, io
 
-    from .nodes import inspect, load, score, train
+    from .nodes import inspect_ranks as inspect
+    from .nodes import load, score, train
 except Exception as error:
     raise ImportError(words(error)) from error  # ComfyUI prints it, leaves the pack out, and goes on
 

@@ -88,7 +88,7 @@ def frozen_step(
     import comfy.model_management as management
     import torch
 
-    weights, blocks = models.pack("nodes.host.weights"), models.pack("nodes.host.checkpointing")
+    weights, blocks = models.pack("nodes.comfy.weights"), models.pack("nodes.comfy.checkpointing")
     fresh()
     model = load(patcher, whole, 0 if whole else 2 * patcher.model.memory_required(list(sample.latent.shape)))
     fresh()
@@ -217,12 +217,12 @@ def train(
 ) -> Any:
     """Our own training of this dataset, watched; nothing is saved, neither states nor a LoRA.
 
-    settings: of lora2.settings.Settings, which also gives the defaults.
+    settings: of lora2.config.Settings, which also gives the defaults.
     """
     import torch
 
-    session, trainer = models.pack("nodes.host.session"), models.pack("lora2.trainer")
-    engine = models.pack("lora2.engine")
+    session, trainer = models.pack("nodes.runs.run"), models.pack("lora2.training.trainer")
+    engine = models.pack("lora2.training.step")
 
     class Watched(trainer.Trainer):  # type: ignore[name-defined]
         def __init__(self, *given: Any, **named: Any) -> None:
@@ -273,7 +273,7 @@ def train(
             return session.train(
                 patcher,
                 *dataset,
-                models.pack("lora2.settings").Settings(**{"learning_rate": 1e-4, **settings}),
+                models.pack("lora2.config").Settings(**{"learning_rate": 1e-4, **settings}),
                 session.Request("speed", layers, checkpointing=checkpointing, state_every=0),
             )
     finally:

@@ -50,7 +50,7 @@ def run(patcher: Any, **changes: Any) -> Outcome:
     """One training run, as the node starts it."""
     import torch
 
-    session, settings = models.pack("nodes.host.session"), models.pack("lora2.settings").Settings
+    session, settings = models.pack("nodes.runs.run"), models.pack("lora2.config").Settings
     request = session.Request("t/oom", "attention", checkpointing=changes.pop("checkpointing", "auto"))
     said: list[str] = []
     torch.cuda.reset_peak_memory_stats()
@@ -59,7 +59,7 @@ def run(patcher: Any, **changes: Any) -> Outcome:
         try:
             told = settings(steps=STEPS, batch_size=BATCH, learning_rate=1e-3, **changes)
             losses = session.train(patcher, *dataset(), told, request, say=said.append).losses
-        except models.pack("lora2.errors").LoraError as error:
+        except models.pack("lora2.util.errors").LoraError as error:
             message = str(error)
     gc.collect()
     torch.cuda.empty_cache()

@@ -346,7 +346,7 @@ def loading(bench: Bench) -> None:
     node = models.pack("nodes.load").NODES[0].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
     with torch.inference_mode():
         patcher = bench.sdxl if cuda() else models.sdxl(device="meta")
-    layers = models.pack("nodes.host.layers")
+    layers = models.pack("nodes.comfy.layers")
     chosen = layers.select_layers(patcher.model, "attention")
     prefixes, _ = layers.file_prefixes(patcher.model, list(chosen))
     rank, tensors = 138, {}

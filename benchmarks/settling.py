@@ -22,10 +22,10 @@ from torch import Tensor
 from benchmarks.table import dumped
 from dev.packs import pack
 
-factors_of = pack("lora2.factors").Factors
-singular_order = pack("lora2.spectrum").singular_order
-singular_orders = pack("lora2.orders").singular_orders
-fit = pack("lora2.budget").fit
+factors_of = pack("lora2.method.factors").Factors
+singular_order = pack("lora2.method.svd").singular_order
+singular_orders = pack("lora2.method.orders").singular_orders
+fit = pack("lora2.method.allocation").fit
 
 SHAPES = {(1280, 1280): 360, (1280, 2048): 120, (640, 640): 60, (640, 2048): 20}
 """Outputs and inputs of SDXL's attention layers, and how many of each."""

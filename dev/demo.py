@@ -19,8 +19,8 @@ from PIL import Image
 from dev import assets, host
 from dev.convert import change, to_prompt
 from dev.server import ComfyServer, PromptError
-from lora2.format import read
-from lora2.report import RankReport, build
+from lora2.files.document import read
+from lora2.report.ranks import RankReport, build
 
 WORKFLOWS = host.ROOT / "workflows"
 TRAIN, LOAD, INSPECT = "Train Adaptive LoRA", "Load Adaptive LoRA", "Inspect Ranks"

@@ -21,7 +21,7 @@ Info = dict[str, Any]
 NODES = {
     "LoRA2_TrainAdaptiveLora": "nodes.train",
     "LoRA2_LoadAdaptiveLora": "nodes.load",
-    "LoRA2_InspectRanks": "nodes.inspect",
+    "LoRA2_InspectRanks": "nodes.inspect_ranks",
     "LoRA2_ScorePictures": "nodes.score",
 }
 HELP = ROOT / "web" / "docs"

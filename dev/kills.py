@@ -77,7 +77,7 @@ def require(condition: object, words: str) -> None:
 
 def check_states(output: Path, name: str, reported: int, figures: Figures) -> int:
     """Look at what a killed run left; returns the step of the newest state of its name, 0 without one."""
-    keeper, state = pack("lora2.keeper"), pack("lora2.state")
+    keeper, state = pack("lora2.checkpoints.directory"), pack("lora2.checkpoints.state")
     listed = keeper.states_below(output / "lora2_states")
     for each in listed:
         found = state.read_state(each.path, 1 << 32)
@@ -96,7 +96,7 @@ def check_states(output: Path, name: str, reported: int, figures: Figures) -> in
 def check_loras(folder: Path) -> None:
     """Every LoRA that is listed is a whole one."""
     for path in folder.rglob("*.safetensors"):
-        pack("lora2.format").read(path)
+        pack("lora2.files.document").read(path)
 
 
 # -- a process with the model in memory -------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class Direct:
         """One run here, with other settings than SETTINGS if given; report is called with every step that is done."""
         import torch
 
-        session, settings = pack("nodes.host.session"), pack("lora2.settings")
+        session, settings = pack("nodes.runs.run"), pack("lora2.config")
         values = {**SETTINGS, "seed": seed, **changes}
         request = session.Request(
             save_name=name,
@@ -206,7 +206,7 @@ def _tell(pipe: int, words: str) -> None:
 
 def _slow_disk(pipe: int) -> None:
     """From now on every tensor takes a millisecond to write, and the pipe is told when a file is begun."""
-    writer = pack("lora2.writer")
+    writer = pack("lora2.files.writer")
     real = writer.data
 
     def data(tensors: Any) -> Iterator[Any]:
@@ -231,7 +231,7 @@ def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
     name, kills_of_run = "killed/0", 0
     while True:
         folder = base / "output" / "lora2_states" / name
-        source = "newest state" if pack("lora2.keeper").states_in(folder) else "nothing"
+        source = "newest state" if pack("lora2.checkpoints.directory").states_in(folder) else "nothing"
         finishing = figures.kills >= limit
         write = chance.randrange(1, 4) if figures.kills % 3 == 2 and not finishing else 0
         moment = 1e9 if finishing else chance.uniform(0, WRITE_SECONDS if write else length / 4)
@@ -256,7 +256,7 @@ def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
 
 def tensors_of(path: Path) -> dict[str, Any]:
     """A LoRA file's tensors."""
-    return dict(pack("lora2.format").read(path).state_dict())
+    return dict(pack("lora2.files.document").read(path).state_dict())
 
 
 # -- whole servers ---------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def kill_servers(base: Path, kills: int, seed: int, figures: Figures) -> None:
     while True:
         with ComfyServer(base) as server:
             folder = output / "lora2_states" / "server" / "x"
-            source = "newest state" if pack("lora2.keeper").states_in(folder) else "nothing"
+            source = "newest state" if pack("lora2.checkpoints.directory").states_in(folder) else "nothing"
             if figures.server_kills >= limit:
                 server.run(_graph("server/x", source))
                 break

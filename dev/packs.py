@@ -13,7 +13,7 @@ PACK = "lora2_pack"
 
 
 def pack(module: str) -> Any:
-    """A module of the pack, such as "nodes.host.session"."""
+    """A module of the pack, such as "nodes.runs.run"."""
     if PACK not in sys.modules:
         package = types.ModuleType(PACK)
         package.__path__ = [str(ROOT)]

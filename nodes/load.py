@@ -6,13 +6,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..lora2.format import LoraDocument, read
-from ..lora2.report import build
-from ..lora2.text import size
-from ..lora2.truncate import CutResult, cut
-from .guard import guarded
-from .host import files, loading
-from .host.progress import stop_if_cancelled, teller
+from ..lora2.files.document import LoraDocument, read
+from ..lora2.files.resize import CutResult, cut
+from ..lora2.report.ranks import build
+from ..lora2.util.text import size
+from .comfy import apply_lora as loading
+from .comfy import lora_paths as files
+from .comfy.input_checks import guarded
+from .comfy.progress import stop_if_cancelled, teller
 
 Ranks = io.Custom("LORA2_RANKS")
 

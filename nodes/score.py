@@ -8,10 +8,20 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..lora2.errors import LoraError
-from ..lora2.similarity import CLIP_I, CLIP_T, DINO, METRICS, Scores, against_all, against_own, mean_scores, prompts_of
-from .host.loading import absent
-from .host.vectors import metric_of, name_of, picture_vectors, prompt_vectors
+from ..lora2.report.similarity import (
+    CLIP_I,
+    CLIP_T,
+    DINO,
+    METRICS,
+    Scores,
+    against_all,
+    against_own,
+    mean_scores,
+    prompts_of,
+)
+from ..lora2.util.errors import LoraError
+from .comfy.apply_lora import absent
+from .comfy.encoders import metric_of, name_of, picture_vectors, prompt_vectors
 
 log = logging.getLogger("lora2")
 

@@ -6,16 +6,17 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..lora2.chart import rank_picture
-from ..lora2.format import parse
-from ..lora2.report import build
-from ..lora2.settings import Settings
-from .guard import guarded
-from .host import files, states
-from .host.loading import apply
-from .host.progress import show, teller
-from .host.session import Request, train
-from .pictures import rank_image
+from ..lora2.config import Settings
+from ..lora2.files.document import parse
+from ..lora2.report.ranks import build
+from ..lora2.report.summary import rank_picture
+from .comfy import lora_paths as files
+from .comfy.apply_lora import apply
+from .comfy.images import rank_image
+from .comfy.input_checks import guarded
+from .comfy.progress import show, teller
+from .runs import states
+from .runs.run import Request, train
 from .train_inputs import inputs
 
 Ranks = io.Custom("LORA2_RANKS")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..lora2.settings import (
+from ..lora2.config import (
     BAD_STEPS,
     INITS,
     OPTIMIZERS,
@@ -16,8 +16,8 @@ from ..lora2.settings import (
     TRISTATE,
     Settings,
 )
-from .host import states
-from .host.beginning import ON_DIFFERENCE
+from .runs import states
+from .runs.resume import ON_DIFFERENCE
 
 DEFAULTS = Settings()
 SAVE_DTYPES = ["fp16", "bf16", "fp32"]

@@ -89,7 +89,7 @@ def whole(server: ComfyServer) -> None:
 
     for path in loras(server):
         assert path.suffix == ".safetensors", path
-        pack("lora2.format").read(path)
+        pack("lora2.files.document").read(path)
 
 
 def next_prompt_is_as_ever(server: ComfyServer, reference: np.ndarray, number: int) -> None:

@@ -47,10 +47,10 @@ def load(model: Any, lora_name: str, **inputs: Any) -> Any:
 
 def random_lora(model: Any, rank: int = 4, target: str = "attention", seed: int = 0) -> dict[str, Tensor]:
     """Tensors of a LoRA for a model under the keys that its family uses, each alpha half the rank."""
-    layers_module, shape_of = pack("nodes.host.layers"), pack("lora2.adapter").module_shape
+    layers_module, shape_of = pack("nodes.comfy.layers"), pack("lora2.adapters.layer").module_shape
     layers = layers_module.select_layers(model.model, target)
     prefixes, style = layers_module.file_prefixes(model.model, list(layers))
-    up_suffix, down_suffix = pack("lora2.keys").STYLES[style]
+    up_suffix, down_suffix = pack("lora2.files.keys").STYLES[style]
     g = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, module in layers.items():
@@ -146,7 +146,7 @@ def files_in(folder: Path, states: bool = False) -> set[str]:
 
 def refused(model: Any, words: str, folders: Path, family: str = "flux", **inputs: Any) -> str:
     """The sentence with which training is refused; nothing is written, nothing trained, the model stays as it is."""
-    with untouched(model, family), pytest.raises(pack("lora2.errors").LoraError, match=words) as error:
+    with untouched(model, family), pytest.raises(pack("lora2.util.errors").LoraError, match=words) as error:
         train(model, family, **inputs)
     assert files_in(folders) == set()
     message = str(error.value)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from lora2.factors import Factors
-from lora2.format import LoraDocument
+from lora2.files.document import LoraDocument
+from lora2.method.factors import Factors
 
 Layers = list[tuple[str, int, int]]
 

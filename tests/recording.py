@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lora2.engine import GraphEngine, _Recorded
-from lora2.trainer import Trainer
+from lora2.training.step import GraphEngine, _Recorded
+from lora2.training.trainer import Trainer
 
 WAITS = ("_local_scalar_dense", "nonzero", "item", "equal")
 
@@ -151,7 +151,7 @@ def places(trainer: Trainer) -> dict[str, int]:
 @contextmanager
 def recordable() -> Iterator[None]:
     """While inside, the CPU's optimizers are made as those of a device that records."""
-    import lora2.optimizer as module
+    import lora2.training.optimizer as module
 
     own, module.CAPTURABLE = module.CAPTURABLE, ("cpu",)
     try:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora2.adapter import Adapter, adaptable, capacity_for, module_shape, next_capacity
-from lora2.errors import LoraError
-from lora2.factors import Factors
+from lora2.adapters.layer import Adapter, adaptable, capacity_for, module_shape, next_capacity
+from lora2.method.factors import Factors
+from lora2.util.errors import LoraError
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from test_inputs import SIZE, layer_of
 from test_network import Model, frozen, network_of, pictures, randomise, relative, settings
 from torch import Tensor, nn
 
-from lora2.network import AdaptiveNetwork
+from lora2.adapters.network import AdaptiveNetwork
 
 
 def hooks(model: nn.Module) -> int:

@@ -49,7 +49,7 @@ def test_a_broken_file_is_refused(case: str, model: Any, folders: Path) -> None:
     change, words = BAD_FILES[case]
     path = write_lora(folders, "bad.safetensors", random_lora(model))
     rewritten(path, change)
-    with untouched(model), pytest.raises(pack("lora2.errors").LoraError, match=words) as error:
+    with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match=words) as error:
         load(model, "bad.safetensors")
     assert case == "no tensors" or str(error.value).startswith("bad.safetensors")
     assert str(folders) not in str(error.value), "a message must not tell where the folders lie"
@@ -70,7 +70,7 @@ def test_a_damaged_lora_is_refused(
     tensors = random_lora(model)
     change(tensors)
     write_lora(folders, "bad.safetensors", tensors)
-    with untouched(model), pytest.raises(pack("lora2.errors").LoraError, match=rf"^bad.safetensors: .*{words}"):
+    with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match=rf"^bad.safetensors: .*{words}"):
         load(model, "bad.safetensors")
 
 
@@ -88,7 +88,7 @@ def test_layers_of_another_size_are_left_out_and_named(
     for name in [k for k in tensors if k.endswith("lora_A.weight")]:
         tensors[name] = torch.randn(4, 99)
     write_lora(folders, "odd.safetensors", tensors)
-    with untouched(model), pytest.raises(pack("lora2.errors").LoraError, match="0 of 12 layers loaded; 12 have another"):
+    with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match="0 of 12 layers loaded; 12 have another"):
         load(model, "odd.safetensors")
 
 
@@ -116,7 +116,7 @@ def test_a_lora_of_another_family_is_refused_naming_both(
         sd15, sd21 = small_model("sd15"), small_model("sd21")
     write_lora(folders, "sd15.safetensors", random_lora(sd15))
     write_lora(folders, "flux.safetensors", random_lora(model))
-    wrong = pack("lora2.errors").LoraError
+    wrong = pack("lora2.util.errors").LoraError
     for other, name, words in (
         (sd21, "sd15.safetensors", r"made for SD 1\.x and does not fit this model, which is SD 2\.x"),
         (model, "sd15.safetensors", r"made for SD 1\.x and .*, which is Flux: 0 of \d+ layers loaded.*Connect the model"),
@@ -133,6 +133,6 @@ def test_a_lora_of_another_family_is_refused_naming_both(
     "name", ["../x.safetensors", "/etc/passwd", "C:\\x.safetensors", "a\0b.safetensors", "", "gone.safetensors", "x.ckpt"]
 )
 def test_a_name_that_is_no_lora_is_refused(name: str, model: Any, folders: Path) -> None:
-    with untouched(model), pytest.raises(pack("lora2.errors").LoraError) as error:
+    with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError) as error:
         load(model, name)
     assert str(error.value).isprintable()

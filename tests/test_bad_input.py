@@ -149,7 +149,7 @@ def test_a_model_without_adaptable_layers_is_refused(model: Any, folders: Path) 
     bare = model.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.model._modules, "diffusion_model", nothing)
-        with pytest.raises(pack("lora2.errors").LoraError, match="no linear or convolution layer"):
+        with pytest.raises(pack("lora2.util.errors").LoraError, match="no linear or convolution layer"):
             train(bare)
     assert files_in(folders) == set()
 
@@ -181,7 +181,7 @@ def test_a_link_out_of_the_folder_is_not_followed(model: Any, folders: Path) -> 
     outside.mkdir()
     (folders / "loras" / "link").symlink_to(outside)
     for name in ("link/mug", "link/new/mug"):
-        with untouched(model), pytest.raises(pack("lora2.errors").LoraError, match="through a link to a folder outside"):
+        with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match="through a link to a folder outside"):
             train(model, save_name=name)
     assert list(outside.iterdir()) == []
 
@@ -205,7 +205,7 @@ def test_good_names_are_kept(given: str, name: str, model: Any, folders: Path) -
 
 def test_a_file_in_the_place_of_a_folder_is_seen_before_training(model: Any, folders: Path) -> None:
     (folders / "loras" / "mug").write_text("mine")
-    with untouched(model), pytest.raises(pack("lora2.errors").LoraError, match=r"mug in .* is a file, not a folder"):
+    with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match=r"mug in .* is a file, not a folder"):
         train(model, save_name="mug/one")
     assert (folders / "loras" / "mug").read_text() == "mine"
 

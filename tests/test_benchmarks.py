@@ -30,8 +30,8 @@ def test_a_run_is_watched_and_leaves_nothing(folders: Path) -> None:
     assert watch.mean_rank > 0
     assert figures.more["steps"] == 8
     assert not list(folders.rglob("*.safetensors"))
-    session = models.pack("nodes.host.session")
-    assert session.Trainer is models.pack("lora2.trainer").Trainer, "what was replaced is back in its place"
+    session = models.pack("nodes.runs.run")
+    assert session.Trainer is models.pack("lora2.training.trainer").Trainer, "what was replaced is back in its place"
     assert session._Finish.__call__.__qualname__ == "_Finish.__call__"
 
 

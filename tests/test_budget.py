@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from lora2.budget import fit
-from lora2.errors import LoraError
-from lora2.factors import Factors
+from lora2.method.allocation import fit
+from lora2.method.factors import Factors
+from lora2.util.errors import LoraError
 
 
 def layer(values: list[float], d_out: int = 6, d_in: int = 8, seed: int = 0) -> Factors:

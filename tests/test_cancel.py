@@ -95,14 +95,14 @@ def cancelled(server: ComfyServer) -> dict[str, Any]:
 
 
 def test_it_stops_within_a_step(server: ComfyServer, cancelled: dict[str, Any]) -> None:
-    document = pack("lora2.format").read(server.base / "models/loras/cancel/mug_00001.safetensors")
+    document = pack("lora2.files.document").read(server.base / "models/loras/cancel/mug_00001.safetensors")
     trained = document.info["training"]
     step = trained["seconds"] / trained["steps_done"]
     assert cancelled["seconds"] < 2 * step + 2.0, "a step, and what saving and the way there and back take"
 
 
 def test_what_was_learned_is_saved_and_said(server: ComfyServer, cancelled: dict[str, Any]) -> None:
-    document = pack("lora2.format").read(server.base / "models/loras/cancel/mug_00001.safetensors")
+    document = pack("lora2.files.document").read(server.base / "models/loras/cancel/mug_00001.safetensors")
     done = document.info["training"]["steps_done"]
     assert done >= 2
     words = (

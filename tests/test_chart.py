@@ -12,13 +12,13 @@ import pytest
 from layer_names import Layers, document, experts, flux, text_encoder, unet, waves
 from PIL import Image
 
-from lora2 import canvas
-from lora2.canvas import Canvas, printable
-from lora2.chart import live_picture, rank_picture
-from lora2.colours import RankScale, ink_on, luminance, ramp
-from lora2.live import smoothed
-from lora2.report import build
-from lora2.text import size
+from lora2.report import canvas
+from lora2.report.canvas import Canvas, printable
+from lora2.report.colors import RankScale, ink_on, luminance, ramp
+from lora2.report.preview import smoothed
+from lora2.report.ranks import build
+from lora2.report.summary import live_picture, rank_picture
+from lora2.util.text import size
 
 NAN, INF = math.nan, math.inf
 

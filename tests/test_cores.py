@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from lora2.cores import shared_out
+from lora2.util.thread_pool import shared_out
 
 
 @pytest.fixture(params=[1, 2, 5])

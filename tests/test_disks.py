@@ -32,7 +32,7 @@ NOBODY = 65534
 def _nothing_kept() -> Iterator[None]:
     """What no disk took is the next run's; here every test has its own."""
     yield
-    pack("nodes.host.kept")._kept.clear()
+    pack("nodes.runs.unsaved")._kept.clear()
 
 
 def files_in(folders: Path) -> set[str]:
@@ -101,7 +101,7 @@ def test_a_write_that_fails_in_its_middle_leaves_nothing_and_the_lora_is_kept(
     """Both folders refuse; the next run writes it first, byte for byte what it would have been."""
     expected = train(model, save_name="t/other")[0]
     before = files_in(folders)
-    with untouched(model), file_limit(20_000), pytest.raises(pack("lora2.errors").LoraError) as error:
+    with untouched(model), file_limit(20_000), pytest.raises(pack("lora2.util.errors").LoraError) as error:
         train(model)
     assert "The file is larger than the disk or the system allows" in str(error.value)
     assert "kept in memory until ComfyUI ends: free some space and press Run again" in str(error.value)
@@ -109,7 +109,7 @@ def test_a_write_that_fails_in_its_middle_leaves_nothing_and_the_lora_is_kept(
     again = train(model)
     assert files_in(folders) == before | {"loras/t/mug_00001.safetensors", "loras/t/mug_00002.safetensors"}
     assert again[4] == "t/mug_00002.safetensors"
-    kept = pack("lora2.format").read(folders / "loras/t/mug_00001.safetensors").state_dict()
+    kept = pack("lora2.files.document").read(folders / "loras/t/mug_00001.safetensors").state_dict()
     assert all(torch.equal(kept[key], tensor) for key, tensor in expected.items())
     assert said() == "Saved as t/mug_00002.safetensors."
 
@@ -118,7 +118,7 @@ def test_what_is_kept_is_said_when_it_is_written_and_when_it_still_cannot_be(
     model: Any, folders: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "lora2")
-    error = pack("lora2.errors").LoraError
+    error = pack("lora2.util.errors").LoraError
     with file_limit(20_000):
         for _ in range(2):
             with pytest.raises(error, match="kept in memory"):
@@ -127,7 +127,7 @@ def test_what_is_kept_is_said_when_it_is_written_and_when_it_still_cannot_be(
     train(model, save_name="t/third")
     assert caplog.text.count(": trained before, when the disk did not take it.") == 2
     assert files_in(folders) == {f"loras/t/{name}_0000{n}.safetensors" for name, n in (("mug", 1), ("mug", 2), ("third", 1))}
-    assert pack("nodes.host.kept")._kept == []
+    assert pack("nodes.runs.unsaved")._kept == []
 
 
 def test_a_cancel_with_full_disks_keeps_it_too(model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +135,9 @@ def test_a_cancel_with_full_disks_keeps_it_too(model: Any, folders: Path, monkey
 
     with file_limit(20_000), monkeypatch.context() as patch:
         trouble_at(patch, model, 2, then(comfy.model_management.interrupt_current_processing))
-        with pytest.raises(pack("lora2.errors").LoraError, match=r"Stopped after . of 3 steps.*kept in memory"):
+        with pytest.raises(pack("lora2.util.errors").LoraError, match=r"Stopped after . of 3 steps.*kept in memory"):
             train(model)
-    assert len(pack("nodes.host.kept")._kept) == 1
+    assert len(pack("nodes.runs.unsaved")._kept) == 1
 
 
 # --- folders
@@ -150,7 +150,7 @@ def test_a_folder_that_loses_its_permissions_while_training_runs(
     with unprivileged(), monkeypatch.context() as patch:
         (open_folders / "loras" / "t").mkdir()
         trouble_at(patch, model, 2, then(lambda: (open_folders / "loras" / "t").chmod(0o555)))
-        with pytest.raises(pack("lora2.errors").LoraError, match=r"No permission to write.*saved as output/loras/mug_00001"):
+        with pytest.raises(pack("lora2.util.errors").LoraError, match=r"No permission to write.*saved as output/loras/mug_00001"):
             train(model)
     assert files_in(open_folders) == {"output/loras/mug_00001.safetensors"}
 
@@ -158,7 +158,7 @@ def test_a_folder_that_loses_its_permissions_while_training_runs(
 def test_a_folder_without_permission_is_refused_before_training(model: Any, open_folders: Path) -> None:
     """Asked for the rights that writing will have: those of the effective user."""
     (open_folders / "loras").chmod(0o555)
-    with unprivileged(), pytest.raises(pack("lora2.errors").LoraError, match=r"may not write into its LoRA folder \(loras\)"):
+    with unprivileged(), pytest.raises(pack("lora2.util.errors").LoraError, match=r"may not write into its LoRA folder \(loras\)"):
         train(model)
     assert files_in(open_folders) == set()
 
@@ -175,7 +175,7 @@ def test_no_folder_with_permission_keeps_it_in_memory(
     lock_as_owner = then(lambda: as_owner(lock))
     with unprivileged(), monkeypatch.context() as patch:
         trouble_at(patch, model, 2, lock_as_owner)
-        with pytest.raises(pack("lora2.errors").LoraError, match=r"No permission to write.*kept in memory"):
+        with pytest.raises(pack("lora2.util.errors").LoraError, match=r"No permission to write.*kept in memory"):
             train(model)
     assert files_in(open_folders) == set()
 
@@ -204,7 +204,7 @@ def test_a_file_takes_the_folder_s_place_while_training_runs(
 ) -> None:
     with untouched(model), monkeypatch.context() as patch:
         trouble_at(patch, model, 2, then((folders / "loras" / "t").touch))
-        with pytest.raises(pack("lora2.errors").LoraError, match=r"Not a folder.*saved as output/loras/mug_00001"):
+        with pytest.raises(pack("lora2.util.errors").LoraError, match=r"Not a folder.*saved as output/loras/mug_00001"):
             train(model)
     assert files_in(folders) == {"loras/t", "output/loras/mug_00001.safetensors"}
 
@@ -222,7 +222,7 @@ def test_a_temporary_file_that_somebody_removes_is_an_error_that_loses_nothing(
 
     with untouched(model), monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(pack("lora2.errors").LoraError, match=r"No such file.*saved as output/loras/mug_00001"):
+        with pytest.raises(pack("lora2.util.errors").LoraError, match=r"No such file.*saved as output/loras/mug_00001"):
             train(model)
 
 
@@ -237,7 +237,7 @@ def test_what_this_system_cannot_be_made_to_do_is_simulated_at_the_call(
 
     with untouched(model), monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(pack("lora2.errors").LoraError, match=r"was not saved in.*kept in memory"):
+        with pytest.raises(pack("lora2.util.errors").LoraError, match=r"was not saved in.*kept in memory"):
             train(model)
     assert files_in(folders) == set()
 
@@ -251,7 +251,7 @@ def test_a_disk_that_ranks_may_outgrow_is_said_before_and_while_they_do(
     """The paper's own form has no size to end with: it may grow as far as θ's learning rate and the layers let it."""
     caplog.set_level("INFO", "lora2")
     more = {"steps": 60, "initial_rank": 4, "rank_learning_rate": 0.1, "rank_hold": 0.0}
-    monkeypatch.setattr(pack("nodes.host.session"), "room", lambda _: 1000)
+    monkeypatch.setattr(pack("nodes.runs.run"), "room", lambda _: 1000)
     train(model, settle_at=1.0, **more)
     assert caplog.text.count("LoRA²: Ranks may grow: the LoRA may become up to") == 1
     assert caplog.text.count("LoRA²: The LoRA has grown to") == 1
@@ -261,7 +261,7 @@ def test_a_disk_that_ranks_may_outgrow_is_said_before_and_while_they_do(
 
 
 def test_how_far_ranks_may_grow_is_what_they_start_from_times_what_their_learning_rate_allows() -> None:
-    session, settings = pack("nodes.host.session"), pack("lora2.settings").Settings
+    session, settings = pack("nodes.runs.run"), pack("lora2.config").Settings
     shapes = {"a": (100, 50), "b": (1000, 2000)}
     pure = settings(steps=100, settle_at=1.0, target_rank=2, initial_rank=8, rank_learning_rate=0.01, file_overhead=10)
     assert session._bytes(shapes, pure) == (10 + 2 * 8 * 3150, 10 + 2 * 21 * 3150)  # e · 8 = 21.7
@@ -296,7 +296,7 @@ def test_a_clock_that_jumps_changes_no_name_and_removes_no_file(
     assert (folders / "loras/t/mug_00001.safetensors").read_bytes() == first
     assert other.exists() == (jump < 0)
     for number in (2, 3):
-        document = pack("lora2.format").read(folders / f"loras/t/mug_0000{number}.safetensors")
+        document = pack("lora2.files.document").read(folders / f"loras/t/mug_0000{number}.safetensors")
         assert document.info["training"]["seconds"] >= 0
 
 
@@ -305,7 +305,7 @@ def test_a_clock_that_jumps_changes_no_name_and_removes_no_file(
 WRITER = """
 import sys
 import torch
-from lora2.writer import write_new
+from lora2.files.writer import write_new
 from pathlib import Path
 folder, mark = Path(sys.argv[1]), float(sys.argv[2])
 print("ready", flush=True)
@@ -348,9 +348,9 @@ def test_a_finished_run_that_no_disk_takes_keeps_its_last_state(
     """The LoRA is still in memory, and what made it is on the disk, up to the last step."""
 
     def full(*_: Any) -> Path:
-        raise pack("lora2.errors").LoraError("The disk is full.")
+        raise pack("lora2.util.errors").LoraError("The disk is full.")
 
-    monkeypatch.setattr(pack("nodes.host.kept"), "write_new", full)
-    with pytest.raises(pack("lora2.errors").LoraError, match=r"The disk is full.*The training state is kept"):
+    monkeypatch.setattr(pack("nodes.runs.unsaved"), "write_new", full)
+    with pytest.raises(pack("lora2.util.errors").LoraError, match=r"The disk is full.*The training state is kept"):
         graph.train(model, steps=5, state_every=4)
     assert max(graph.files_in(folders, states=True)).endswith("_step_000005.safetensors")

@@ -18,11 +18,11 @@ from training import pack
 from dev import docs
 from dev.host import ROOT
 from dev.server import ComfyServer
-from lora2 import importance, losses
-from lora2.adapter import cost, module_shape
-from lora2.budget import next_size
-from lora2.initial import initial_ranks
-from lora2.settings import TARGETS, Settings
+from lora2.adapters.layer import cost, module_shape
+from lora2.config import TARGETS, Settings
+from lora2.method import importance, losses
+from lora2.method.allocation import next_size
+from lora2.method.init import initial_ranks
 
 README = ROOT / "README.md"
 METHOD = ROOT / "docs" / "method.md"
@@ -123,7 +123,7 @@ def full_size(name: str) -> torch.nn.Module:
 def test_sizes_in_the_readme(comfy: Any, name: str) -> None:
     """Attention layers, the default, at the default's two bytes per parameter."""
     model = types.SimpleNamespace(diffusion_model=full_size(name))
-    layers = pack("nodes.host.layers").select_layers(model, TARGETS[0])
+    layers = pack("nodes.comfy.layers").select_layers(model, TARGETS[0])
     unit = 2 * sum(cost(module_shape(layer)) for layer in layers.values()) / 1e6
     rank = Settings().target_rank
     assert f"at target rank {rank} |" in text(README)

@@ -12,12 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora2.enough import FINER, HALVINGS, TOGETHER, smallest
-from lora2.errors import LoraError
-from lora2.factors import Factors
-from lora2.network import AdaptiveNetwork
-from lora2.progress import Progress
-from lora2.trainer import Trainer
+import lora2.adapters.layer
+import lora2.adapters.network
+from lora2.adapters.network import AdaptiveNetwork
+from lora2.method.factors import Factors
+from lora2.method.size_search import FINER, HALVINGS, TOGETHER, smallest
+from lora2.training.progress import Progress
+from lora2.training.trainer import Trainer
+from lora2.util.errors import LoraError
 from tests.test_memory import fail_once, trainer_of
 from tests.test_sensitivity import inputs, network_of
 
@@ -128,11 +130,10 @@ GROWING: dict[str, Any] = {"steps": 12, "settle_at": 0.5, "settle_cuts": 1, "tar
 
 @pytest.mark.parametrize(("name", "at"), [("load", 2), ("mix", 2), ("load", 6)])
 def test_where_memory_runs_out_the_size_is_chosen_once_all_the_same(name: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lora2.adapter
 
     trainer, plenty = trainer_of(**GROWING), trainer_of(**GROWING)
     plenty.run()
-    calls = fail_once(monkeypatch, lora2.adapter.Adapter, name, at)
+    calls = fail_once(monkeypatch, lora2.adapters.layer.Adapter, name, at)
     trainer.run()
     assert len(calls) > at
     for one, other in zip(trainer.network.parameters(), plenty.network.parameters(), strict=True):

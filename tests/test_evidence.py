@@ -17,7 +17,7 @@ from benchmarks.evidence import budgets, recovery, teachers
 from benchmarks.evidence.__main__ import check, experiments, gather
 from benchmarks.evidence.experiment import FOLDER, Claim, read_json, report
 from benchmarks.evidence.plot import Plot, Series
-from lora2.factors import Factors
+from lora2.method.factors import Factors
 
 # -- arithmetic ----------------------------------------------------------------------------------------------
 

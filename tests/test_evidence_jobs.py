@@ -78,7 +78,7 @@ def test_a_plain_lora_is_trained_plainly_and_measured_as_its_file(tmp_path: Path
 
     checkpoint = tmp_path / "painter.safetensors"
     write_checkpoint(checkpoint)
-    network = pack("lora2.network").AdaptiveNetwork
+    network = pack("lora2.adapters.network").AdaptiveNetwork
 
     def never(*args: Any, **more: Any) -> None:
         raise AssertionError("a plain LoRA is not cut")

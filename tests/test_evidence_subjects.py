@@ -45,9 +45,9 @@ run_of = cache(everything)
 
 
 def test_a_twist_changes_what_it_says_and_is_undone() -> None:
-    network, imp = pack("lora2.network"), pack("lora2.importance")
-    schedule, sensitivity = pack("lora2.schedule"), pack("lora2.sensitivity")
-    settings = pack("lora2.settings").Settings()
+    network, imp = pack("lora2.adapters.network"), pack("lora2.method.importance")
+    schedule, sensitivity = pack("lora2.method.schedule"), pack("lora2.method.sensitivity")
+    settings = pack("lora2.config").Settings()
     own = {name: [getattr(pack(m), a) for m, a, _ in patches] for name, patches in twists.TWISTS.items()}
     j, nu = torch.arange(4.0), torch.tensor([0.3])
     expected, slope = imp.importance(j + 1, nu), imp.log_importance_slope(j + 1, nu)
@@ -64,7 +64,7 @@ def test_a_twist_changes_what_it_says_and_is_undone() -> None:
         assert torch.equal(imp.log_importance_slope(j, nu), slope)
     with twists.twisted("energy only"):
         assert sensitivity.sensitivities(object(), object()) is None
-    rows, mixing = torch.eye(8), pack("lora2.adapter")
+    rows, mixing = torch.eye(8), pack("lora2.adapters.layer")
     with twists.twisted("not mixed, rate as given"):
         assert mixing.mix(rows, rows.device) is rows
         assert schedule.size_factor(400, 100) == 1.0
@@ -87,15 +87,15 @@ def test_every_twist_that_is_asked_for_is_there() -> None:
 
 @pytest.mark.parametrize("variant", variants.variants(comparison.COUNTS[0]), ids=lambda v: f"{v.setting} {v.name}")
 def test_every_change_is_one_of_a_setting(variant: variants.Variant) -> None:
-    settings = pack("lora2.settings").Settings(target_rank=variants.RANK)
+    settings = pack("lora2.config").Settings(target_rank=variants.RANK)
     changed = replace(settings, **dict(variant.changes))
     if not variant.twist and variant.changes and "rank_weight" not in dict(variant.changes):
         assert changed != settings, "a change to the default shows nothing"
 
 
 def test_where_the_papers_form_starts() -> None:
-    settings = pack("lora2.settings").Settings(target_rank=variants.PAPER_RANK)
-    assert pack("lora2.initial").initial_ranks(float(variants.PAPER_RANK), [256], settings) == [ablations.START]
+    settings = pack("lora2.config").Settings(target_rank=variants.PAPER_RANK)
+    assert pack("lora2.method.init").initial_ranks(float(variants.PAPER_RANK), [256], settings) == [ablations.START]
 
 
 # -- cutting and counting ------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_where_the_papers_form_starts() -> None:
 
 def layers(ranks: dict[str, int], d_out: int = 24, d_in: int = 20) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    factors = pack("lora2.factors").Factors
+    factors = pack("lora2.method.factors").Factors
     return {
         name: factors(torch.randn(d_out, r, generator=generator), torch.randn(r, d_in, generator=generator), float(r))
         for name, r in ranks.items()

@@ -18,7 +18,7 @@ FIVE = ((8, 8),) * 5
 
 
 def checkpointed(model: Any) -> bool:
-    blocks = pack("nodes.host.checkpointing").repeated_blocks(model.model.diffusion_model)
+    blocks = pack("nodes.comfy.checkpointing").repeated_blocks(model.model.diffusion_model)
     return any("forward" in vars(block) for block in blocks)
 
 
@@ -88,7 +88,7 @@ def test_when_nothing_helps_it_stops_once_saves_and_the_host_forgets_its_models(
 
     with untouched(model), monkeypatch.context() as patch:
         tried = short_of_memory(patch, model, lambda *_: len(tried) <= 4)
-        with pytest.raises(pack("lora2.memory").OutOfMemory) as error:
+        with pytest.raises(pack("lora2.util.memory").OutOfMemory) as error:
             train(model, **(BATCH | {"accumulation": 2}))
         assert comfy.model_management.current_loaded_models == []
     message = str(error.value)
@@ -111,11 +111,11 @@ def test_no_room_to_start_is_said_in_one_sentence(
     owner, name = {
         "loading the model": (comfy.model_management, "load_models_gpu"),
         "encoding a caption": (comfy.samplers, "encode_model_conds"),
-        "laying out the LoRA": (pack("lora2.adapter").Adapter, "_new_rows"),
+        "laying out the LoRA": (pack("lora2.adapters.layer").Adapter, "_new_rows"),
     }[where]
     with untouched(model), monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
-        with pytest.raises(pack("lora2.errors").LoraError, match=r"^Memory ran out before the first step, while the model was"):
+        with pytest.raises(pack("lora2.util.errors").LoraError, match=r"^Memory ran out before the first step, while the model was"):
             train(model)
     assert files_in(folders) == set()
 
@@ -129,15 +129,15 @@ def test_no_room_while_the_picture_of_the_run_is_drawn(
         raise MemoryError
 
     with untouched(model), monkeypatch.context() as patch:
-        patch.setattr(pack("nodes.host.session"), "live_picture", fail)
+        patch.setattr(pack("nodes.runs.run"), "live_picture", fail)
         words = r"^Memory ran out between two steps\. Stopped after 1 of 3 steps; what was learned is saved as t/mug_00001"
-        with pytest.raises(pack("lora2.memory").OutOfMemory, match=words):
+        with pytest.raises(pack("lora2.util.memory").OutOfMemory, match=words):
             train(model)
     assert files_in(folders) == {"loras/t/mug_00001.safetensors"}
 
 
 def test_no_room_while_saving_is_tried_again(model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, calls = pack("nodes.host.saving").FileInfo, []
+    files, calls = pack("nodes.runs.save").FileInfo, []
     real = files.state_dict
 
     def state_dict(*args: Any, **kwargs: Any) -> Any:
@@ -181,7 +181,7 @@ def test_the_layers_of_a_bad_step_are_named_by_their_paths(
 ) -> None:
     """A gradient that is spoiled between two blocks: those before it are named, those after it are not."""
     last = model.model.diffusion_model.single_blocks[-1]
-    layers = pack("nodes.host.layers").select_layers(model.model, "attention")
+    layers = pack("nodes.comfy.layers").select_layers(model.model, "attention")
     after = [name for name in layers if name.startswith(f"single_blocks.{len(model.model.diffusion_model.single_blocks) - 1}.")]
 
     def spoil(_m: Any, args: Any) -> Any:
@@ -190,7 +190,7 @@ def test_the_layers_of_a_bad_step_are_named_by_their_paths(
 
     handle = last.register_forward_pre_hook(spoil)
     try:
-        with pytest.raises(pack("lora2.watch").Diverged) as error:
+        with pytest.raises(pack("lora2.training.monitor").Diverged) as error:
             train(model, checkpointing="off")
     finally:
         handle.remove()

@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora2.errors import LoraError
-from lora2.factors import Factors
-from lora2.format import LoraStateDict, fold_scale, parse, read, to_state_dict
-from lora2.keys import STYLES, shown
+from lora2.files.document import LoraStateDict, fold_scale, parse, read, to_state_dict
+from lora2.files.keys import STYLES, shown
+from lora2.method.factors import Factors
+from lora2.util.errors import LoraError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -84,9 +84,9 @@ def test_a_second_pair_of_a_layer_never_comes_to_light(tmp_path: Path) -> None:
     nothing = [corpus.Part(part.name, part.dtype, part.shape, b"\0") if part.shape else part for part in first]
     path = tmp_path / "two.safetensors"
     path.write_bytes(corpus.Parts([*nothing, *second[:2]]).to_bytes())
-    document = pack("lora2.format").read(path)
+    document = pack("lora2.files.document").read(path)
     assert set(document.other) == {part.name for part in second[:2]}
-    after = pack("lora2.truncate").cut(document, share=0.5)
+    after = pack("lora2.files.resize").cut(document, share=0.5)
     assert after.ranks_after == {"diffusion_model.a": 0}
     assert after.document.state_dict() == {}
 
@@ -95,7 +95,7 @@ def test_numbers_too_far_apart_for_one_way_are_measured_in_another(monkeypatch: 
     """Found by fuzzing: an eigendecomposition that does not converge is no reason to fail."""
     import torch
 
-    effective, factors = pack("lora2.effective"), pack("lora2.factors").Factors
+    effective, factors = pack("lora2.method.effective"), pack("lora2.method.factors").Factors
     g = torch.Generator().manual_seed(0)
     layer = factors(torch.randn(6, 3, generator=g), torch.randn(3, 5, generator=g))
     right = torch.linalg.svdvals(layer.delta().double())[:3] ** 2
@@ -106,17 +106,17 @@ def test_numbers_too_far_apart_for_one_way_are_measured_in_another(monkeypatch: 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
     assert torch.allclose(effective.energies(layer), right, rtol=1e-6)  # delta() is float32
     monkeypatch.setattr(torch.linalg, "svdvals", fails)
-    with pytest.raises(pack("lora2.errors").LoraError, match="too far apart"):
+    with pytest.raises(pack("lora2.util.errors").LoraError, match="too far apart"):
         effective.energies(layer)
 
 
 def test_a_file_of_too_many_tensors_is_no_lora(tmp_path: Path) -> None:
     """Each layer costs a moment; a header of some megabytes could hold hundreds of thousands."""
-    limit = pack("lora2.reader").TENSOR_LIMIT
+    limit = pack("lora2.files.reader").TENSOR_LIMIT
     path = tmp_path / "many.safetensors"
     entry = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
     path.write_bytes(corpus.with_header(corpus.dump({f"t{i}": entry for i in range(limit + 1)})))
-    with pytest.raises(pack("lora2.errors").LoraError, match=rf"holds {limit + 1} tensors; at most {limit} are read"):
-        pack("lora2.format").read(path)
+    with pytest.raises(pack("lora2.util.errors").LoraError, match=rf"holds {limit + 1} tensors; at most {limit} are read"):
+        pack("lora2.files.document").read(path)
     path.write_bytes(corpus.with_header(corpus.dump({f"t{i}": entry for i in range(limit)})))
-    assert len(pack("lora2.format").read(path).other) == limit
+    assert len(pack("lora2.files.document").read(path).other) == limit

@@ -47,8 +47,8 @@ class Seen:
 
 def run(model: Any, family: str, graphs: bool = True, shapes: Any = SHAPES[:1] * 3, **told: Any) -> tuple[Any, Seen]:
     """A run of the whole bridge, its steps recorded or not."""
-    session, engine, trainer = pack("nodes.host.session"), pack("lora2.engine"), pack("lora2.trainer")
-    network = pack("lora2.network").AdaptiveNetwork
+    session, engine, trainer = pack("nodes.runs.run"), pack("lora2.training.step"), pack("lora2.training.trainer")
+    network = pack("lora2.adapters.network").AdaptiveNetwork
     seen = Seen()
     record, sync, engine_for = engine.GraphEngine._record, network.sync, trainer.engine_for
 
@@ -73,7 +73,7 @@ def run(model: Any, family: str, graphs: bool = True, shapes: Any = SHAPES[:1] *
     }  # fmt: skip
     try:
         result = session.train(
-            model, latents(family, shapes), captions(family, len(shapes)), pack("lora2.settings").Settings(**settings),
+            model, latents(family, shapes), captions(family, len(shapes)), pack("lora2.config").Settings(**settings),
             session.Request(
                 **{"save_name": "t/x", "target": "attention", "save_dtype": "fp32", "checkpointing": "off", **request}
             ),
@@ -85,7 +85,7 @@ def run(model: Any, family: str, graphs: bool = True, shapes: Any = SHAPES[:1] *
 
 def difference(one: Any, other: Any) -> float:
     """Of two runs' updates, all layers together, relative; 1 where ranks differ."""
-    a, b = (pack("lora2.format").parse(r.lora).layers for r in (one, other))
+    a, b = (pack("lora2.files.document").parse(r.lora).layers for r in (one, other))
     assert a.keys() == b.keys()
     apart = sum(float((a[n].delta() - b[n].delta()).square().sum()) for n in a) ** 0.5
     return apart / sum(float(b[n].delta().square().sum()) for n in b) ** 0.5
@@ -153,7 +153,7 @@ def test_memory_comes_back_after_training_and_after_a_cancel(
     """Wherever the cancel comes: while libraries warm up, while a step is recorded, while it is replayed."""
     import comfy.model_management as management
 
-    session = pack("nodes.host.session")
+    session = pack("nodes.runs.run")
     run(model_of("koala", torch.bfloat16), "koala", steps=6)  # libraries take their workspaces, and keep them
     model = model_of("koala", torch.bfloat16)
     weights = {k: v.clone() for k, v in model.model.state_dict().items()}
@@ -211,13 +211,13 @@ class Mixed(nn.Module):
 def mixed_run(graphs: bool, device: str = "cuda") -> tuple[list[float], list[Tensor]]:
     """Losses and factors of a run on `Mixed`."""
     model = Mixed(device)
-    settings = pack("lora2.settings").Settings(
+    settings = pack("lora2.config").Settings(
         steps=30, learning_rate=3e-3, target_rank=4, initial_rank=8, batch_size=4, sync_every=5
     )
-    network = pack("lora2.network").AdaptiveNetwork(model.layers(), settings, model.device, torch.bfloat16)
+    network = pack("lora2.adapters.network").AdaptiveNetwork(model.layers(), settings, model.device, torch.bfloat16)
     g = torch.Generator().manual_seed(1)
     pictures = [torch.randn(6, 32, generator=g) for _ in range(4)]
-    trainer = pack("lora2.trainer").Trainer(network, model, pictures, settings, graphs=graphs)
+    trainer = pack("lora2.training.trainer").Trainer(network, model, pictures, settings, graphs=graphs)
     losses = trainer.run().losses
     return losses, [f.delta() for f in network.export().values()]
 
@@ -266,7 +266,7 @@ class Block(torch.nn.Linear):
         return comfy.ops.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(1, 64, 128)
 
 block = Block(128, 128, device="cuda", dtype=torch.bfloat16)
-with pack("nodes.host.checkpointing").checkpointed([block]):
+with pack("nodes.comfy.checkpointing").checkpointed([block]):
     block(torch.randn(1, 64, 128, device="cuda", dtype=torch.bfloat16)).sum().backward()
 print("same", bool(block.weight.grad.any()))
 """
@@ -300,7 +300,7 @@ def test_weights_that_wait_in_the_cpus_memory_train_like_those_on_the_gpu(
     whole, _ = run(model_of("sd15", torch.float32), "sd15", **told)
     assert "wait in the CPU's memory" not in caplog.text
     management.unload_all_models()
-    model, network = model_of("sd15", torch.float32), pack("lora2.network").AdaptiveNetwork
+    model, network = model_of("sd15", torch.float32), pack("lora2.adapters.network").AdaptiveNetwork
     sync = network.sync
     monkeypatch.setattr(network, "sync", lambda *given, **more: (model.clone(), sync(*given, **more))[1])
     for _ in range(2):

@@ -26,7 +26,7 @@ VERSIONS = r"^LoRA² [\d.]+ and this ComfyUI \([\d.]+\) do not fit together: .*{
 
 
 def test_the_versions_are_those_of_the_project() -> None:
-    versions = pack("nodes.host.versions")
+    versions = pack("nodes.comfy.versions")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["version"] == versions.PACK_VERSION
     assert project["tool"]["comfy"]["requires-comfyui"] == f">={versions.OLDEST}"
@@ -101,7 +101,7 @@ def test_a_changed_host_is_named_at_the_training_node(
 ) -> None:
     with torch.inference_mode():
         model = small_model("flux")
-    wrong = pack("lora2.errors").LoraError
+    wrong = pack("lora2.util.errors").LoraError
     with untouched(model), monkeypatch.context() as patch:
         without(gone)(patch)
         with pytest.raises(wrong, match=VERSIONS.format(what=AT_TRAINING[gone])):
@@ -118,7 +118,7 @@ def test_a_changed_host_is_named_at_the_loader(
     with torch.inference_mode():
         model = small_model("flux")
     write_lora(folders, "x.safetensors", random_lora(model))
-    wrong = pack("lora2.errors").LoraError
+    wrong = pack("lora2.util.errors").LoraError
     with monkeypatch.context() as patch:
         patch.setattr(comfy.sd, "load_lora_for_models", lambda model, clip, lora: None)
         with pytest.raises(wrong, match=VERSIONS.format(what="positional arguments")):
@@ -131,7 +131,7 @@ def test_a_changed_host_is_named_at_the_loader(
 
 def test_errors_from_elsewhere_keep_their_words() -> None:
     """Only what arises in the nodes and their bridge is a matter of versions."""
-    versions = pack("nodes.host.versions")
+    versions = pack("nodes.comfy.versions")
     for trouble in (lambda: torch.zeros(2).nothing, lambda: int("x"), lambda: [][1]):
         with pytest.raises(Exception) as error:  # noqa: PT011 (each is another)
             trouble()

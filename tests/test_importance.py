@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora2 import importance as imp
-from lora2.network import AdaptiveNetwork
-from lora2.settings import Settings
+from lora2.adapters.network import AdaptiveNetwork
+from lora2.config import Settings
+from lora2.method import importance as imp
 
 QS = [0.5, 0.6, 0.75, 0.9, 0.95, 0.99, 0.999]
 RANKS = np.arange(1, 513)

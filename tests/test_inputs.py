@@ -15,9 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from training import captions, latents, pack
 
-from lora2 import inputs
-from lora2.inputs import recipe_of
-from lora2.network import AdaptiveNetwork
+from lora2.adapters import recompute as inputs
+from lora2.adapters.network import AdaptiveNetwork
+from lora2.adapters.recompute import recipe_of
 
 SIZE = 64
 """Rows and columns: in float32 just as large as inputs have to be here."""
@@ -244,14 +244,14 @@ def test_training_a_host_model_is_the_same_to_the_last_bit(
 ) -> None:
     """All layers of a UNet, and of a transformer: losses and the file, whether inputs are kept or made again (but for norms')."""
     found: list[str] = []
-    module = pack("lora2.inputs")
+    module = pack("lora2.adapters.recompute")
     monkeypatch.delitem(module._KNOWN, "NativeLayerNormBackward0")
     for name, of in module._KNOWN.items():
         monkeypatch.setitem(module._KNOWN, name, lambda node, name=name, of=of: found.append(name) or of(node))
-    session, losses, layers = pack("nodes.host.session"), [], []
+    session, losses, layers = pack("nodes.runs.run"), [], []
     for large in (0, 10**12):
         monkeypatch.setattr(module, "LARGE", large)
-        told = pack("lora2.settings").Settings(steps=3, batch_size=1, target_rank=4, learning_rate=1e-3)
+        told = pack("lora2.config").Settings(steps=3, batch_size=1, target_rank=4, learning_rate=1e-3)
         request = session.Request("t/x", "all linear + convolution", save_dtype="fp32", checkpointing="off")
         result = session.train(small_model(family), latents(family), captions(family, 3), told, request)
         losses.append(result.losses)

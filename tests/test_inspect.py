@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from training import pack
 
 from dev.server import ComfyServer, PromptError
-from lora2.effective import energy_rank
-from lora2.factors import Factors
+from lora2.method.effective import energy_rank
+from lora2.method.factors import Factors
 
 NODE = "LoRA2_InspectRanks"
 CONNECTED = "(the connected LoRA)"
@@ -46,7 +46,7 @@ def node(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     )
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
     folder_paths.filename_list_cache.pop("loras", None)
-    inspect = pack("nodes.inspect")
+    inspect = pack("nodes.inspect_ranks")
 
     def execute(**inputs: Any) -> Any:
         with torch.inference_mode():
@@ -78,7 +78,7 @@ def test_ranks_in_use_are_measured_on_demand(node: Callable[..., Any]) -> None:
 
 
 def test_a_connected_lora_keeps_its_name(node: Callable[..., Any]) -> None:
-    tensors = pack("lora2.format").LoraStateDict(lora({Q: 4}), {"ss_output_name": "my_dog"})
+    tensors = pack("lora2.files.document").LoraStateDict(lora({Q: 4}), {"ss_output_name": "my_dog"})
     assert node(lora_name=CONNECTED, lora=tensors).result[2].title == "my_dog"
     assert node(lora_name=CONNECTED, lora=lora({Q: 4})).result[2].title == "LoRA"
 
@@ -105,13 +105,13 @@ def test_what_cannot_be_shown_is_said(
     save_file({"x.hada_w1_a": torch.zeros(2, 2)}, tmp_path / "loras" / "none.safetensors")
     (tmp_path / "loras" / "bad.safetensors").write_bytes(b"\x10")
     (tmp_path / "secret.safetensors").write_bytes(b"\x10")
-    with pytest.raises(pack("lora2.errors").LoraError, match=message):
+    with pytest.raises(pack("lora2.util.errors").LoraError, match=message):
         node(**inputs)
 
 
 def test_a_changed_file_is_read_again(node: Callable[..., Any], tmp_path: Path) -> None:
     """The host runs a node again when its fingerprint differs."""
-    fingerprint = pack("nodes.inspect").InspectRanks.fingerprint_inputs
+    fingerprint = pack("nodes.inspect_ranks").InspectRanks.fingerprint_inputs
     path = tmp_path / "loras" / "mug.safetensors"
     save_file(lora({Q: 4}), path)
     first = fingerprint(lora_name="mug.safetensors", show="rank")
@@ -123,7 +123,7 @@ def test_a_changed_file_is_read_again(node: Callable[..., Any], tmp_path: Path) 
 
 
 def test_every_input_and_output_is_explained(node: Callable[..., Any]) -> None:
-    schema = pack("nodes.inspect").InspectRanks.define_schema()
+    schema = pack("nodes.inspect_ranks").InspectRanks.define_schema()
     assert all(part.tooltip for part in [*schema.inputs, *schema.outputs])
     assert schema.description
     assert "adalora" in schema.search_aliases

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from lora2 import writer
-from lora2.errors import LoraError
-from lora2.keeper import Keeper, states_below, states_in
-from lora2.state import State, read_state
+from lora2.checkpoints.directory import Keeper, states_below, states_in
+from lora2.checkpoints.state import State, read_state
+from lora2.files import writer
+from lora2.util.errors import LoraError
 
 
 def at(step: int) -> State:

@@ -22,7 +22,7 @@ from graph import (
 from torch import Tensor
 
 from dev import assets
-from lora2.keys import STYLES
+from lora2.files.keys import STYLES
 
 SmallModel = Callable[[str], Any]
 

@@ -58,7 +58,7 @@ def test_a_share_keeps_that_much_of_every_layer_and_no_position_more(share: floa
 def test_a_share_of_the_papers_form_cuts_by_its_own_order(model: Any, folders: Path) -> None:
     """Positions in the order of Λ: the fewest first ones that hold the share of Σ f, cut without any decomposition."""
     name = train(model, settle_at=1.0, initial_rank=12, save_dtype="fp32")[4]
-    document = pack("lora2.format").read(folders / "loras" / name)
+    document = pack("lora2.files.document").read(folders / "loras" / name)
     cut = load(model, name, share=0.5)[0]
     for prefix, factors in document.layers.items():
         nu = document.info["layers"][prefix]["nu"]
@@ -96,7 +96,7 @@ def test_a_size_is_met_from_below_by_the_strongest_positions(
 
 def test_a_size_that_holds_nothing_is_refused(model: Any, folders: Path) -> None:
     write_lora(folders, "flux.safetensors", random_lora(model))
-    with untouched(model), pytest.raises(pack("lora2.errors").LoraError, match=r"leaves nothing.*Give a larger size"):
+    with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match=r"leaves nothing.*Give a larger size"):
         load(model, "flux.safetensors", megabytes=0.0005)
 
 
@@ -132,5 +132,5 @@ def test_a_cancel_stops_between_layers(less: dict[str, Any], model: Any, folders
             load(model, "long.safetensors", **less)
     interrupt_current_processing()
     with pytest.raises(InterruptProcessingException):
-        run_node(pack("nodes.inspect").InspectRanks, lora_name="long.safetensors", show="rank in use")
+        run_node(pack("nodes.inspect_ranks").InspectRanks, lora_name="long.safetensors", show="rank in use")
     assert load(model, "long.safetensors", **less)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora2.losses import (
+from lora2.method.losses import (
     ENTROPY_POSITIONS,
     EPSILON,
     FLOW,

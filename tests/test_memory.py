@@ -11,9 +11,12 @@ import torch
 from test_trainer import EVERYTHING, Toy, hooks, learned, state, toy_of, trainer_of
 from torch import Tensor
 
-from lora2.engine import GraphEngine
-from lora2.memory import OutOfMemory, attempt, out_of_memory
-from lora2.trainer import Trainer
+import lora2.adapters.layer
+import lora2.adapters.network
+import lora2.util.memory
+from lora2.training.step import GraphEngine
+from lora2.training.trainer import Trainer
+from lora2.util.memory import OutOfMemory, attempt, out_of_memory
 
 # Rounding: a batch's mean in one kernel, or of parts added up, and Adam divides gradients near zero by their own size.
 ROUNDING = {"rtol": 1e-4, "atol": 2e-5}
@@ -99,9 +102,7 @@ def test_it_goes_on_at_the_step_where_it_happened(at: int, compute: torch.dtype)
 
 def test_what_the_failed_attempt_held_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """By weak references to its tensors, without the help of the collector of cycles, and with entropy listening."""
-    import lora2.memory
-
-    monkeypatch.setattr(lora2.memory.gc, "collect", lambda: 0)
+    monkeypatch.setattr(lora2.util.memory.gc, "collect", lambda: 0)
     trainer, held = trainer_of(batch_size=4, steps=3, **EVERYTHING), []
     limit(toy_of(trainer), lambda: 1, held)
     trainer.run()
@@ -182,12 +183,9 @@ def test_arrays_that_find_no_room_to_grow_or_settle_are_tried_again(
 
     Settled layers are those of a run with room enough, bit for bit: all of them are mixed, and none twice, which would undo it.
     """
-    import lora2.adapter
-    import lora2.network
-
     trainer, plenty = (trainer_of(compute=compute, **GROWING) for _ in range(2))
     plenty.run()
-    module = lora2.adapter if owner == "Adapter" else lora2.network
+    module = lora2.adapters.layer if owner == "Adapter" else lora2.adapters.network
     calls = fail_once(monkeypatch, getattr(module, owner), name, at)
     progress = trainer.run()
     assert len(calls) > at
@@ -204,10 +202,8 @@ def test_arrays_that_find_no_room_to_grow_or_settle_are_tried_again(
 
 def test_arrays_that_find_no_room_stay_as_they_are_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer has grown, the others have not: their ranks wait at the arrays that they have."""
-    import lora2.adapter
-
     trainer = trainer_of(**GROWING)
-    ordinary, calls = lora2.adapter.Adapter.resize, []
+    ordinary, calls = lora2.adapters.layer.Adapter.resize, []
 
     def resize(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -216,7 +212,7 @@ def test_arrays_that_find_no_room_stay_as_they_are_and_the_run_goes_on(monkeypat
         return ordinary(*args, **kwargs)
 
     held = []
-    monkeypatch.setattr(lora2.adapter.Adapter, "resize", resize)
+    monkeypatch.setattr(lora2.adapters.layer.Adapter, "resize", resize)
     trainer.run(lambda progress: held.append(sorted({a.capacity for a in trainer.network.adapters})))
     assert len(calls) >= 2
     assert [8, 16] in held
@@ -227,10 +223,8 @@ def test_arrays_that_find_no_room_stay_as_they_are_and_the_run_goes_on(monkeypat
 
 def test_layers_that_never_find_room_to_settle_end_the_run_and_all_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was learned by the layers that were changed and by those that were not."""
-    import lora2.adapter
-
     trainer, whole = (trainer_of(**GROWING) for _ in range(2))
-    ordinary, calls = lora2.adapter.Adapter.load, []
+    ordinary, calls = lora2.adapters.layer.Adapter.load, []
 
     def function(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -239,7 +233,7 @@ def test_layers_that_never_find_room_to_settle_end_the_run_and_all_is_still_ther
         return ordinary(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora2.adapter.Adapter, "load", function)
+        patch.setattr(lora2.adapters.layer.Adapter, "load", function)
         with pytest.raises(OutOfMemory, match="Memory ran out at step"):
             trainer.run()
     done = trainer.progress.step

@@ -16,12 +16,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora2 import info
-from lora2.errors import LoraError
-from lora2.factors import Factors
-from lora2.format import parse, read, to_state_dict, write_new
-from lora2.metadata import FAMILIES, HEADER_LIMIT, LayerInfo, build, layer_info, legacy_hash, model_hash
-from lora2.writer import header
+from lora2.files import rank_info as info
+from lora2.files.document import parse, read, to_state_dict, write_new
+from lora2.files.metadata import FAMILIES, HEADER_LIMIT, LayerInfo, build, layer_info, legacy_hash, model_hash
+from lora2.files.writer import header
+from lora2.method.factors import Factors
+from lora2.util.errors import LoraError
 
 
 def file_of(count: int, rank: int = 2, width: int = 8) -> tuple[dict[str, Tensor], dict[str, LayerInfo]]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora2.budget import fit, next_pressure, scaled_ranks
-from lora2.errors import LoraError
-from lora2.factors import Factors
-from lora2.network import AdaptiveNetwork
-from lora2.optimizer import Optimizer
-from lora2.settings import Settings
+from lora2.adapters.network import AdaptiveNetwork
+from lora2.config import Settings
+from lora2.method.allocation import fit, next_pressure, scaled_ranks
+from lora2.method.factors import Factors
+from lora2.training.optimizer import Optimizer
+from lora2.util.errors import LoraError
 
 Q = 0.9
 C = -math.log(1 - Q)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import lora2.orders as module
-from lora2.errors import LoraError
-from lora2.factors import Factors
-from lora2.orders import singular_orders
-from lora2.spectrum import singular_order
+import lora2.method.orders as module
+from lora2.method.factors import Factors
+from lora2.method.orders import singular_orders
+from lora2.method.svd import singular_order
+from lora2.util.errors import LoraError
 
 # Two float32 factors, each rounded to 6e-8 of its largest numbers, in sums of up to some dozen.
 ROUNDING = 1e-6

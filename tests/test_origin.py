@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora2.errors import LoraError
-from lora2.origin import SAMPLES, Origin, Prints, digest_of, plain
-from lora2.state import State
+from lora2.checkpoints.fingerprint import SAMPLES, Origin, Prints, digest_of, plain
+from lora2.checkpoints.state import State
+from lora2.util.errors import LoraError
 
 
 def numbers(count: int, shape: tuple[int, ...], seed: int) -> list[Tensor]:

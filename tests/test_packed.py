@@ -11,9 +11,9 @@ import torch
 from test_network import Model, frozen, pictures, randomise, relative, set_ranks, settings
 from torch import Tensor, nn
 
-from lora2.network import AdaptiveNetwork
-from lora2.optimizer import Optimizer
-from lora2.resizes import MOST_RESIZES
+from lora2.adapters.capacity import MOST_RESIZES
+from lora2.adapters.network import AdaptiveNetwork
+from lora2.training.optimizer import Optimizer
 
 
 @pytest.mark.parametrize("bias", [torch.float64, torch.float32, None], ids=str)
@@ -107,7 +107,7 @@ def test_products_of_many_rows_are_not_kept_but_worked_out_again(
     """Gradients are the same to the last bit: it is the same product of the same numbers."""
     seen = []
     for many in (16, 15):
-        monkeypatch.setattr("lora2.lowrank.MANY_ROWS", many)
+        monkeypatch.setattr("lora2.adapters.functions.MANY_ROWS", many)
         layer = frozen(nn.Linear(24, 16).to(compute))
         network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=compute))
         network.refresh()

@@ -100,12 +100,12 @@ def test_disable_metadata_leaves_only_what_reads_the_file(silent: ComfyServer) -
     }  # fmt: skip
     ours = json.loads(told["lora2"])
     assert ours["training"] == {}
-    document = pack("lora2.format").read(path)
+    document = pack("lora2.files.document").read(path)
     assert document.notes == []
     for prefix, entry_ in ours["layers"].items():
         assert entry_["rank"] == document.layers[prefix].rank
         assert entry_["order"] == "importance"
-    cut = pack("lora2.truncate").cut(document, share=0.5)
+    cut = pack("lora2.files.resize").cut(document, share=0.5)
     assert 0 < cut.bytes_after < cut.bytes_before
     assert silent.run(look("quiet/mug_00001.safetensors"))["status"]["status_str"] == "success"
 
@@ -115,14 +115,14 @@ def test_the_files_are_the_same_but_for_the_metadata(server: ComfyServer, silent
     name = "same/mug_00001.safetensors"
     for running in (server, silent):
         running.run(prompt("same/mug"))
-    one, other = (pack("lora2.format").read(s.base / "models/loras" / name).state_dict() for s in (server, silent))
+    one, other = (pack("lora2.files.document").read(s.base / "models/loras" / name).state_dict() for s in (server, silent))
     assert one.keys() == other.keys()
     assert all(bool((one[key] == other[key]).all()) for key in one)
 
 
 def test_messages_about_files_do_not_tell_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the system says of a file holds its whole path."""
-    reader = pack("lora2.reader")
+    reader = pack("lora2.files.reader")
     path = tmp_path / PERSON / "x.safetensors"
     path.parent.mkdir()
     path.write_bytes(b"")
@@ -131,7 +131,7 @@ def test_messages_about_files_do_not_tell_where_they_lie(tmp_path: Path, monkeyp
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(reader, "open", refused, raising=False)
-    with pytest.raises(pack("lora2.errors").LoraError, match=r"^x.safetensors cannot be read: Permission denied.$"):
+    with pytest.raises(pack("lora2.util.errors").LoraError, match=r"^x.safetensors cannot be read: Permission denied.$"):
         reader.read_file(path)
 
 

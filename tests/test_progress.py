@@ -15,7 +15,7 @@ from training import pack
 )
 def test_names_from_files_are_inert(hostile: str, comfy: Any) -> None:
     """The frontend renders what a node says: tags, entities, bare addresses and [[label|address]]."""
-    words = pack("nodes.host.progress").inert(f"1 belongs to no layer here: {hostile}.")
+    words = pack("nodes.comfy.progress").inert(f"1 belongs to no layer here: {hostile}.")
     assert not any(sign in words for sign in ("<", ">", "&", "[[", "://", "__LNK"))
     assert "www." not in words.lower()
     assert "mug" in words or "x.y" in words or "alert" in words or "lt;" in words, "the person still sees the name"

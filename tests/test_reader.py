@@ -13,9 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from lora2 import reader
-from lora2.errors import LoraError
-from lora2.format import read
+from lora2.files import reader
+from lora2.files.document import read
+from lora2.util.errors import LoraError
 
 
 def build(header: object, size: int = 0, length: int | None = None) -> bytes:

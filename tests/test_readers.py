@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora2.factors import Factors
-from lora2.format import parse, read, to_state_dict, write_new
-from lora2.keys import STYLES
-from lora2.metadata import build, layer_info
-from lora2.truncate import cut
+from lora2.files.document import parse, read, to_state_dict, write_new
+from lora2.files.keys import STYLES
+from lora2.files.metadata import build, layer_info
+from lora2.files.resize import cut
+from lora2.method.factors import Factors
 
 # float32: products and folding round at 6e-8. Half types: both factors are rounded once, to eps / 2 each.
 BOUNDS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)} | {torch.float32: 1e-6}

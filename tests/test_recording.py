@@ -11,11 +11,11 @@ from recording import TapeEngine, recordable
 from test_trainer import EVERYTHING, Stop, Toy, latents, learned, same, told
 from torch import Tensor, nn
 
-from lora2.adapter import Adapter
-from lora2.denoiser import EMPTY_CAPTION
-from lora2.network import AdaptiveNetwork
-from lora2.progress import Progress
-from lora2.trainer import Trainer
+from lora2.adapters.layer import Adapter
+from lora2.adapters.network import AdaptiveNetwork
+from lora2.training.denoiser import EMPTY_CAPTION
+from lora2.training.progress import Progress
+from lora2.training.trainer import Trainer
 
 STEPS = 40
 
@@ -212,7 +212,7 @@ def test_without_the_check_of_places_results_differ(monkeypatch: pytest.MonkeyPa
 
 def test_a_learning_rate_that_is_a_plain_number_is_noticed() -> None:
     """It would stay what it was at the recording: with a schedule, results differ."""
-    import lora2.optimizer as module
+    import lora2.training.optimizer as module
 
     module.CAPTURABLE = ()
     recorded, written = (

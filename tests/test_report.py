@@ -12,13 +12,13 @@ import pytest
 import torch
 from layer_names import document, experts, flux, text_encoder, unet, waves
 
-from lora2.effective import energies, energy_rank
-from lora2.errors import LoraError
-from lora2.factors import Factors
-from lora2.format import LoraDocument
-from lora2.places import place
-from lora2.report import build
-from lora2.text import clean, escape_markdown, size
+from lora2.files.document import LoraDocument
+from lora2.method.effective import energies, energy_rank
+from lora2.method.factors import Factors
+from lora2.report.layer_names import place
+from lora2.report.ranks import build
+from lora2.util.errors import LoraError
+from lora2.util.text import clean, escape_markdown, size
 
 GIB = 2**30
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from training import captions, latents, pack
 
 from dev.server import ComfyServer, PromptError
-from lora2.keys import STYLES
+from lora2.files.keys import STYLES
 
 SmallModel = Callable[[str], Any]
 LONG = {"steps": 12, "save_dtype": "fp32", "learning_rate": 1e-2, "state_every": 4, "min_rank": 1}
@@ -44,7 +44,7 @@ def cancel_after(patch: pytest.MonkeyPatch, step: int) -> type[BaseException]:
     """ComfyUI's cancel reaches the run after this step; returns what is raised."""
     import comfy.model_management as management
 
-    live = pack("nodes.host.session")._Live
+    live = pack("nodes.runs.run")._Live
     real = live.__call__
 
     def call(self: Any, now: Any) -> None:
@@ -106,7 +106,7 @@ def test_which_states_there_are(model: Any, folders: Path, said: Callable[[], st
     train(model, **LONG, continue_from="newest state")
     assert steps_of(folders) == [12]
     assert all(name.startswith(f"{STATES}t/mug/") for name in files_in(folders, states=True))
-    assert not [name for name in pack("nodes.host.files").lora_names() if "step" in name]
+    assert not [name for name in pack("nodes.comfy.lora_paths").lora_names() if "step" in name]
     cancelled(model, 7, **{**LONG, "state_every": 0, "save_name": "other"})
     assert steps_of(folders) == [7, 12]
 
@@ -120,13 +120,13 @@ def test_more_steps_can_be_asked_for(model: Any, folders: Path, said: Callable[[
     assert steps_of(folders) == [16]
     ranks = [{k: v.shape for k, v in r[0].items() if v.ndim} for r in (first, longer)]
     assert ranks[0] == ranks[1]
-    with pytest.raises(pack("lora2.errors").LoraError, match=r"has 16 steps behind it already\. To go on, set steps above 16"):
+    with pytest.raises(pack("lora2.util.errors").LoraError, match=r"has 16 steps behind it already\. To go on, set steps above 16"):
         train(model, **{**LONG, "steps": 16}, continue_from="newest state")
 
 
 def test_a_state_can_be_chosen_by_name(model: Any, folders: Path) -> None:
     """An older one too: what came after it stays."""
-    states = pack("nodes.host.states")
+    states = pack("nodes.runs.states")
     whole = train(model, **LONG, save_name="whole")
     cancelled(model, 9, **LONG)
     older = next(c for c in states.choices() if c.endswith("step_000008.safetensors"))
@@ -193,7 +193,7 @@ def test_ranks_that_have_come_to_rest_are_as_fixed_as_settled_ones(
     paper = {**LONG, "settle_at": 1.0}
     cancelled(model, 11, **paper)
     for name, value in {"target_rank": 1, "budget_mb": 0.5, "min_rank": 2, "max_rank": 9, "q": 0.8}.items():
-        with pytest.raises(pack("lora2.errors").LoraError, match=f"is of another run: {name} is {value}"):
+        with pytest.raises(pack("lora2.util.errors").LoraError, match=f"is of another run: {name} is {value}"):
             train(model, **{**paper, name: value}, continue_from="newest state")
     with caplog.at_level("INFO", "lora2"):
         cut = train(model, **{**paper, "settle_at": 0.5, "target_rank": 1, "rank_weight": 0.5}, continue_from="newest state")
@@ -206,7 +206,7 @@ def test_ranks_that_have_come_to_rest_are_as_fixed_as_settled_ones(
 def test_another_run_is_refused_with_its_differences(case: str, settled: Any, folders: Path) -> None:
     changes, words = DIFFERENCES[case]
     states = {name: (folders / name).read_bytes() for name in files_in(folders, states=True)}
-    with untouched(settled), pytest.raises(pack("lora2.errors").LoraError, match=words) as error:
+    with untouched(settled), pytest.raises(pack("lora2.util.errors").LoraError, match=words) as error:
         train(settled, **{**LONG, **changes}, continue_from="newest state")
     assert "set on_difference to 'start from its factors'" in str(error.value)
     assert {n for n in files_in(folders) if not n.startswith("temp/")} == set()
@@ -215,7 +215,7 @@ def test_another_run_is_refused_with_its_differences(case: str, settled: Any, fo
 
 def test_another_model_is_refused(settled: Any, small_model: SmallModel, folders: Path) -> None:
     """The same family with one weight changed, and with a LoRA applied; the first may start from the factors."""
-    error = pack("lora2.errors").LoraError
+    error = pack("lora2.util.errors").LoraError
     with torch.inference_mode():
         other = small_model("flux")
         other.model.diffusion_model.double_blocks[1].img_attn.proj.weight += 1e-3
@@ -243,8 +243,8 @@ def test_the_same_model_with_the_same_lora_goes_on(model: Any, folders: Path) ->
 def test_a_new_run_starts_from_the_factors_where_asked(settled: Any, folders: Path, said: Callable[[], str]) -> None:
     """Other pictures, more layers: what was learned is where it starts, and what is new is named."""
     seen = begun(settled, **{**LONG, "layers": "all linear", "latents": latents("flux", seed=9)}, **FROM_FACTORS)
-    first = pack("lora2.state").read_state(folders / max(files_in(folders, states=True)), 1 << 30)
-    wanted = pack("lora2.start").factors_of(first.part("network"), 0.9)
+    first = pack("lora2.checkpoints.state").read_state(folders / max(files_in(folders, states=True)), 1 << 30)
+    wanted = pack("lora2.training.warm_start").factors_of(first.part("network"), 0.9)
     assert len(wanted) == 12
     for name, factors in wanted.items():
         assert (seen[name] - factors.delta().double()).norm() <= 1e-5 * factors.delta().norm()
@@ -263,7 +263,7 @@ class Begun(Exception):
 
 def begun(model: Any, family: str = "flux", **inputs: Any) -> dict[str, Tensor]:
     """What every layer adds to its weight when training begins, float64."""
-    trainer = pack("lora2.trainer").Trainer
+    trainer = pack("lora2.training.trainer").Trainer
     seen: dict[str, Tensor] = {}
 
     def run(self: Any, *_: Any) -> None:
@@ -317,7 +317,7 @@ def test_a_link_out_of_the_folder_of_states_is_refused(model: Any, folders: Path
     (folders / STATES / "t").mkdir(parents=True)
     (folders / "outside").mkdir()
     (folders / STATES / "t" / "mug").symlink_to(folders / "outside", target_is_directory=True)
-    with pytest.raises(pack("lora2.errors").LoraError, match="has a link that leads to another folder"):
+    with pytest.raises(pack("lora2.util.errors").LoraError, match="has a link that leads to another folder"):
         train(model)
     assert list((folders / "outside").iterdir()) == []
 
@@ -335,7 +335,7 @@ def test_a_link_out_of_the_folder_of_states_is_refused(model: Any, folders: Path
     ],
 )
 def test_what_is_not_there_is_refused_in_words(choice: Any, words: str, model: Any, folders: Path) -> None:
-    with untouched(model), pytest.raises(pack("lora2.errors").LoraError, match=words):
+    with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match=words):
         train(model, continue_from=choice)
     assert files_in(folders) == set()
 
@@ -350,7 +350,7 @@ def test_what_is_not_there_is_refused_in_words(choice: Any, words: str, model: A
     ],
 )
 def test_impossible_requests_are_refused(inputs: dict[str, Any], words: str, model: Any, folders: Path) -> None:
-    with pytest.raises(pack("lora2.errors").LoraError, match=words):
+    with pytest.raises(pack("lora2.util.errors").LoraError, match=words):
         train(model, **inputs)
 
 
@@ -476,7 +476,7 @@ def test_a_file_with_nothing_for_the_model_is_refused(model: Any, small_model: S
     write_lora(folders, "sd15.safetensors", foreign)
     write_lora(folders, "lokr.safetensors", {"lora_unet_x.lokr_w1": torch.ones(2, 2), "lora_unet_x.lokr_w2": torch.ones(2, 2)})
     for name, words in (("sd15", "was made for SD 1.x and holds nothing for the layers"), ("lokr", "no plain LoRA layer")):
-        with untouched(model), pytest.raises(pack("lora2.errors").LoraError, match=words):
+        with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match=words):
             train(model, continue_from=f"LoRA: {name}.safetensors")
     assert files_in(folders / "loras") == {"sd15.safetensors", "lokr.safetensors"}
 
@@ -486,7 +486,7 @@ def test_a_lora_of_another_unet_is_refused(small_model: SmallModel, folders: Pat
     with torch.inference_mode():
         unet, other = small_model("sd15"), small_model("sd21")
         write_lora(folders, "sd21.safetensors", random_lora(other, 2))
-    with pytest.raises(pack("lora2.errors").LoraError, match=r"was made for SD 2.x and does not fit this model"):
+    with pytest.raises(pack("lora2.util.errors").LoraError, match=r"was made for SD 2.x and does not fit this model"):
         train(unet, "sd15", continue_from="LoRA: sd21.safetensors")
 
 
@@ -523,7 +523,7 @@ def state_choices(server: ComfyServer) -> list[str]:
 
 def test_a_run_cancelled_in_the_server_goes_on_to_the_same_adapter(server: ComfyServer) -> None:
     """Trained, cancelled over /interrupt, continued over /prompt by name though the list is new: equal bit for bit."""
-    read = pack("lora2.format").read
+    read = pack("lora2.files.document").read
     more = {"save_dtype": "fp32", "state_every": 5, "batch_size": 2}
     server.run(training(14, **more, save_name="resume/whole"))
     with ThreadPoolExecutor(1) as thread:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from lora2.data import Buckets
-from lora2.errors import LoraError
-from lora2.schedule import LAST_SHARE, learning_rate_factor, sample_times
+from lora2.method.schedule import LAST_SHARE, learning_rate_factor, sample_times
+from lora2.training.buckets import Buckets
+from lora2.util.errors import LoraError
 
 # -- learning rates ------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from training import pack
 
-LoraError = pack("lora2.errors").LoraError
+LoraError = pack("lora2.util.errors").LoraError
 WIDTH, SIZE = 32, 28
 VISION = {
     "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": SIZE,

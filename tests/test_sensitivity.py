@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora2.budget import next_size
-from lora2.network import AdaptiveNetwork
-from lora2.optimizer import Optimizer
-from lora2.sensitivity import sensitivities
-from lora2.settings import Settings
+from lora2.adapters.network import AdaptiveNetwork
+from lora2.config import Settings
+from lora2.method.allocation import next_size
+from lora2.method.sensitivity import sensitivities
+from lora2.training.optimizer import Optimizer
 
 SCALES = {"faint": 0.3, "plain": 1.0, "loud": 3.0}
 """How large every layer's inputs are."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lora2.errors import LoraError
-from lora2.settings import INITS, OPTIMIZERS, SAMPLINGS, SCHEDULES, Settings
+from lora2.config import INITS, OPTIMIZERS, SAMPLINGS, SCHEDULES, Settings
+from lora2.util.errors import LoraError
 
 NAN, INF = math.nan, math.inf
 COUNTS = ["steps", "batch_size", "accumulation", "target_rank", "settle_cuts", "sync_every", "bytes_per_parameter"]

@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from lora2.errors import LoraError
-from lora2.similarity import CLIP_I, CLIP_T, DINO, against_all, against_own, cosines, mean_scores, prompts_of, unit
+from lora2.report.similarity import (
+    CLIP_I,
+    CLIP_T,
+    DINO,
+    against_all,
+    against_own,
+    cosines,
+    mean_scores,
+    prompts_of,
+    unit,
+)
+from lora2.util.errors import LoraError
 
 GENERATOR = np.random.default_rng(0)
 PICTURES, REFERENCES = (GENERATOR.normal(size=(n, 16)) * 10.0 ** GENERATOR.integers(-6, 6, (n, 1)) for n in (5, 3))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora2.errors import LoraError
-from lora2.factors import Factors
-from lora2.spectrum import allocate, singular_order
+from lora2.method.factors import Factors
+from lora2.method.svd import allocate, singular_order
+from lora2.util.errors import LoraError
 
 # (rank, d_out, shape of the input side): ordinary, wider than one or both sides, rank 1, convolutions.
 SHAPES = [

@@ -10,12 +10,12 @@ import torch
 from test_state import kept, made, stopped
 from test_trainer import Toy, toy_of, trainer_of
 
-from lora2.adapter import full_rank
-from lora2.factors import Factors
-from lora2.network import AdaptiveNetwork
-from lora2.settings import Settings
-from lora2.start import factors_of, start_from
-from lora2.trainer import Trainer
+from lora2.adapters.layer import full_rank
+from lora2.adapters.network import AdaptiveNetwork
+from lora2.config import Settings
+from lora2.method.factors import Factors
+from lora2.training.trainer import Trainer
+from lora2.training.warm_start import factors_of, start_from
 
 RANKS = {"into": 3, "q": 1, "k": 12, "v": 7, "out": 4}
 

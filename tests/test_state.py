@@ -14,16 +14,16 @@ import torch
 from test_trainer import Toy, learned, same, state, toy_of, trainer_of
 from torch import Tensor, nn
 
-from lora2.errors import LoraError
-from lora2.losses import EPSILON
-from lora2.network_state import restore, state_of
-from lora2.progress import Progress
-from lora2.resume import compare, settings_of
-from lora2.settings import Settings
-from lora2.state import KEY, State, read_facts, read_state
-from lora2.trainer import Trainer
-from lora2.watch import Diverged
-from lora2.writer import write_new
+from lora2.checkpoints.network_state import restore, state_of
+from lora2.checkpoints.rules import compare, settings_of
+from lora2.checkpoints.state import KEY, State, read_facts, read_state
+from lora2.config import Settings
+from lora2.files.writer import write_new
+from lora2.method.losses import EPSILON
+from lora2.training.monitor import Diverged
+from lora2.training.progress import Progress
+from lora2.training.trainer import Trainer
+from lora2.util.errors import LoraError
 
 MOST = 1 << 30
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora2.denoiser import EMPTY_CAPTION
-from lora2.losses import EPSILON, FLOW, PREDICTIONS, X0, EntropyProbe, V, denoising_loss
-from lora2.network import AdaptiveNetwork
-from lora2.optimizer import Optimizer, gradient_norms
-from lora2.progress import Progress
-from lora2.schedule import learning_rate_factor, size_factor
-from lora2.settings import Settings
-from lora2.trainer import Trainer
-from lora2.watch import Diverged
+from lora2.adapters.network import AdaptiveNetwork
+from lora2.config import Settings
+from lora2.method.losses import EPSILON, FLOW, PREDICTIONS, X0, EntropyProbe, V, denoising_loss
+from lora2.method.schedule import learning_rate_factor, size_factor
+from lora2.training.denoiser import EMPTY_CAPTION
+from lora2.training.monitor import Diverged
+from lora2.training.optimizer import Optimizer, gradient_norms
+from lora2.training.progress import Progress
+from lora2.training.trainer import Trainer
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ def inside_a_node() -> Iterator[None]:
 
 def run(model: Any, family: str, **changes: Any) -> Any:
     """A short run through the host bridge, the file in float32."""
-    session = pack("nodes.host.session")
+    session = pack("nodes.runs.run")
     request = {
         k: changes.pop(k) for k in ("target", "include", "exclude", "checkpointing", "precision") if k in changes
     }
@@ -44,7 +44,7 @@ def run(model: Any, family: str, **changes: Any) -> Any:
         model,
         data["latents"],
         data["conditioning"],
-        pack("lora2.settings").Settings(**settings),
+        pack("lora2.config").Settings(**settings),
         session.Request(**request),
     )
 
@@ -70,7 +70,7 @@ def test_every_family_trains_and_its_file_is_exact_in_comfyui(
 
     lora = comfy.utils.load_torch_file(str(trained.path), safe_load=True)
     patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
-    document = pack("lora2.format").read(trained.path)
+    document = pack("lora2.files.document").read(trained.path)
     assert len(patched.patches) == len(document.layers) > 0
     comfy.model_management.load_models_gpu([patched])
     now = weights(patched)
@@ -109,7 +109,7 @@ def test_the_training_forward_equals_the_saved_file_applied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the last step's network answers is what ComfyUI answers with the file loaded."""
-    network_module, session = pack("lora2.network"), pack("nodes.host.session")
+    network_module, session = pack("lora2.adapters.network"), pack("nodes.runs.run")
     answers: list[torch.Tensor] = []
     model = small_model(family)
     original = session._Finish.__call__
@@ -135,7 +135,7 @@ def test_the_training_forward_equals_the_saved_file_applied(
     trained = run(model, family, learning_rate=3e-2)
     comfy.model_management.load_models_gpu([model])
     plain = ask(model)
-    applied = pack("nodes.host.loading").apply(model, None, dict(trained.lora), 1.0, 0.0)[0]
+    applied = pack("nodes.comfy.apply_lora").apply(model, None, dict(trained.lora), 1.0, 0.0)[0]
     comfy.model_management.load_models_gpu([applied])
     moved = (answers[0] - plain).norm() / plain.norm()
     error = (ask(applied) - answers[0]).norm() / answers[0].norm()
@@ -150,7 +150,7 @@ def test_checkpointing_gives_the_same_adapter(
     for family in ("sd15", "flux"):
         on, off = (run(small_model(family), family, checkpointing=choice, settle_cuts=1) for choice in ("on", "off"))
         assert on.losses == pytest.approx(off.losses, rel=1e-5), family
-        one, other = (pack("lora2.format").parse(r.lora).layers for r in (on, off))
+        one, other = (pack("lora2.files.document").parse(r.lora).layers for r in (on, off))
         for name in one:
             # Adam divides by the gradient's own size, so rounding of 1e-7 grows to about 1e-4 of the update in four steps.
             difference = (one[name].delta() - other[name].delta()).norm() / other[name].delta().norm()
@@ -174,7 +174,7 @@ def test_the_file_says_which_weight_decay_the_pictures_chose(
     small_model: Callable[[str], Any], lora_folder: Path, inside_a_node: None
 ) -> None:
     trained = run(small_model("flux"), "flux")
-    assert pack("lora2.format").read(trained.path).info["training"]["weight_decay"] == 5.0, "of three pictures"
+    assert pack("lora2.files.document").read(trained.path).info["training"]["weight_decay"] == 5.0, "of three pictures"
 
 
 def test_the_budget_is_met_from_below(
@@ -197,19 +197,19 @@ def test_a_share_of_what_was_learned_is_found_on_real_models(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Pictures of two shapes; the file is smaller than the target's, and not without anything."""
-    monkeypatch.setattr(pack("lora2.enough"), "SAMPLES", 4)  # a UNet takes its time on a CPU
+    monkeypatch.setattr(pack("lora2.method.size_search"), "SAMPLES", 4)  # a UNet takes its time on a CPU
     caplog.set_level("INFO", "lora2")
     trained = run(small_model(family), family, settle_keep=0.5, steps=10, target_rank=8, learning_rate=3e-3, **changes)
     [share] = re.findall(r"(\d+) % of the target's size is enough", caplog.text)
     assert 1 <= int(share) < 90
-    layers = pack("lora2.format").read(trained.path).layers
+    layers = pack("lora2.files.document").read(trained.path).layers
     assert sum(f.parameters for f in layers.values()) > 0
     assert len(trained.losses) == 10
 
 
 def test_each_picture_has_its_own_size_conditioning(small_model: Callable[[str], Any], inside_a_node: None) -> None:
     """SDXL is told every picture's own width and height; a dropped caption too."""
-    model_module, dataset = pack("nodes.host.model"), pack("nodes.host.dataset")
+    model_module, dataset = pack("nodes.comfy.model"), pack("nodes.comfy.dataset")
     with torch.inference_mode(False):
         host = model_module.HostModel(small_model("koala"))
         images, texts = dataset.pictures(latents("koala"), captions("koala", 3))
@@ -238,7 +238,7 @@ def test_what_comes_from_bucket_nodes_keeps_its_captions(inside_a_node: None, co
 
     given, texts = latents("sd15"), captions("sd15", 3)
     bucketed = ResolutionBucket.execute(given, texts).result
-    images, entries = pack("nodes.host.dataset").pictures(*bucketed)
+    images, entries = pack("nodes.comfy.dataset").pictures(*bucketed)
     for image, entry in zip(images, entries, strict=True):
         match = next(
             i

@@ -26,7 +26,7 @@ SmallModel = Callable[[str], Any]
 
 def full_below(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) -> None:
     """From now on writing below a folder fails with this errno, after some bytes went through."""
-    writer, real = pack("lora2.writer"), builtins.open
+    writer, real = pack("lora2.files.writer"), builtins.open
 
     def opened(path: Any, mode: str = "r", *more: Any) -> Any:
         file = real(path, mode, *more)
@@ -81,13 +81,13 @@ def test_what_was_learned_goes_elsewhere_when_the_disk_fails(
     reason = {errno.ENOSPC: "The disk is full", errno.EIO: "Input/output error"}.get(number, "No permission to write")
     with monkeypatch.context() as patch:
         full_below(patch, folders / "loras", number)
-        with untouched(model), pytest.raises(pack("lora2.errors").LoraError) as error:
+        with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError) as error:
             train(model)
     assert reason in str(error.value)
     assert "saved as output/loras/mug_00001.safetensors instead; move it to your LoRA folder" in str(error.value)
     assert files_in(folders) == {"output/loras/mug_00001.safetensors"}
     shutil.copy(folders / "output" / "loras" / "mug_00001.safetensors", folders / "loras" / "moved.safetensors")
-    saved = pack("lora2.format").read(folders / "loras" / "moved.safetensors")
+    saved = pack("lora2.files.document").read(folders / "loras" / "moved.safetensors")
     again = train(model)[0]
     assert all(torch.equal(again[k], v) for k, v in saved.state_dict().items())
 
@@ -97,7 +97,7 @@ def test_two_full_disks_are_said_and_nothing_half_is_left(
 ) -> None:
     with monkeypatch.context() as patch:
         full_below(patch, folders, errno.ENOSPC)
-        with untouched(model), pytest.raises(pack("lora2.errors").LoraError, match=r"The disk is full.*was not saved in"):
+        with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match=r"The disk is full.*was not saved in"):
             train(model)
     assert files_in(folders) == set()
 
@@ -137,7 +137,7 @@ def stops() -> dict[str, tuple[type[BaseException], str, Callable[[torch.Tensor]
     """What may end a run at its third step: the exception that the graph sees, its words, and the cause."""
     from comfy.model_management import InterruptProcessingException
 
-    wrong = pack("lora2.errors").LoraError
+    wrong = pack("lora2.util.errors").LoraError
     return {
         "NaN": (wrong, r"The loss became nan at step 3.*lower the learning rate.*saved as t/mug_00001", lambda x: x * math.nan),
         "infinity": (wrong, r"The loss became inf at step 3.*saved as t/mug_00001", lambda x: x / 0),
@@ -174,9 +174,9 @@ def test_a_run_that_ends_early_keeps_what_it_learned(
     said = f"Stopped after {done} of 5 steps; what was learned is saved as t/mug_00001.safetensors."
     assert said in caplog.text
     assert files_in(folders) == {"loras/t/mug_00001.safetensors"}
-    kept = pack("lora2.format").read(folders / "loras/t/mug_00001.safetensors")
+    kept = pack("lora2.files.document").read(folders / "loras/t/mug_00001.safetensors")
     assert kept.info["training"]["steps_done"] == done
-    monkeypatch.setattr(pack("lora2.settings").Settings, "rest_step", 5)  # that of five steps
+    monkeypatch.setattr(pack("lora2.config").Settings, "rest_step", 5)  # that of five steps
     whole = train(model, **(more | {"steps": done}))[0]
     assert kept.state_dict().keys() == whole.keys()
     assert all(torch.equal(tensor, whole[key]) for key, tensor in kept.state_dict().items())
@@ -224,7 +224,7 @@ def test_nothing_is_saved_when_the_first_step_fails(
     for trouble, words in ((lambda x: x * math.nan, "loss became nan at step 1"), (raising(RuntimeError("no")), "^no$")):
         with untouched(model), monkeypatch.context() as patch:
             trouble_at(patch, model, 1, trouble)
-            with pytest.raises((pack("lora2.errors").LoraError, RuntimeError), match=words):
+            with pytest.raises((pack("lora2.util.errors").LoraError, RuntimeError), match=words):
                 train(model)
         assert files_in(folders) == set()
 
@@ -237,7 +237,7 @@ def test_a_full_disk_after_a_bad_step_is_said_with_the_bad_step(
         full_below(patch, folders / "loras", errno.ENOSPC)
         trouble_at(patch, model, 3, lambda x: x * math.nan)
         words = "loss became nan.*Stopped after 2 of 3 steps.*disk is full.*saved as output/loras/mug_00001"
-        with pytest.raises(pack("lora2.errors").LoraError, match=words):
+        with pytest.raises(pack("lora2.util.errors").LoraError, match=words):
             train(model)
     assert files_in(folders) == {"output/loras/mug_00001.safetensors"}
 
@@ -248,6 +248,6 @@ def test_a_full_disk_after_a_cancel_is_an_error_and_not_a_silent_cancel(
     with untouched(model), monkeypatch.context() as patch:
         full_below(patch, folders, errno.ENOSPC)
         trouble_at(patch, model, 2, cancelled)
-        with pytest.raises(pack("lora2.errors").LoraError, match=r"Stopped after . of 3 steps\. The disk is full"):
+        with pytest.raises(pack("lora2.util.errors").LoraError, match=r"Stopped after . of 3 steps\. The disk is full"):
             train(model)
     assert files_in(folders) == set()

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora2.errors import LoraError
-from lora2.factors import Factors
-from lora2.format import LoraDocument, parse, to_state_dict
-from lora2.metadata import LayerInfo, build, layer_info
-from lora2.spectrum import singular_order
-from lora2.truncate import cut
+from lora2.files.document import LoraDocument, parse, to_state_dict
+from lora2.files.metadata import LayerInfo, build, layer_info
+from lora2.files.resize import cut
+from lora2.method.factors import Factors
+from lora2.method.svd import singular_order
+from lora2.util.errors import LoraError
 
 C = -math.log(0.1)  # −ln(1 − q) for q = 0.9
 RANKS = {"a": 12, "b": 5, "c": 1, "d": 30}

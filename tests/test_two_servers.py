@@ -45,7 +45,7 @@ def test_two_servers_and_a_dataset_that_vanishes(server: ComfyServer, tmp_path: 
     folder = server.base / "models" / "loras"
     new = {p.relative_to(folder).as_posix() for p in loras(server) - before}
     assert new == {*names, "two/again_00001.safetensors"}
-    seeds = [pack("lora2.format").read(folder / name).info["training"]["seed"] for name in names]
+    seeds = [pack("lora2.files.document").read(folder / name).info["training"]["seed"] for name in names]
     assert seeds == [11, 12], "each name is the run's that said it"
     learned, expected = load_file(folder / names[1]), load_file(folder / "two/again_00001.safetensors")
     assert all(torch.equal(learned[key], tensor) for key, tensor in expected.items())

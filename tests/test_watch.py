@@ -12,8 +12,8 @@ import torch
 from test_trainer import Toy, hooks, state, toy_of, trainer_of
 from torch import Tensor
 
-from lora2.trainer import Trainer
-from lora2.watch import TIMES, WINDOW, Diverged, LossWatch, bad_layers, in_words
+from lora2.training.monitor import TIMES, WINDOW, Diverged, LossWatch, bad_layers, in_words
+from lora2.training.trainer import Trainer
 
 
 def spoil(trainer: Trainer, steps: Sequence[int], layer: str | None = None) -> None:

@@ -22,11 +22,11 @@ def patcher(small_model: Callable[[str], Any]) -> Any:
 def test_small_buffers_do_not_wait_elsewhere(patcher: Any) -> None:
     """A step that copies one from the CPU cannot be recorded. The meta device stands for a GPU: nothing there is on the CPU."""
     model, meta = patcher.model, torch.device("meta")
-    large = torch.zeros(pack("nodes.host.weights").SMALL_BUFFER + 1, dtype=torch.uint8)
+    large = torch.zeros(pack("nodes.comfy.weights").SMALL_BUFFER + 1, dtype=torch.uint8)
     model.register_buffer("large", large)  # a table of positions can take half a gigabyte
     buffers, parameters = dict(model.named_buffers()), dict(model.named_parameters())
     assert "model_sampling.sigmas" in buffers
-    with torch.inference_mode(False), pack("nodes.host.weights").trainable_weights(model, meta):
+    with torch.inference_mode(False), pack("nodes.comfy.weights").trainable_weights(model, meta):
         assert {b.device for name, b in model.named_buffers() if name != "large"} == {meta}
         assert model.large.data_ptr() == large.data_ptr()
         assert {p.device.type for p in model.parameters()} == {"cpu"}
@@ -61,7 +61,7 @@ def test_what_waits_is_pinned_until_the_end(patcher: Any, monkeypatch: pytest.Mo
     clone = patcher.clone()
 
     def trained() -> None:
-        with pack("nodes.host.weights").waiting_pinned(clone):
+        with pack("nodes.comfy.weights").waiting_pinned(clone):
             assert set(held) == every
             gone(patcher.clone())
             assert set(held) == every
@@ -78,13 +78,13 @@ def test_a_host_that_pins_nothing_is_left_alone() -> None:
     class Old:
         model = nn.Linear(2, 2)
 
-    with pack("nodes.host.weights").waiting_pinned(Old()):
+    with pack("nodes.comfy.weights").waiting_pinned(Old()):
         pass
     assert not hasattr(Old, "pinned")
 
 
 def test_weights_on_their_device_are_not_waiting(patcher: Any) -> None:
-    waiting = pack("nodes.host.weights").waiting
+    waiting = pack("nodes.comfy.weights").waiting
     assert not waiting(patcher.model, torch.device("cpu"))
     away = waiting(patcher.model, torch.device("cuda"))
     assert sum(p.nbytes for p in away.values()) == sum(p.nbytes for p in patcher.model.parameters())

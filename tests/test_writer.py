@@ -13,11 +13,11 @@ import safetensors
 import safetensors.torch
 import torch
 
-import lora2.writer
-from lora2.errors import LoraError
-from lora2.factors import Factors
-from lora2.format import read, to_state_dict, write_new
-from lora2.writer import data, header
+import lora2.files.writer
+from lora2.files.document import read, to_state_dict, write_new
+from lora2.files.writer import data, header
+from lora2.method.factors import Factors
+from lora2.util.errors import LoraError
 
 
 def some_tensors(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
@@ -133,7 +133,7 @@ def test_a_crash_before_the_name_is_given_leaves_nothing(
     assert not list(tmp_path.iterdir())
     # While it was there, no list of ComfyUI's would have shown it.
     assert len(seen) == 1
-    assert lora2.writer.TEMPORARY.fullmatch(seen[0])
+    assert lora2.files.writer.TEMPORARY.fullmatch(seen[0])
 
 
 def test_what_a_killed_run_left_is_removed_after_a_day(tmp_path: Path) -> None:

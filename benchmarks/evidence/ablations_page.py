@@ -61,7 +61,7 @@ def _mixtures(rows: Sequence[Mapping[str, float]]) -> list[str]:
     ]  # fmt: skip
     return [
         "### Mixtures of positions",
-        "What settled layers gain by training mixtures of their positions (lora2/mixing.py) instead of "
+        "What settled layers gain by training mixtures of their positions (lora2/method/rotation.py) instead of "
         f"the positions, {COUNTS[0]} pictures, on the tuning subjects; each at its own best learning rate and step. The more "
         "positions a layer has, the more of them hold next to nothing. Differences are means over pairs of subject and seed:",
         table(["target", "loss without", "loss with", "difference"], body),

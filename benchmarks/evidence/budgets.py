@@ -17,14 +17,14 @@ from torch import nn
 from benchmarks import models
 from benchmarks.evidence.experiment import Claim, Results, chosen, main, table
 from benchmarks.evidence.plot import ACCENT, CALM, Plot, Series
-from lora2.text import size as in_words
+from lora2.util.text import size as in_words
 
 KEY, FILE = "budget", "budget.json"
 
 WIDTHS = {"sd15": (4, 768, 0), "flux": (16, 4096, 768)}
 """Channels of the latent, width of the text, width of the pooled text."""
 
-FORMS = {"settled": models.pack("lora2.settings").Settings().settle_at, "paper's form": 1.0}
+FORMS = {"settled": models.pack("lora2.config").Settings().settle_at, "paper's form": 1.0}
 COLOURS = {"settled": ACCENT, "paper's form": CALM}
 BUDGETS = 10
 CLOSE = 0.02
@@ -47,7 +47,7 @@ def dataset(family: str) -> tuple[list[dict[str, Any]], list[Any]]:
 
 def asked(layers: Mapping[str, nn.Module], overhead: int, itemsize: int, count: int) -> list[float]:
     """Budgets in bytes, in equal ratios: from the smallest that rank 1 everywhere fits to nine tenths of the largest."""
-    adapter = models.pack("lora2.adapter")
+    adapter = models.pack("lora2.adapters.layer")
     shapes = [adapter.module_shape(module) for module in layers.values()]
     costs = [adapter.cost(shape) for shape in shapes]
     most = sum(c * adapter.full_rank(shape) for c, shape in zip(costs, shapes, strict=True))
@@ -58,7 +58,7 @@ def asked(layers: Mapping[str, nn.Module], overhead: int, itemsize: int, count: 
 
 def measure(patcher: Any, family: str, form: str, budget: float, steps: int) -> Results:
     """Train with a budget of so many bytes; the file's size."""
-    session, settings = models.pack("nodes.host.session"), models.pack("lora2.settings").Settings
+    session, settings = models.pack("nodes.runs.run"), models.pack("lora2.config").Settings
     told = settings(steps=steps, budget_mb=budget / 1e6, settle_at=FORMS[form], learning_rate=1e-3, seed=steps)
     pictures, captions = dataset(family)
     request = session.Request(save_name="evidence/budget", target="attention")
@@ -86,7 +86,7 @@ def run(full: bool) -> Results:
         try:
             for family, count in {"flux": BUDGETS, "sd15": BUDGETS if full else 3}.items():
                 patcher = comfy.sd.load_diffusion_model(str(assets.family(family)))
-                layers = models.pack("nodes.host.layers").select_layers(patcher.model, "attention")
+                layers = models.pack("nodes.comfy.layers").select_layers(patcher.model, "attention")
                 overhead = _overhead(patcher, layers)
                 for form in FORMS:
                     for budget in asked(layers, overhead, 2, count):
@@ -100,8 +100,8 @@ def run(full: bool) -> Results:
 
 def _overhead(patcher: Any, layers: Mapping[str, nn.Module]) -> int:
     """The bytes of a file that are not factors, as the bridge reckons them for a run with a budget."""
-    host, saving = models.pack("nodes.host.layers"), models.pack("nodes.host.saving")
-    settings, adapter = models.pack("lora2.settings").Settings, models.pack("lora2.adapter")
+    host, saving = models.pack("nodes.comfy.layers"), models.pack("nodes.runs.save")
+    settings, adapter = models.pack("lora2.config").Settings, models.pack("lora2.adapters.layer")
     prefixes, style = host.file_prefixes(patcher.model, list(layers))
     info = saving.FileInfo(prefixes, style, "", "epsilon", (64, 64), torch.float16)
     shapes = {name: adapter.module_shape(module) for name, module in layers.items()}

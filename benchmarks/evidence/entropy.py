@@ -40,21 +40,21 @@ def measure(weight: float, seed: int, steps: int) -> Results:
 
 
 def _measure(weight: float, seed: int, steps: int) -> Results:
-    bridge, losses = pack("nodes.host.model"), pack("lora2.losses")
+    bridge, losses = pack("nodes.comfy.model"), pack("lora2.method.losses")
     host = bridge.HostModel(models.small(FAMILY), torch.float32)
-    layers = pack("nodes.host.layers").select_layers(host.model, "attention", (), ())
+    layers = pack("nodes.comfy.layers").select_layers(host.model, "attention", (), ())
     pictures, captions = (list(side) for side in dataset(FAMILY))
     latents = host.scale_latents([picture["samples"][0] for picture in pictures])
     entries = [caption[0] for caption in captions]
-    settings = pack("lora2.settings").Settings(
+    settings = pack("lora2.config").Settings(
         steps=steps, learning_rate=RATE, batch_size=2, target_rank=RANK, seed=seed, entropy_weight=weight
     )
     with host.training(latents, entries, bridge.empty_caption(entries, None), settings.batch_size, "off"):
-        probe = losses.EntropyProbe(pack("nodes.host.layers").cross_attention(host.model))
-        network = pack("lora2.network").AdaptiveNetwork(layers, settings, host.device, host.compute)
+        probe = losses.EntropyProbe(pack("nodes.comfy.layers").cross_attention(host.model))
+        network = pack("lora2.adapters.network").AdaptiveNetwork(layers, settings, host.device, host.compute)
         seen = measuring.measured(host, latents, range(len(latents)))
         before = _look(host, network, probe, seen)
-        trainer = pack("lora2.trainer").Trainer(network, host, latents, settings, probe)
+        trainer = pack("lora2.training.trainer").Trainer(network, host, latents, settings, probe)
         trainer.run()
         after = _look(host, network, probe, seen)
         ranks = list(network.ranks().values())

@@ -41,7 +41,7 @@ INK, QUIET, PAPER, BAR = (30, 32, 38), (110, 114, 124), (255, 255, 255), (70, 12
 
 def trained(painter: Painter, drawn: Sequence[tuple[Image.Image, str]], told: dict[str, Any], name: str) -> tuple[Any, Path]:
     """The LoRA of a run of the node, and its file."""
-    session, settings = models.pack("nodes.host.session"), models.pack("lora2.settings").Settings
+    session, settings = models.pack("nodes.runs.run"), models.pack("lora2.config").Settings
     latents = [{"samples": t} for t in painter.latents([image for image, _ in drawn])]
     captions = [painter.encode(caption) for _, caption in drawn]
     request = session.Request(save_name=name, target="attention", state_every=0)

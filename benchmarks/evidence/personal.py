@@ -107,9 +107,9 @@ class Workbench:
         return {**about, **rounded(found)}
 
     def _adapt(self, job: Job) -> dict[str, Any]:
-        bridge = pack("nodes.host.model")
+        bridge = pack("nodes.comfy.model")
         host = bridge.HostModel(self.painter.patcher, torch.float32)
-        layers = pack("nodes.host.layers").select_layers(host.model, "attention", (), ())
+        layers = pack("nodes.comfy.layers").select_layers(host.model, "attention", (), ())
         sets = (self.dataset(job.subject, job.pictures, False), self.dataset(job.subject, HELD_OUT, True), self.others)
         latents = [t for images, _ in sets for t in host.scale_latents(images)]
         captions = [c for _, entries in sets for c in entries]
@@ -123,17 +123,17 @@ class Workbench:
 
             try:
                 return trained(job, host, layers, latents[:first], judge)
-            except pack("lora2.watch").Diverged as error:
+            except pack("lora2.training.monitor").Diverged as error:
                 return {"diverged": str(error), "marks": []}
 
 
 def trained(job: Job, host: Any, layers: Mapping[str, nn.Module], latents: list[Tensor], judge: Judge) -> dict[str, Any]:
     """Train on these pictures, judging at every mark; then judge the file, and cuts of it."""
     settings = settings_for(job)
-    network = pack("lora2.network").AdaptiveNetwork(layers, settings, host.device, host.compute)
+    network = pack("lora2.adapters.network").AdaptiveNetwork(layers, settings, host.device, host.compute)
     if job.method == FIXED:
         make_plain(network, job)
-    trainer = pack("lora2.trainer").Trainer(network, host, latents, settings)
+    trainer = pack("lora2.training.trainer").Trainer(network, host, latents, settings)
     trainer._ahead = 0  # marks are measured at their own step
     marks: list[dict[str, Any]] = []
     files: list[Factors] = []
@@ -165,14 +165,14 @@ def trained(job: Job, host: Any, layers: Mapping[str, nn.Module], latents: list[
     return {
         "before": before, "marks": marks, "file": last, "budget": network.budget,
         "ranks": {name: f.rank for name, f in files[-1].items()},
-        "use": in_use(files[-1], pack("lora2.sensitivity").sensitivities(network, trainer.optimizer.inner)),
+        "use": in_use(files[-1], pack("lora2.method.sensitivity").sensitivities(network, trainer.optimizer.inner)),
         "seconds": progress.seconds,
     }  # fmt: skip
 
 
 def settings_for(job: Job) -> Any:
     """The node's settings for a job; what is not said is the node's default."""
-    base = pack("lora2.settings").Settings(
+    base = pack("lora2.config").Settings(
         steps=job.steps, learning_rate=job.rate, batch_size=BATCH, target_rank=job.rank, seed=job.seed, sync_every=SYNC_EVERY
     )
     if job.method == FIXED:
@@ -190,5 +190,5 @@ def make_plain(network: Any, job: Job) -> None:
         fan_in = math.prod(adapter.shape[1:])
         rank = min(job.rank, fan_in, adapter.shape[0])
         down = torch.randn(rank, *adapter.shape[1:], generator=generator) / math.sqrt(3 * fan_in)
-        adapter.load(pack("lora2.factors").Factors(torch.zeros(adapter.shape[0], rank), down))
+        adapter.load(pack("lora2.method.factors").Factors(torch.zeros(adapter.shape[0], rank), down))
     network._rebuild()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora2.canvas import Canvas
-from lora2.colours import ACCENT, CALM, CARD, INK, PLATE, QUIET, RULE, Colour
+from lora2.report.canvas import Canvas
+from lora2.report.colors import ACCENT, CALM, CARD, INK, PLATE, QUIET, RULE, Colour
 
 ROSE: Colour = (240, 120, 150)
 SKY: Colour = (120, 170, 250)

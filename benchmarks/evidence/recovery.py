@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.evidence.experiment import Claim, Results, chosen, main, mean
 from benchmarks.evidence.teachers import Shape, Teachers, residuals
-from lora2.adapter import cost
-from lora2.network import AdaptiveNetwork
-from lora2.settings import Settings
-from lora2.trainer import Trainer
+from lora2.adapters.layer import cost
+from lora2.adapters.network import AdaptiveNetwork
+from lora2.config import Settings
+from lora2.training.trainer import Trainer
 
 KEY, FILE = "rank_recovery", "recovery.json"
 

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora2.factors import Factors
-from lora2.losses import X0
+from lora2.method.factors import Factors
+from lora2.method.losses import X0
 
 Shape = tuple[int, int]
 
 
 class Teachers:
-    """Linear layers W that must each become W + T, with T of a known rank. A denoiser as lora2.denoiser has it.
+    """Linear layers W that must each become W + T, with T of a known rank. A denoiser as lora2.training.denoiser has it.
 
     ranks, shapes: of every layer's T; shapes are (d_out, d_in). decay: a T's singular values fall geometrically from 1 to
     1 / decay. noise: error that nothing can explain, as a share of the loss before training.

@@ -22,7 +22,7 @@ def _no_gain(own: Callable[..., tuple[float, float]]) -> Callable[..., tuple[flo
     def starting(shape: tuple[int, ...], rank: int, settings: Any) -> tuple[float, float]:
         if settings.init == "paper":
             return own(shape, rank, settings)
-        imp = pack("lora2.importance")
+        imp = pack("lora2.method.importance")
         energy = imp.kept_energy(rank, imp.mass_constant(settings.q) / rank)
         return math.sqrt(rank / (3 * math.prod(shape[1:]) * energy)), 1.0
 
@@ -54,16 +54,16 @@ AND = ", "
 
 TWISTS: dict[str, tuple[Patch, ...]] = {
     "": (),
-    "no gain": (("lora2.network", "starting", _no_gain),),
+    "no gain": (("lora2.adapters.network", "starting", _no_gain),),
     "positions from 1": (
-        ("lora2.importance", "importance", _from_one),
-        ("lora2.importance", "log_importance_slope", _from_one),
+        ("lora2.method.importance", "importance", _from_one),
+        ("lora2.method.importance", "log_importance_slope", _from_one),
     ),
-    "energy only": (("lora2.sensitivity", "sensitivities", _nothing),),
-    "rate as given": (("lora2.schedule", "size_factor", _one),),
-    "not mixed": (("lora2.adapter", "mix", _as_they_are),),
-    "moments carried": (("lora2.trainer", "Trainer", moments.carrying),),
-    "moments anew": (("lora2.trainer", "Trainer", moments.anew),),
+    "energy only": (("lora2.method.sensitivity", "sensitivities", _nothing),),
+    "rate as given": (("lora2.method.schedule", "size_factor", _one),),
+    "not mixed": (("lora2.adapters.layer", "mix", _as_they_are),),
+    "moments carried": (("lora2.training.trainer", "Trainer", moments.carrying),),
+    "moments anew": (("lora2.training.trainer", "Trainer", moments.anew),),
 }
 
 

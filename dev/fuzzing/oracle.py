@@ -15,7 +15,7 @@ from typing import Any
 
 from dev.packs import pack
 
-LORA_ERROR: type[Exception] = pack("lora2.errors").LoraError
+LORA_ERROR: type[Exception] = pack("lora2.util.errors").LoraError
 MESSAGE_LIMIT = 2000
 """Characters of a message, a note or a title at most."""
 
@@ -74,7 +74,7 @@ def exercise(path: Path, picture: bool = True) -> str:
 
     Raises Broken, or whatever went wrong.
     """
-    form, report, truncate = pack("lora2.format"), pack("lora2.report"), pack("lora2.truncate")
+    form, report, truncate = pack("lora2.files.document"), pack("lora2.report.ranks"), pack("lora2.files.resize")
     try:
         with guarded():
             document = form.read(path)
@@ -109,7 +109,7 @@ def _reported(report: Any, document: Any, path: Path, picture: bool) -> None:
         _finite(json.loads(data, parse_constant=lambda name: _broken(f"the data holds {name}")))
         _markdown(text)
         if picture:
-            chart = pack("lora2.chart")
+            chart = pack("lora2.report.summary")
             image = chart.rank_picture(made, width=256, in_use=energy)
             if image.height > 4 * 1024:
                 _broken(f"the picture is {image.height} pixels high")

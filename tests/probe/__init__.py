@@ -111,13 +111,13 @@ class Points:
         """Wrap the functions that are these points."""
         self.placed = True
         for point, (module, owner, name) in {
-            "start": ("lora2.trainer", "Trainer", "run"),
-            "step": ("nodes.host.model", "HostModel", "denoise"),
-            "sync": ("lora2.network", "AdaptiveNetwork", "sync"),
-            "settling": ("lora2.network", "AdaptiveNetwork", "settle"),
-            "preview": ("nodes.host.session", "", "live_picture"),
-            "factors": ("lora2.network", "AdaptiveNetwork", "final_factors"),
-            "saving": ("nodes.host.kept", "", "write_new"),
+            "start": ("lora2.training.trainer", "Trainer", "run"),
+            "step": ("nodes.comfy.model", "HostModel", "denoise"),
+            "sync": ("lora2.adapters.network", "AdaptiveNetwork", "sync"),
+            "settling": ("lora2.adapters.network", "AdaptiveNetwork", "settle"),
+            "preview": ("nodes.runs.run", "", "live_picture"),
+            "factors": ("lora2.adapters.network", "AdaptiveNetwork", "final_factors"),
+            "saving": ("nodes.runs.unsaved", "", "write_new"),
             "after": ("nodes.train", "", "rank_picture"),
         }.items():
             found = pack(module)

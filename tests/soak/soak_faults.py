@@ -14,25 +14,25 @@ from dev.host import HOST, ROOT, VENV
 
 FAULTS = {
     "a hook left behind": (
-        "lora2/attach.py",
+        "lora2/adapters/attach.py",
         "stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)",
         "adapter.module.register_forward_hook(_hook(adapter))",
         "tests/test_training.py tests/test_trouble.py tests/test_cancel_anywhere.py",
     ),
     "an inference tensor kept": (
-        "nodes/host/weights.py",
+        "nodes/comfy/weights.py",
         "                alias = ordinary(original)",
         "                alias = original if original.ndim == 1 else ordinary(original)",
         "tests/test_training.py tests/test_bases.py",
     ),
     "a missing moment in the state": (
-        "lora2/optimizer.py",
+        "lora2/training/optimizer.py",
         "return State({name: value for name, _, value in self._moments()}",
         "return State({name: value for name, _, value in self._moments() if 'exp_avg_sq' not in name}",
         "tests/test_state.py",
     ),
     "a non-atomic write": (
-        "lora2/writer.py",
+        "lora2/files/writer.py",
         "                for piece in data(tensors):\n                    file.write(piece)\n                file.flush()\n"
         "                os.fsync(file.fileno())\n            path = publish(temporary)",
         "                path = publish(temporary)\n                for piece in data(tensors):\n"
@@ -40,49 +40,49 @@ FAULTS = {
         "tests/test_keeper.py tests/test_writer.py",
     ),
     "an unchecked path": (
-        "nodes/host/saving.py",
+        "nodes/runs/save.py",
         "    if not inside(folder, root):\n        _refuse(",
         "    if not root:\n        _refuse(",
         "tests/test_bad_input.py tests/test_requests.py",
     ),
     "weights not given back after training": (
-        "nodes/host/weights.py",
+        "nodes/comfy/weights.py",
         "            if slots.get(name) is alias:\n                slots[name] = original",
         "            pass",
         "tests/test_training.py tests/test_trouble.py",
     ),
     "gradients of a failed attempt kept": (
-        "lora2/trainer.py",
+        "lora2/training/trainer.py",
         "        self.engine.forget()\n        self.network.forget_gradients()\n        release()",
         "        self.engine.forget()\n        release()",
         "tests/test_memory.py",
     ),
     "a second draw for the second attempt": (
-        "lora2/samples.py",
+        "lora2/training/batches.py",
         "            if index == len(drawn):\n                drawn.append(self.draw())",
         "            drawn[index:] = [self.draw()]",
         "tests/test_memory.py",
     ),
     "what a failed attempt held is kept": (
-        "lora2/memory.py",
+        "lora2/util/memory.py",
         "        if not out_of_memory(error):\n            raise\n        return []",
         "        if not out_of_memory(error):\n            raise\n        attempt.kept = error\n        return []",
         "tests/test_memory.py",
     ),
     "memory that ran out taken for a step that cannot be recorded": (
-        "lora2/engine.py",
+        "lora2/training/step.py",
         "            if out_of_memory(error):\n                raise\n",
         "",
         "tests/test_memory.py",
     ),
     "a bad step counted as taken": (
-        "lora2/watch.py",
+        "lora2/training/monitor.py",
         "        if taken:\n            self._in_a_row = 0",
         "        if taken or self.settings.on_bad_step == 'skip':\n            self._in_a_row = 0",
         "tests/test_watch.py",
     ),
     "a cancel that loses what was learned": (
-        "nodes/host/session.py",
+        "nodes/runs/run.py",
         "        except BaseException as stopped:",
         "        except Exception as stopped:",
         "tests/test_trouble.py tests/test_cancel_anywhere.py",

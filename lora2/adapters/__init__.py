@@ -1,0 +1,1 @@
+"""Adapters on a frozen model's layers: forward, backward, resizing, pruning."""

@@ -1,0 +1,1 @@
+"""Training states: writing, finding, checking, restoring."""

@@ -1,0 +1,1 @@
+"""LoRA files: keys, metadata, reading, writing, resizing."""

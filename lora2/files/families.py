@@ -1,0 +1,46 @@
+"""Which model family a LoRA file was made for, as far as it tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..method.factors import Factors
+from ..util.text import clean
+from .document import LoraDocument
+
+_BY_CONTEXT = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+"""UNets are told apart by the width of the text that cross-attention reads."""
+
+
+def family_in(document: LoraDocument) -> str:
+    """The family in words: from the layers' shapes and names, else from the metadata, else "unknown"."""
+    return _by_layers(document.layers) or _by_metadata(document.metadata) or "unknown"
+
+
+def text_width(layers: Mapping[str, Factors]) -> int | None:
+    """The width of the text that a UNet's cross-attention reads; None where no layer tells."""
+    for name, factors in layers.items():
+        if name.endswith(("attn2_to_k", "attn2.to_k", "attn2.processor.to_k")):
+            return factors.down.shape[1:].numel()
+    return None
+
+
+def family_of_width(width: int) -> str:
+    """The family of UNets that read text of this width, in words."""
+    return _BY_CONTEXT.get(width, f"a UNet with text of width {width}")
+
+
+def _by_layers(layers: Mapping[str, Factors]) -> str:
+    width = text_width(layers)
+    if width is not None:
+        return family_of_width(width)
+    if any("double_blocks" in name or "single_transformer_blocks" in name for name in layers):
+        return "Flux"
+    return ""
+
+
+def _by_metadata(metadata: Mapping[str, str]) -> str:
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        if metadata.get(key):
+            return clean(metadata[key], 60)
+    return ""

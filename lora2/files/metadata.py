@@ -1,0 +1,178 @@
+"""What a file says about itself: the keys other tools look for, and one JSON of ours.
+
+The `ss_*` and `sshs_*` keys are those of kohya's sd-scripts, the `modelspec.*` keys those of Stability's
+ModelSpec 1.0.1; all values are strings. `lora_adapter_metadata` is never written: diffusers refuses it beside
+alphas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from torch import Tensor
+
+from .rank_info import FORMAT, KEY, Info, LayerInfo, layer_info
+from .writer import data, header
+
+__all__ = [
+    "FAMILIES",
+    "HEADER_LIMIT",
+    "Family",
+    "LayerInfo",
+    "build",
+    "layer_info",
+    "legacy_hash",
+    "model_hash",
+    "with_info",
+]
+
+HEADER_LIMIT = 1 << 20  # ComfyUI's /view_metadata answers nothing for a larger one.
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family in the words of other tools."""
+
+    base: str
+    architecture: str
+    implementation: str
+    v2: bool = False
+
+
+_OF_THE_RUN = ("ss_output_name", "modelspec.title", "modelspec.date")
+
+_SGM = "https://github.com/Stability-AI/generative-models"
+FAMILIES: dict[str, Family] = {
+    "sd1": Family("sd_v1", "stable-diffusion-v1", "diffusers"),
+    "sd2": Family("sd_v2", "stable-diffusion-v2-512", "diffusers", v2=True),
+    "sd2_v": Family("sd_v2_v", "stable-diffusion-v2-768-v", "diffusers", v2=True),
+    "sdxl": Family("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", _SGM),
+    "koala": Family("sdxl_koala_700m", "koala-700m", _SGM),
+    "flux": Family("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux"),
+}
+
+
+def build(
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    family: str,
+    layers: Mapping[str, LayerInfo],
+    training: Mapping[str, Any],
+    prediction: str | None = None,
+    resolution: tuple[int, int] | None = None,
+    created: datetime | None = None,
+    about_run: bool = True,
+) -> dict[str, str]:
+    """The metadata of a file with these tensors.
+
+    name: the output's name. family: one of FAMILIES, or another name, which is then written as it is.
+    training: settings that JSON can hold; numbers that are not finite become null. prediction: "epsilon", "v"
+    or "flow". resolution: (width, height) in pixels. created: local time; now if not given.
+
+    about_run: False leaves out all that tells of the run and not of the tensors: the name, the date, the resolution, the
+    settings of the training, the hashes. What remains says what the file is and how to read it: family, prediction, and
+    each layer's rank, ν, target, shape and order.
+
+    The whole header stays below 1 MiB: where the per-layer detail is too long, first shape and target go,
+    then all but ν, then all. Where the tensors' own entries (some 300 bytes a layer) are longer than that
+    already, nothing would be gained, and everything is kept.
+    """
+    if not about_run:
+        training, resolution = {}, None
+    name, family = (text.encode("utf-8", "replace").decode("utf-8") for text in (name, family))
+    known = FAMILIES.get(family, Family(family, family, "unknown"))
+    created = created or datetime.now()
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "Dynamic",
+        "ss_network_alpha": "Dynamic",
+        "ss_base_model_version": known.base,
+        "ss_v2": str(known.v2),
+        "ss_output_name": name,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{known.architecture}/lora",
+        "modelspec.implementation": known.implementation,
+        "modelspec.title": name,
+        "modelspec.date": created.replace(microsecond=0).isoformat(),
+    }
+    if prediction in ("epsilon", "v"):
+        metadata["modelspec.prediction_type"] = prediction
+    if resolution is not None:
+        metadata["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
+    if not about_run:
+        for key in _OF_THE_RUN:
+            del metadata[key]
+        return with_info(tensors, metadata, {"format": FORMAT, "layers": dict(layers), "training": {}})
+    metadata["sshs_model_hash"] = model_hash(tensors)
+    metadata["sshs_legacy_hash"] = legacy_hash(tensors, metadata)
+    return with_info(tensors, metadata, {"format": FORMAT, "layers": dict(layers), "training": dict(training)})
+
+
+def with_info(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], info: Info) -> dict[str, str]:
+    """The metadata with our JSON in as much detail as the header has room for."""
+    full = {**metadata, KEY: _dump(info)}
+    for text in (full[KEY], *_shorter(info)):
+        candidate = {**metadata, KEY: text}
+        if len(header(tensors, candidate)) < HEADER_LIMIT:
+            return candidate
+    return full
+
+
+def _dump(info: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(info), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold: not finite becomes null, another object its text."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+def _shorter(info: Info) -> Iterator[str]:
+    """Our JSON with less and less detail."""
+    layers = info["layers"]
+    brief = {p: {"nu": layer["nu"], "order": layer["order"]} for p, layer in layers.items()}
+    yield _dump({**info, "layers": brief})
+    rates = {p: layer["nu"] for p, layer in layers.items() if layer["order"] == "importance"}
+    yield _dump({**info, "layers": {p: {"nu": float(f"{nu:.6g}")} for p, nu in rates.items() if nu is not None}})
+    yield _dump({**info, "layers": {}})
+    yield _dump({"format": info["format"], "layers": {}, "training": {}})
+
+
+def model_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sd-scripts' `sshs_model_hash`: SHA-256 of the file after its header."""
+    digest = hashlib.sha256()
+    for piece in data(tensors):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sd-scripts' `sshs_legacy_hash`: 8 hex digits of SHA-256 over 64 KiB from 1 MiB on.
+
+    Of the file as it would be with the `ss_*` keys as its only metadata.
+    """
+    digest = hashlib.sha256()
+    begin, end = 0x100000, 0x110000
+    offset = 0
+    first = header(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    for piece in (memoryview(first), *data(tensors)):
+        digest.update(piece[max(begin - offset, 0) : max(end - offset, 0)])
+        offset += len(piece)
+        if offset >= end:
+            break
+    return digest.hexdigest()[:8]

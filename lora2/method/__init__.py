@@ -1,0 +1,1 @@
+"""The method's mathematics: no state, no files, no host."""

@@ -1,0 +1,1 @@
+"""What a LoRA's ranks look like: tables, pictures, text."""

@@ -1,0 +1,281 @@
+"""The layout of the rank map: projections as rows, blocks from left to right, a band of colour per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from .canvas import Canvas
+from .layer_names import OUTSIDE, Place
+from .layer_rank import grouped
+
+_MOST_STAGES, _MOST_PARTS = 12, 6
+
+
+class Row(NamedTuple):
+    """A projection: 'attn1' and 'q', or one name and ''."""
+
+    group: str
+    leaf: str
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One layer on the map: its place, its rank, its parameters per unit of rank."""
+
+    place: Place
+    value: float
+    cost: int
+
+    @property
+    def row(self) -> Row:
+        """Its projection."""
+        group, leaf = self.place.group, self.place.leaf
+        return Row(group, leaf) if group else Row(leaf, "")
+
+
+@dataclass(frozen=True)
+class Style:
+    """Sizes in units of the canvas.
+
+    row, gap: height of a cell and the space around it. least, most: width of a column of one band. label,
+    numbers: size of the names, and of the ranks printed, 0 for none. most_rows: of one panel; most_lines:
+    cells above each other in a panel whose columns are wrapped; most_height: of all panels.
+    """
+
+    row: float
+    gap: float
+    least: float
+    most: float
+    label: float
+    numbers: float
+    most_rows: int
+    most_lines: int
+    most_height: float
+
+
+ROOMY = Style(40, 4, 37, 180, 22, 21, most_rows=20, most_lines=26, most_height=1500)
+COMPACT = Style(28, 3, 30, 90, 18, 15, most_rows=16, most_lines=16, most_height=2600)
+
+
+@dataclass
+class Column:
+    """One block, or some in a row that share a column."""
+
+    stage: str
+    number: str
+    cells: dict[Row, list[Spot]]
+
+    @property
+    def bands(self) -> int:
+        """Layers side by side in its fullest cell."""
+        return max(map(len, self.cells.values()))
+
+
+@dataclass
+class Panel:
+    """A table of its own: lines of columns under one set of rows.
+
+    labels: width of the groups' names, and of everything left of the cells.
+    """
+
+    title: str
+    rows: list[Row]
+    lines: list[list[Column]]
+    labels: tuple[float, float]
+
+    def height(self, style: Style) -> float:
+        """Height with title and heads, without the space after it."""
+        title = 1.9 * style.label if self.title else 0.0
+        line = head(style) + tops(self.rows, style)[-1]
+        return title + len(self.lines) * line + (len(self.lines) - 1) * 0.5 * style.row
+
+
+@dataclass
+class RankMap:
+    """The panels, and how many layers had no room."""
+
+    panels: list[Panel]
+    style: Style
+    left_out: int = 0
+
+    @property
+    def height(self) -> float:
+        """Height of all panels and the note below them."""
+        spaces = (len(self.panels) - 1) * 0.8 * self.style.row
+        note = 1.8 * self.style.label if self.note else 0.0
+        return sum(panel.height(self.style) for panel in self.panels) + spaces + note
+
+    @property
+    def note(self) -> str:
+        """The line below the panels."""
+        if self.left_out:
+            return f"and {self.left_out} layers more"
+        bands = any(column.bands > 1 for panel in self.panels for line in panel.lines for column in line)
+        shown = bands and self.style.numbers
+        return "A number is the mean of the layers below it, one band each." if shown else ""
+
+
+def arrange(
+    spots: Sequence[Spot], width: float, canvas: Canvas, styles: Sequence[Style] = (ROOMY, COMPACT)
+) -> RankMap:
+    """Lay the layers out on a width, in the first style that is not too high; the last one leaves panels out.
+
+    canvas: measures texts, nothing is drawn on it.
+    """
+    for style in styles:
+        chart = _arrange(spots, width, canvas, style)
+        if chart.height <= style.most_height:
+            return chart
+    while len(chart.panels) > 1 and chart.height > style.most_height:
+        gone = chart.panels.pop()
+        chart.left_out += sum(len(cell) for line in gone.lines for c in line for cell in c.cells.values())
+    return chart
+
+
+def _arrange(spots: Sequence[Spot], width: float, canvas: Canvas, style: Style) -> RankMap:
+    tables = [(title, columns, _rows(columns, style.most_rows)) for title, columns in _tables(spots)]
+    # Panels of blocks share the width of their labels, so that they stand in one grid.
+    shared = [row for _, columns, rows in tables if not _outside(columns) for row in rows]
+    panels = []
+    for title, columns, rows in tables:
+        labels = _labels(rows if _outside(columns) else shared, width, canvas, style)
+        panels.append(Panel(title, rows, _lines(columns, len(rows), width - labels[1], style), labels))
+    return RankMap(panels, style)
+
+
+def _outside(columns: Sequence[Column]) -> bool:
+    return columns[0].stage in OUTSIDE
+
+
+def _labels(rows: Sequence[Row], width: float, canvas: Canvas, style: Style) -> tuple[float, float]:
+    """Width of the groups' names where a leaf follows them, and of everything left of the cells."""
+
+    def widest(names: Iterable[str], most: float) -> float:
+        return min(max((canvas.text_width(name, style.label) for name in names), default=0.0), most)
+
+    groups = widest((row.group for row in rows if row.leaf), 0.2 * width)
+    leaves = widest((row.leaf for row in rows), 0.12 * width)
+    whole = widest((row.group for row in rows if not row.leaf), 0.3 * width)
+    return groups, max(whole, groups + leaves + 0.5 * style.label) + 0.6 * style.label
+
+
+def _tables(spots: Sequence[Spot]) -> list[tuple[str, list[Column]]]:
+    """(title, columns) of every panel: stages of one part that have the same projections share a panel."""
+    spots = sorted(spots, key=lambda s: (s.place.order, s.place.unit or 0))
+    tables: list[tuple[str, list[Column]]] = []
+    parts = grouped(_bounded(spots), lambda s: s.place.part)
+    for part, members in parts.items():
+        title = part if len(parts) > 1 else ""
+        stages = grouped(members, lambda s: s.place.stage)
+        outer = [spot for stage in OUTSIDE for spot in stages.pop(stage, [])]
+        open_rows: set[Row] = set()
+        for stage in stages.values():
+            columns = [_column(block) for block in grouped(stage, lambda s: s.place.number).values()]
+            rows = {s.row for s in stage}
+            if open_rows and 2 * len(rows & open_rows) >= len(rows | open_rows):
+                tables[-1][1].extend(columns)
+                open_rows |= rows
+            else:
+                tables.append((title, columns))
+                open_rows, title = rows, ""  # the part's title stands over its first panel
+        if outer:
+            tables.append(
+                (title, [_column(block) for block in grouped(outer, lambda s: s.place.stage).values()])
+            )
+    return tables
+
+
+def _bounded(spots: Sequence[Spot]) -> list[Spot]:
+    """The same layers with few parts and stages: names that nobody knows must not make a thousand panels."""
+    parts = list(dict.fromkeys(s.place.part for s in spots))
+    stages = {s.place.stage for s in spots}
+    kept = set(parts[:_MOST_PARTS]) if len(parts) > _MOST_PARTS else set(parts)
+    out = []
+    for spot in spots:
+        where = spot.place
+        if where.part not in kept:
+            where = replace(where, part="other parts")
+        if len(stages) > _MOST_STAGES and where.order[2]:
+            where = replace(where, stage="other", number="")
+        out.append(spot if where is spot.place else replace(spot, place=where))
+    return out
+
+
+def _column(spots: Sequence[Spot]) -> Column:
+    where = spots[0].place
+    return Column(where.stage, where.number, grouped(spots, lambda s: s.row))
+
+
+def _rows(columns: Sequence[Column], most: int) -> list[Row]:
+    """The rows of a panel in order; of too many, leaves merge into groups, then groups into 'more'."""
+    order: dict[Row, tuple[int, tuple[int, str, int, str]]] = {}
+    for index, column in enumerate(columns):
+        for row, cell in column.cells.items():
+            # Outside the blocks, what runs first stands first; inside, every column has the same rows.
+            order.setdefault(row, (index if column.stage in OUTSIDE else 0, cell[0].place.row_order))
+    rows = sorted(order, key=lambda row: order[row])
+    if len(rows) <= most:
+        return rows
+    merged = list(dict.fromkeys(Row(row.group, "") for row in rows))
+    if len(merged) > most:
+        merged = [*merged[: most - 1], Row("more", "")]
+    known = set(merged)
+    for column in columns:
+        cells: dict[Row, list[Spot]] = {}
+        for row, cell in column.cells.items():
+            into = Row(row.group, "")
+            cells.setdefault(into if into in known else merged[-1], []).extend(cell)
+        column.cells = cells
+    return merged
+
+
+def _lines(columns: list[Column], rows: int, width: float, style: Style) -> list[list[Column]]:
+    """Columns in as few lines as they need; beyond the lines allowed, neighbours share a column."""
+    per_line = max(1, int((width + style.gap) // (style.least + style.gap)))
+    lines = min(math.ceil(len(columns) / per_line), max(1, style.most_lines // max(rows, 1)))
+    share = 1
+    merged = columns
+    while len(merged) > lines * per_line and share < len(columns):
+        share += 1
+        stages = grouped(columns, lambda c: c.stage).values()
+        merged = [_merge(s[i : i + share]) for s in stages for i in range(0, len(s), share)]
+    each = math.ceil(len(merged) / lines)
+    return [merged[i : i + each] for i in range(0, len(merged), each)]
+
+
+def _merge(columns: Sequence[Column]) -> Column:
+    if len(columns) == 1:
+        return columns[0]
+    cells: dict[Row, list[Spot]] = {}
+    for column in columns:
+        for row, cell in column.cells.items():
+            cells.setdefault(row, []).extend(cell)
+    return Column(columns[0].stage, f"{columns[0].number}-{columns[-1].number}", cells)
+
+
+def mean(spots: Iterable[Spot]) -> float:
+    """Mean value weighted by cost."""
+    spots = list(spots)
+    weight = sum(s.cost for s in spots)
+    return sum(s.value * s.cost for s in spots) / weight if weight else 0.0
+
+
+def head(style: Style) -> float:
+    """Height of the stages, the rule and the block numbers."""
+    return 2.7 * style.label
+
+
+def tops(rows: Sequence[Row], style: Style) -> list[float]:
+    """Where each row begins below the heads, and where the last one ends; groups of several stand apart."""
+    sizes = {name: len(members) for name, members in grouped(rows, lambda row: row.group).items()}
+    starts, y = [], 0.0
+    for index, row in enumerate(rows):
+        before = rows[index - 1].group if index else row.group
+        if before != row.group and max(sizes[before], sizes[row.group]) > 1:
+            y += 2 * style.gap
+        starts.append(y)
+        y += style.row + style.gap
+    return [*starts, y - style.gap]

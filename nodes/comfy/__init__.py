@@ -1,0 +1,1 @@
+"""What ComfyUI gives, and what is done to it."""

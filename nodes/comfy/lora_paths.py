@@ -1,0 +1,59 @@
+"""LoRA files of the host: which there are, where they lie, whether they changed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import folder_paths
+
+from ...lora2.files.keys import shown
+from ...lora2.util.errors import LoraError
+
+_SUFFIXES = (".safetensors", ".sft")
+
+
+def lora_names() -> list[str]:
+    """Every LoRA file that can be read here, by its name in ComfyUI's lists; the host notices new files."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(_SUFFIXES)]
+
+
+def lora_path(name: str) -> Path:
+    """Where a LoRA of this name lies, in one of ComfyUI's LoRA folders.
+
+    Links inside those folders are followed, as ComfyUI does: people keep their files elsewhere. Raises
+    LoraError for a name that points out of the folders, is of another kind, or does not exist.
+    """
+    parts = PureWindowsPath(name).parts  # both kinds of slash, and drive letters, on every system
+    if not name or "\0" in name or ".." in parts or PureWindowsPath(name).anchor or PurePosixPath(name).is_absolute():
+        raise LoraError(
+            f"{shown(name)!r} is not the name of a file inside ComfyUI's LoRA folders. Choose one from the list."
+        )
+    if not name.lower().endswith(_SUFFIXES):
+        raise LoraError(f"{shown(name)} is not a safetensors file, and only those are read. Convert it first.")
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise LoraError(
+            f"{shown(name)} is not in ComfyUI's LoRA folders any more. Refresh the page (R) and choose again."
+        )
+    return Path(path)
+
+
+def lora_title(name: str) -> str:
+    """The name without folders and suffix, to show."""
+    return PureWindowsPath(name).stem
+
+
+def lora_fingerprint(name: Any) -> str | float:
+    """Changes when the file behind the name does: time of change in nanoseconds, and size in bytes.
+
+    NaN, which is never the same again, for a name that comes through a link and is not known yet.
+    """
+    if not isinstance(name, str):
+        return math.nan
+    try:
+        status = lora_path(name).stat()
+    except (LoraError, OSError):
+        return "missing"
+    return f"{status.st_mtime_ns}:{status.st_size}"

@@ -1,1 +1,0 @@
-"""The bridge to ComfyUI: the only place that knows its internals. Plain values in, plain values out."""
