@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .nodes.comfy.versions import words
+from .nodes.comfy.versions import incompatibility_message
 
 try:
     from comfy_api.latest import ComfyExtension, io
@@ -12,7 +12,7 @@ try:
     from .nodes import inspect_ranks as inspect
     from .nodes import load, score, train
 except Exception as error:
-    raise ImportError(words(error)) from error  # ComfyUI prints it, leaves the pack out, and goes on
+    raise ImportError(incompatibility_message(error)) from error  # ComfyUI prints it, leaves the pack out, and goes on
 
 WEB_DIRECTORY = "./web"
 
@@ -29,7 +29,7 @@ class LoRA2Extension(ComfyExtension):
             for node in nodes:
                 node.define_schema()
         except Exception as error:
-            raise ImportError(words(error)) from error
+            raise ImportError(incompatibility_message(error)) from error
         return nodes
 
 

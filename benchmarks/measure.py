@@ -97,10 +97,10 @@ def frozen_step(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        weights.waiting_pinned(patcher),
+        weights.offloaded_weights_pinned(patcher),
         weights.trainable_weights(model, patcher.load_device),
         blocks.checkpointed(recomputed),
-        blocks.inputs_of_norms_kept(norms),
+        blocks.norm_inputs_copied(norms),
     ):
         management.in_training = True
         x = sample.latent.to(patcher.load_device).requires_grad_()
@@ -217,12 +217,12 @@ def train(
 ) -> Any:
     """Our own training of this dataset, watched; nothing is saved, neither states nor a LoRA.
 
-    settings: of lora2.config.Settings, which also gives the defaults.
+    settings: of lora2.config.TrainingConfig, which also gives the defaults.
     """
     import torch
 
     session, trainer = models.pack("nodes.runs.run"), models.pack("lora2.training.trainer")
-    engine = models.pack("lora2.training.step")
+    engine = models.pack("lora2.training.cuda_graph")
 
     class Watched(trainer.Trainer):  # type: ignore[name-defined]
         def __init__(self, *given: Any, **named: Any) -> None:
@@ -259,11 +259,11 @@ def train(
             watch.recording += time.perf_counter() - begun
 
     def finish(self: Any) -> Any:
-        return session.Trained(None, Path(), "nothing", self.trainer.progress.losses)
+        return session.TrainedLora(None, Path(), "nothing", self.trainer.progress.losses)
 
-    original, own = engine.GraphEngine._record, session.Trainer
+    original, own = engine.GraphStepRunner._record, session.Trainer
     saves = session._Finish.__call__, session._States.save
-    session.Trainer, engine.GraphEngine._record = Watched, record
+    session.Trainer, engine.GraphStepRunner._record = Watched, record
     session._Finish.__call__, session._States.save = finish, lambda self: False
     fresh()
     watch.base = (0, allocated() - (weight_bytes(patcher.model) if next(patcher.model.parameters()).is_cuda else 0))
@@ -273,11 +273,11 @@ def train(
             return session.train(
                 patcher,
                 *dataset,
-                models.pack("lora2.config").Settings(**{"learning_rate": 1e-4, **settings}),
-                session.Request("speed", layers, checkpointing=checkpointing, state_every=0),
+                models.pack("lora2.config").TrainingConfig(**{"learning_rate": 1e-4, **settings}),
+                session.RunRequest("speed", layers, checkpointing=checkpointing, state_every=0),
             )
     finally:
-        session.Trainer, engine.GraphEngine._record = own, original
+        session.Trainer, engine.GraphStepRunner._record = own, original
         session._Finish.__call__, session._States.save = saves
 
 

@@ -50,8 +50,8 @@ def run(patcher: Any, **changes: Any) -> Outcome:
     """One training run, as the node starts it."""
     import torch
 
-    session, settings = models.pack("nodes.runs.run"), models.pack("lora2.config").Settings
-    request = session.Request("t/oom", "attention", checkpointing=changes.pop("checkpointing", "auto"))
+    session, settings = models.pack("nodes.runs.run"), models.pack("lora2.config").TrainingConfig
+    request = session.RunRequest("t/oom", "attention", checkpointing=changes.pop("checkpointing", "auto"))
     said: list[str] = []
     torch.cuda.reset_peak_memory_stats()
     losses, message = [], ""

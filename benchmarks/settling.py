@@ -1,7 +1,7 @@
 """Bringing all layers into singular order and cutting them to a budget, by several ways: `python -m benchmarks.settling`.
 
 The layers are those of SDXL's attention, 560, at the ranks that a run is cut at on its way from four times the target to it. Ways
-are timed on a few layers of each shape (--layers) and counted up to all; `fit` as the pack does it is also run on all of them
+are timed on a few layers of each shape (--layers) and counted up to all; `cut_to_budget` as the pack does it is also run on all of them
 where there is a GPU. Errors are over singular_order in float64 on the CPU: of singular values, over the largest, and of ΔW cut
 to the next rank, over what the best cut leaves out of ΔW (its own is 0).
 
@@ -23,9 +23,9 @@ from benchmarks.table import dumped
 from dev.packs import pack
 
 factors_of = pack("lora2.method.factors").Factors
-singular_order = pack("lora2.method.svd").singular_order
-singular_orders = pack("lora2.method.orders").singular_orders
-fit = pack("lora2.method.allocation").fit
+singular_order = pack("lora2.method.svd").decompose
+singular_orders = pack("lora2.method.svd").decompose_layers
+fit = pack("lora2.method.allocation").cut_to_budget
 
 SHAPES = {(1280, 1280): 360, (1280, 2048): 120, (640, 640): 60, (640, 2048): 20}
 """Outputs and inputs of SDXL's attention layers, and how many of each."""

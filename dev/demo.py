@@ -20,7 +20,7 @@ from dev import assets, host
 from dev.convert import change, to_prompt
 from dev.server import ComfyServer, PromptError
 from lora2.files.document import read
-from lora2.report.ranks import RankReport, build
+from lora2.report.ranks import RankReport, build_report
 
 WORKFLOWS = host.ROOT / "workflows"
 TRAIN, LOAD, INSPECT = "Train Adaptive LoRA", "Load Adaptive LoRA", "Inspect Ranks"
@@ -123,7 +123,7 @@ def play(server: ComfyServer) -> None:
     compared = demo.run(LOAD, lora_name=name)
     both = side_by_side(compared["Without the LoRA"] + compared["With the LoRA"])
     drawn = Image.open(demo.run(INSPECT, lora_name=name)["Inspect Ranks"][0])
-    report = build(read(adapter), adapter.stem)
+    report = build_report(read(adapter), adapter.stem)
     print(f"\nLearned ranks, by block and projection:\n{rank_table(report)}\n")
     print(f"adapter:                        {adapter}")
     print(f"picture, without and with it:   {demo.keep(both, 'without_and_with.png')}")

@@ -164,7 +164,7 @@ INSPECT = Template(
 2. **Run**.
 
 The picture shows which layers hold how much rank, and how large the file is against one rank for all layers. \
-With `show` on *rank in use* it tells what a LoRA with one rank for all could be cut to.
+With `send_preview` on *rank in use* it tells what a LoRA with one rank for all could be cut to.
 """,
         ),
         "inspect": Node("LoRA2_InspectRanks", 440, 0, 520, 760),

@@ -99,7 +99,7 @@ def setup_oldest() -> None:
 
 
 def _once(name: str, key: str, product: Path, build: Callable[[], None]) -> None:
-    """Runs `build` unless .host/<name>.stamp says that it finished for this key and its product is there."""
+    """Runs `build_report` unless .host/<name>.stamp says that it finished for this key and its product is there."""
     stamp = HOST / f"{name}.stamp"
     digest = hashlib.sha256(key.encode()).hexdigest()
     if product.exists() and stamp.exists() and stamp.read_text() == digest:

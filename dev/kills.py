@@ -132,7 +132,7 @@ class Direct:
 
         session, settings = pack("nodes.runs.run"), pack("lora2.config")
         values = {**SETTINGS, "seed": seed, **changes}
-        request = session.Request(
+        request = session.RunRequest(
             save_name=name,
             target=values.pop("layers"),
             save_dtype=values.pop("save_dtype"),
@@ -150,7 +150,7 @@ class Direct:
         live.__call__ = call
         try:
             with torch.inference_mode():
-                trained = session.train(self.model, self.latents, self.captions, settings.Settings(**values), request)
+                trained = session.train(self.model, self.latents, self.captions, settings.TrainingConfig(**values), request)
         finally:
             live.__call__ = real
         return Path(trained.path)

@@ -8,25 +8,25 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
-from .files.keys import shown
 from .util.errors import LoraError
+from .util.text import escaped
 
-TARGETS = ("attention", "attention + feed-forward", "all linear", "all linear + convolution")
+LAYER_CHOICES = ("attention", "attention + feed-forward", "all linear", "all linear + convolution")
 SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("adamw", "adam", "sgd")
-SAMPLINGS = ("auto", "uniform", "logit-normal", "shifted")
+TIMESTEP_SAMPLINGS = ("auto", "uniform", "logit-normal", "shifted")
 INITS = ("fan-in", "paper")
 TRISTATE = ("auto", "on", "off")
 PRECISIONS = ("auto", "bf16", "fp32")
 OUT_OF_MEMORY = ("retry with less", "stop")
 BAD_STEPS = ("stop", "skip")
-MOST = 10**300
+MAX_NUMBER = 10**300
 """No number that is larger than this can be told: floats end soon after."""
 
-SEEDS = 2**64
+SEED_LIMIT = 2**64
 """torch's generators take seeds below this, as ComfyUI's widget does."""
 
-BY_PICTURES = -1.0
+AUTO_WEIGHT_DECAY = -1.0
 """The weight decay that is chosen by the number of pictures."""
 DECAY_OF_A_PICTURE, MOST_DECAY, MOST_SHRINK = 24.0, 5.0, 0.5
 """That of a single picture, which more of them share; the most that is chosen; and the most that a step may take off then."""
@@ -39,7 +39,7 @@ _KINDS: dict[str, tuple[type, str]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingConfig:
     """The story of a run, with its defaults.
 
     A run of `steps` optimizer steps starts every layer at `initial_rank`. At first the ranks adapt: θ moves with
@@ -60,7 +60,7 @@ class Settings:
     bytes_per_parameter, file_overhead, layer_overhead: how a number of parameters becomes a file's size, and how much smaller
     it is without one of the layers; a host fills them in.
     weight_decay: of AdamW alone, decoupled: a step takes learning rate times this off the factors; −1 = 24 by the number of
-    pictures, at most 5, and at most 0.5 by the learning rate (`for_pictures`).
+    pictures, at most 5, and at most 0.5 by the learning rate (`resolved_for`).
     min_snr_gamma: 0 = off. clip_norm: 0 = off. caption_dropout: share of captions replaced by the empty one.
     on_out_of_memory: make the step again in smaller parts, or stop. on_bad_step: what to do where gradients are not finite.
     """
@@ -85,7 +85,7 @@ class Settings:
     entropy_weight: float = 1e-4
     init: str = "fan-in"
     optimizer: str = "adamw"
-    weight_decay: float = BY_PICTURES
+    weight_decay: float = AUTO_WEIGHT_DECAY
     schedule: str = "cosine"
     warmup: float = 0.05
     clip_norm: float = 1.0
@@ -105,8 +105,8 @@ class Settings:
             kind, words = _KINDS[str(field.type)]
             value = getattr(self, field.name)
             self._require(isinstance(value, kind) and not isinstance(value, bool), field.name, words)
-            self._require(not isinstance(value, int) or abs(value) < MOST, field.name, "is far too large")
-        self._require(0 <= self.seed < SEEDS, "seed", "must lie between 0 and 2⁶⁴ − 1")
+            self._require(not isinstance(value, int) or abs(value) < MAX_NUMBER, field.name, "is far too large")
+        self._require(0 <= self.seed < SEED_LIMIT, "seed", "must lie between 0 and 2⁶⁴ − 1")
         self._require(self.bytes_per_parameter >= 1, "bytes_per_parameter", "must be at least 1")
         for name in ("file_overhead", "layer_overhead"):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
@@ -119,9 +119,9 @@ class Settings:
             value = getattr(self, name)
             self._require(math.isfinite(value) and value >= 0, name, "must be zero or a positive number")
         decay = self.weight_decay
-        told = math.isfinite(decay) and (decay >= 0 or decay == BY_PICTURES)
+        told = math.isfinite(decay) and (decay >= 0 or decay == AUTO_WEIGHT_DECAY)
         self._require(told, "weight_decay", "must be zero or a positive number, or -1 to choose it by the number of pictures")
-        words = f"times learning_rate = {shown(self.learning_rate)} must be at most 1: a step would take more than there is"
+        words = f"times learning_rate = {escaped(self.learning_rate)} must be at most 1: a step would take more than there is"
         self._require(decay * self.learning_rate <= 1, "weight_decay", words)
         for name in ("rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"):
             self._require(0 <= getattr(self, name) <= 1, name, "is a share and must lie between 0 and 1")
@@ -146,7 +146,7 @@ class Settings:
         for name, choices in (
             ("schedule", SCHEDULES),
             ("optimizer", OPTIMIZERS),
-            ("timestep_sampling", SAMPLINGS),
+            ("timestep_sampling", TIMESTEP_SAMPLINGS),
             ("init", INITS),
             ("on_out_of_memory", OUT_OF_MEMORY),
             ("on_bad_step", BAD_STEPS),
@@ -155,7 +155,7 @@ class Settings:
 
     def _require(self, condition: bool, name: str, words: str) -> None:
         if not condition:
-            raise LoraError(f"{name} = {shown(getattr(self, name))} {words}.")
+            raise LoraError(f"{name} = {escaped(getattr(self, name))} {words}.")
 
     @property
     def cut_steps(self) -> tuple[int, ...]:
@@ -171,16 +171,16 @@ class Settings:
         return self.cut_steps[0] if self.cut_steps else self.steps
 
     @property
-    def enough(self) -> float:
+    def keep_share(self) -> float:
         """The share of what was learned that the last cut keeps; a budget is to be filled."""
         return 1.0 if self.budget_mb else self.settle_keep
 
     @property
-    def least_rank(self) -> int:
+    def min_adapting_rank(self) -> int:
         """The smallest rank that θ may ask for."""
         return max(1, self.min_rank)
 
-    def ranks_move(self, step: int) -> bool:
+    def ranks_adapt(self, step: int) -> bool:
         """Whether θ takes this step, counted from 0: not during the hold at the start, nor the rest at the end."""
         return round(self.steps * self.rank_hold) <= step < self.rest_step
 
@@ -190,22 +190,22 @@ class Settings:
         return self.steps - round(self.steps * self.rank_rest) if self.settle_at >= 1 else self.steps
 
     @property
-    def unused_by_layer(self) -> int:
+    def removed_layer_parameters(self) -> int:
         """How many parameters more a budget allows for every layer that is not in the file."""
         return self.layer_overhead // self.bytes_per_parameter if self.budget_mb else 0
 
-    def for_pictures(self, count: int) -> Settings:
+    def resolved_for(self, count: int) -> TrainingConfig:
         """The same settings, with the weight decay for so many pictures where it is to be chosen by them.
 
         Decay holds factors to zero as a normal prior does, whose weight against the mean loss over n pictures is as 1 / n.
         """
-        if self.weight_decay != BY_PICTURES:
+        if self.weight_decay != AUTO_WEIGHT_DECAY:
             return self
         if self.optimizer != "adamw":
             return replace(self, weight_decay=0.0)  # the others have none: it would be said in the file, and not be so
         return replace(self, weight_decay=min(DECAY_OF_A_PICTURE / max(count, 1), MOST_DECAY, MOST_SHRINK / self.learning_rate))
 
-    def with_file(self, overhead: int, bytes_per_parameter: int, of_a_layer: int = 0) -> Settings:
+    def with_file_format(self, overhead: int, bytes_per_parameter: int, of_a_layer: int = 0) -> TrainingConfig:
         """The same settings for a file with this many bytes beside the factors, and this many per parameter.
 
         of_a_layer: of the bytes beside the factors, those that are not there without one of the layers.
@@ -228,7 +228,7 @@ class Settings:
                 )
             return sum(c * min(self.target_rank, limit) for c, limit in zip(costs, limits, strict=True))
         budget = int((self.budget_mb * 1e6 - self.file_overhead) / self.bytes_per_parameter)
-        floor = self.least_rank if self.settle_at >= 1 else self.min_rank
+        floor = self.min_adapting_rank if self.settle_at >= 1 else self.min_rank
         least = max(sum(c * min(floor, limit) for c, limit in zip(costs, limits, strict=True)), min(costs))
         if budget < least:
             what = f"rank {floor} on all {len(costs)} layers, which needs" if floor else "rank 1 on a single layer, which needs"

@@ -9,12 +9,12 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..lora2.files import document as lora_format
-from ..lora2.files.keys import shown
-from ..lora2.report.ranks import build
+from ..lora2.report.ranks import build_report
 from ..lora2.util.errors import LoraError
+from ..lora2.util.text import escaped
 from .comfy import lora_paths as files
 from .comfy.images import rank_image
-from .comfy.input_checks import guarded
+from .comfy.input_checks import checked_inputs
 from .comfy.progress import stop_if_cancelled
 
 CONNECTED = "(the connected LoRA)"
@@ -95,15 +95,15 @@ class InspectRanks(io.ComfyNode):
         return "" if lora_name == CONNECTED else files.lora_fingerprint(lora_name)
 
     @classmethod
-    @guarded
+    @checked_inputs
     def execute(
         cls, lora_name: str, show: str = STORED, lora: Mapping[str, Tensor] | None = None
     ) -> io.NodeOutput:
         """Read, measure, draw. Raises LoraError where there is no LoRA to show."""
         if show not in (STORED, IN_USE):
-            raise LoraError(f"show = {shown(show)} must be {STORED} or {IN_USE}.")
+            raise LoraError(f"show = {escaped(show)} must be {STORED} or {IN_USE}.")
         document, title = _document(lora_name, lora)
-        report = build(document, title, energy=show == IN_USE, between=stop_if_cancelled)
+        report = build_report(document, title, energy=show == IN_USE, between=stop_if_cancelled)
         image = rank_image(report, in_use=show == IN_USE)
         return io.NodeOutput(
             image, report.to_markdown(), report, report.to_json(), ui=ui.PreviewImage(image, cls=cls)

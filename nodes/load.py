@@ -7,13 +7,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora2.files.document import LoraDocument, read
-from ..lora2.files.resize import CutResult, cut
-from ..lora2.report.ranks import build
-from ..lora2.util.text import size
+from ..lora2.files.resize import ResizeResult, resize
+from ..lora2.report.ranks import build_report
+from ..lora2.util.text import format_size
 from .comfy import apply_lora as loading
 from .comfy import lora_paths as files
-from .comfy.input_checks import guarded
-from .comfy.progress import stop_if_cancelled, teller
+from .comfy.input_checks import checked_inputs
+from .comfy.progress import status_sender, stop_if_cancelled
 
 Ranks = io.Custom("LORA2_RANKS")
 
@@ -105,7 +105,7 @@ class LoadAdaptiveLora(io.ComfyNode):
         return files.lora_fingerprint(lora_name)
 
     @classmethod
-    @guarded
+    @checked_inputs
     def execute(
         cls,
         model: Any,
@@ -120,10 +120,10 @@ class LoadAdaptiveLora(io.ComfyNode):
         """Read, check, cut, apply, and say what was done."""
         document = read(files.lora_path(lora_name))
         matched = loading.match(document, model, clip)
-        result = cut(document, share, max_rank, megabytes, stop_if_cancelled)
+        result = resize(document, share, max_rank, megabytes, stop_if_cancelled)
         tensors = result.document.state_dict()
-        changed = loading.apply(model, clip, dict(tensors), strength_model, strength_clip, tensors.metadata, matched.keys)
-        teller(cls.hidden.unique_id)(" ".join([matched.words(), *_cut_words(result), *document.notes]))
+        changed = loading.apply_lora(model, clip, dict(tensors), strength_model, strength_clip, tensors.metadata, matched.keys)
+        status_sender(cls.hidden.unique_id)(" ".join([matched.words(), *_cut_words(result), *document.notes]))
         return io.NodeOutput(*changed, _ranks(result.document, files.lora_title(lora_name)))
 
 
@@ -131,14 +131,14 @@ def _ranks(document: LoraDocument, title: str) -> Any:
     """The report; for a file of other kinds of layers, whose LoRA loads all the same, none."""
     if not document.layers:
         return loading.absent(f"{title} holds no plain LoRA layer, so it has no ranks to show.")
-    return build(document, title)
+    return build_report(document, title)
 
 
-def _cut_words(result: CutResult) -> list[str]:
+def _cut_words(result: ResizeResult) -> list[str]:
     """What was cut, and what could not be."""
     words = []
     if result.bytes_after < result.bytes_before:
-        words.append(f"Cut from {size(result.bytes_before)} to {size(result.bytes_after)}.")
+        words.append(f"Cut from {format_size(result.bytes_before)} to {format_size(result.bytes_after)}.")
     if result.uncut:
         kinds = ", ".join(sorted(set(result.uncut.values())))
         count = len(result.uncut)

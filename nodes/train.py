@@ -6,17 +6,17 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..lora2.config import Settings
+from ..lora2.config import TrainingConfig
 from ..lora2.files.document import parse
-from ..lora2.report.ranks import build
+from ..lora2.report.ranks import build_report
 from ..lora2.report.summary import rank_picture
 from .comfy import lora_paths as files
-from .comfy.apply_lora import apply
+from .comfy.apply_lora import apply_lora
 from .comfy.images import rank_image
-from .comfy.input_checks import guarded
-from .comfy.progress import show, teller
+from .comfy.input_checks import checked_inputs
+from .comfy.progress import send_preview, status_sender
 from .runs import states
-from .runs.run import Request, train
+from .runs.run import RunRequest, train
 from .train_inputs import inputs
 
 Ranks = io.Custom("LORA2_RANKS")
@@ -67,7 +67,7 @@ class TrainAdaptiveLora(io.ComfyNode):
     def validate_inputs(cls, continue_from: Any = None) -> bool | str:
         """In the place of the host's own check, which only says that a state is not in the list; the rest it checks itself."""
         values = continue_from if isinstance(continue_from, list) else [continue_from or states.NOTHING]
-        return next((words for value in values if (words := states.trouble_with(value))), True)
+        return next((words for value in values if (words := states.why_unavailable(value))), True)
 
     @classmethod
     def fingerprint_inputs(cls, continue_from: Any = None, **_: Any) -> str:
@@ -77,14 +77,14 @@ class TrainAdaptiveLora(io.ComfyNode):
         return " ".join(str(files.lora_fingerprint(name)) for name in names)
 
     @classmethod
-    @guarded
+    @checked_inputs
     def execute(
         cls, latents: list[Any], conditioning: list[Any], empty_caption: list[Any] | None = None, **lists: Any
     ) -> io.NodeOutput:
         """Train, save, apply, and show the ranks; every input arrives as a list."""
         values = {name: value[0] for name, value in lists.items()}
         model = values.pop("model")
-        request = Request(
+        request = RunRequest(
             save_name=values.pop("save_name"),
             target=values.pop("layers"),
             include=values.pop("include", "").split(),
@@ -92,13 +92,13 @@ class TrainAdaptiveLora(io.ComfyNode):
             **{name: values.pop(name) for name in REQUESTED if name in values},
         )
         trained = train(
-            model, latents, conditioning, Settings(**values), request, empty_caption, teller(cls.hidden.unique_id)
+            model, latents, conditioning, TrainingConfig(**values), request, empty_caption, status_sender(cls.hidden.unique_id)
         )
-        report = build(parse(trained.lora, trained.lora.metadata), trained.path.stem)
-        show(rank_picture(report))
+        report = build_report(parse(trained.lora, trained.lora.metadata), trained.path.stem)
+        send_preview(rank_picture(report))
         return io.NodeOutput(
             trained.lora,
-            apply(model, None, dict(trained.lora), 1.0, 0.0)[0],
+            apply_lora(model, None, dict(trained.lora), 1.0, 0.0)[0],
             report,
             {"loss": trained.losses},
             trained.name,

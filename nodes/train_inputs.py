@@ -7,19 +7,19 @@ from comfy_api.latest import io
 from ..lora2.config import (
     BAD_STEPS,
     INITS,
+    LAYER_CHOICES,
     OPTIMIZERS,
     OUT_OF_MEMORY,
     PRECISIONS,
-    SAMPLINGS,
     SCHEDULES,
-    TARGETS,
+    TIMESTEP_SAMPLINGS,
     TRISTATE,
-    Settings,
+    TrainingConfig,
 )
 from .runs import states
 from .runs.resume import ON_DIFFERENCE
 
-DEFAULTS = Settings()
+DEFAULTS = TrainingConfig()
 SAVE_DTYPES = ["fp16", "bf16", "fp32"]
 
 
@@ -75,8 +75,8 @@ def inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "layers",
-            options=list(TARGETS),
-            default=TARGETS[0],
+            options=list(LAYER_CHOICES),
+            default=LAYER_CHOICES[0],
             tooltip="Which layers learn. Attention suits subjects and is what the paper adapts; more layers learn styles too.",
         ),
         io.Int.Input(
@@ -260,7 +260,7 @@ def inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "timestep_sampling",
-            options=list(SAMPLINGS),
+            options=list(TIMESTEP_SAMPLINGS),
             default=DEFAULTS.timestep_sampling,
             optional=True,
             advanced=True,

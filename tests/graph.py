@@ -50,7 +50,7 @@ def random_lora(model: Any, rank: int = 4, target: str = "attention", seed: int 
     layers_module, shape_of = pack("nodes.comfy.layers"), pack("lora2.adapters.layer").module_shape
     layers = layers_module.select_layers(model.model, target)
     prefixes, style = layers_module.file_prefixes(model.model, list(layers))
-    up_suffix, down_suffix = pack("lora2.files.keys").STYLES[style]
+    up_suffix, down_suffix = pack("lora2.files.keys").KEY_STYLES[style]
     g = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, module in layers.items():

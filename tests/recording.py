@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lora2.training.step import GraphEngine, _Recorded
+from lora2.training.cuda_graph import GraphStepRunner, _Recorded
 from lora2.training.trainer import Trainer
 
 WAITS = ("_local_scalar_dense", "nonzero", "item", "equal")
@@ -98,7 +98,7 @@ class _Graph:
         self.tape.replay()
 
 
-class TapeEngine(GraphEngine):
+class TapeEngine(GraphStepRunner):
     """GraphEngine with tapes for graphs. recorded, replayed, refused: how often."""
 
     def __init__(self, trainer: Trainer) -> None:
@@ -133,7 +133,7 @@ def places(trainer: Trainer) -> dict[str, int]:
     """Where everything lies that steps read and write: by name."""
     network, optimizer = trainer.network, trainer.optimizer
     held: dict[str, Any] = {"theta": network.theta}
-    if not network.settled:
+    if not network.pruned:
         held |= {"importance": network._importance, "shares": network._shares, "peak": network.peak}
     for i, adapter in enumerate(network.adapters):
         held |= {f"down {i}": adapter.down.data, f"up {i}": adapter.up.data}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora2.adapters.layer import Adapter, adaptable, capacity_for, module_shape, next_capacity
+from lora2.adapters.layer import Adapter, adaptable, module_shape, next_capacity, round_up_capacity
 from lora2.method.factors import Factors
 from lora2.util.errors import LoraError
 
@@ -305,7 +305,7 @@ def test_positions_without_weight_start_anew(name: str) -> None:
         adapter.down[4] *= 1e-6
         adapter.up[4] *= 1e-6
     down, up, before = adapter.down.detach().clone(), adapter.up.detach().clone(), adapter(x)
-    adapter.revive(torch.Generator().manual_seed(0))
+    adapter.restart_zero_components(torch.Generator().manual_seed(0))
     for position in range(6):
         same_down = torch.equal(adapter.down[position], down[position])
         same_up = torch.equal(adapter.up[position], up[position])
@@ -330,9 +330,9 @@ def test_mixtures_keep_the_output_also_in_half_precision_and_leave_out_positions
     adapter.importance = None
     none = torch.zeros(4, 256)
     adapter.load(Factors(torch.cat([factors[0], none]).t(), torch.cat([factors[1], none])))
-    adapter.revive(torch.Generator().manual_seed(1))
+    adapter.restart_zero_components(torch.Generator().manual_seed(1))
     new = adapter.down.detach()[4:].clone()
-    adapter.mix()
+    adapter.rotate()
     assert torch.equal(adapter.down.detach()[4:], new)
     assert not adapter.up[4:].any()
     lengths = adapter.down.detach()[:4].norm(dim=1)
@@ -359,13 +359,13 @@ def test_what_is_loaded_is_not_trained_in_the_callers_memory(rank: int) -> None:
 
 
 def test_capacities_hold_the_rank_in_multiples_of_eight() -> None:
-    assert [capacity_for(rank) for rank in (1, 7, 8, 9, 16, 17, 512)] == [8, 8, 8, 16, 16, 24, 512]
+    assert [round_up_capacity(rank) for rank in (1, 7, 8, 9, 16, 17, 512)] == [8, 8, 8, 16, 16, 24, 512]
     for limit in (1, 5, 8, 20, 64, 100):
-        for capacity in range(8, capacity_for(limit) + 1, 8):
+        for capacity in range(8, round_up_capacity(limit) + 1, 8):
             for rank in range(1, limit + 1):
                 new = next_capacity(capacity, rank, limit)
                 assert new % 8 == 0
-                assert rank <= new <= capacity_for(limit)
+                assert rank <= new <= round_up_capacity(limit)
                 assert (new > capacity) == (rank > capacity), "grows when it must, and only then"
                 assert new <= capacity or new >= min(max(rank + 8, 1.3 * rank), limit), "with room to grow on, but for the limit"
                 assert new <= max(rank + 23, 1.3 * rank + 16), "little to spare"
@@ -374,7 +374,7 @@ def test_capacities_hold_the_rank_in_multiples_of_eight() -> None:
 def test_capacities_do_not_flutter() -> None:
     """A rank that swings by less than a granule resizes once, then never again."""
     for start in range(1, 100):
-        capacity, changes = capacity_for(start), 0
+        capacity, changes = round_up_capacity(start), 0
         for turn in range(40):
             new = next_capacity(capacity, start + (turn % 2) * 7, 512)
             changes += new != capacity
@@ -484,7 +484,7 @@ def test_dropped_positions_begin_anew_in_place() -> None:
     optimizer = OPTIMIZERS["adamw"]([adapter.down, adapter.up])
     train(adapter, optimizer, x, 3)
     down, up = adapter.down.detach().clone(), adapter.up.detach().clone()
-    adapter.renew(11, torch.Generator().manual_seed(0), optimizer)
+    adapter.reset_components(11, torch.Generator().manual_seed(0), optimizer)
     assert torch.equal(adapter.down[:11], down[:11])
     assert torch.equal(adapter.up[:11], up[:11])
     assert not adapter.up[11:].any()
@@ -493,8 +493,8 @@ def test_dropped_positions_begin_anew_in_place() -> None:
         for moment in moments(optimizer, parameter).values():
             assert not moment[11:].any()
             assert moment[:11].any()
-    adapter.renew(16, torch.Generator(), optimizer)
-    adapter.renew(99, torch.Generator(), None)
+    adapter.reset_components(16, torch.Generator(), optimizer)
+    adapter.reset_components(99, torch.Generator(), None)
     assert torch.equal(adapter.up[:11], up[:11])
 
 
@@ -536,7 +536,7 @@ def test_a_single_position_lies_like_many() -> None:
     assert (adapter.down.stride(), adapter.up.stride()) == ((12, 1), (20, 1))
     down, up = torch.randn(12, 1).t(), torch.randn(20, 1).t()
     assert up.is_contiguous()
-    adapter.assume(down, up, adapter.std)
+    adapter.load_arrays(down, up, adapter.std)
     assert (adapter.down.stride(), adapter.up.stride()) == ((12, 1), (20, 1))
     assert torch.equal(adapter.up, up)
     assert adapter.up.data_ptr() != up.data_ptr()

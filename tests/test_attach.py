@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_inputs import SIZE, layer_of
-from test_network import Model, frozen, network_of, pictures, randomise, relative, settings
+from test_network import Model, config, frozen, network_of, pictures, randomise, relative
 from torch import Tensor, nn
 
 from lora2.adapters.network import AdaptiveNetwork
@@ -88,7 +88,7 @@ def test_what_others_do_to_a_convolution_stays_as_it_was() -> None:
 
     layer.forward = scaled  # type: ignore[method-assign]
     layer.register_forward_hook(lambda _m, _a, out: out * 0)
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8)))
+    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8)))
     x, path = pictures(2, 4, 8, 8), network.adapters[0]
     with network.attached():
         assert torch.equal(layer(x), path(x))

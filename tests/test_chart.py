@@ -15,10 +15,10 @@ from PIL import Image
 from lora2.report import canvas
 from lora2.report.canvas import Canvas, printable
 from lora2.report.colors import RankScale, ink_on, luminance, ramp
-from lora2.report.preview import smoothed
-from lora2.report.ranks import build
-from lora2.report.summary import live_picture, rank_picture
-from lora2.util.text import size
+from lora2.report.preview import preview_picture, smoothed
+from lora2.report.ranks import build_report
+from lora2.report.summary import rank_picture
+from lora2.util.text import format_size
 
 NAN, INF = math.nan, math.inf
 
@@ -78,7 +78,7 @@ def assert_apart(texts: list[tuple[str, Box, Canvas]]) -> None:
 @pytest.mark.parametrize("in_use", [False, True])
 @pytest.mark.parametrize("name", EVERY)
 def test_no_text_lies_over_another(name: str, in_use: bool, texts: list[tuple[str, Box, Canvas]]) -> None:
-    picture = rank_picture(build(document(EVERY[name], waves), name), in_use=in_use)
+    picture = rank_picture(build_report(document(EVERY[name], waves), name), in_use=in_use)
     assert (picture.mode, picture.width) == ("RGB", 1024)
     assert picture.height < 3200
     assert_apart(texts)
@@ -91,7 +91,7 @@ def test_no_text_of_the_live_picture_lies_over_another(
     losses = np.random.default_rng(0).uniform(0.05, 0.4, 150)
     ranks = {prefix: waves(i) for i, (prefix, _, _) in enumerate(EVERY[name])}
     costs = {prefix: a + b for prefix, a, b in EVERY[name]}
-    picture = live_picture(losses.tolist(), 200, ranks, "settled", costs=costs, cuts=[45, 90, 140])
+    picture = preview_picture(losses.tolist(), 200, ranks, "settled", costs=costs, cuts=[45, 90, 140])
     assert (picture.mode, picture.width) == ("RGB", 768)
     assert picture.height < 860
     assert_apart(texts)
@@ -100,45 +100,45 @@ def test_no_text_of_the_live_picture_lies_over_another(
 @pytest.mark.parametrize("rank", [1, 3, 32, 512])
 def test_one_rank_for_all_is_drawn_too(rank: int, texts: list[tuple[str, Box, Canvas]]) -> None:
     """As in most files of others; the number stands in every cell."""
-    rank_picture(build(document(unet("sd15"), rank), "uniform"))
+    rank_picture(build_report(document(unet("sd15"), rank), "uniform"))
     assert_apart(texts)
     assert [text for text, _, _ in texts].count(str(rank)) >= 128
 
 
 def test_the_picture_tells_name_size_and_ranks(texts: list[tuple[str, Box, Canvas]]) -> None:
-    report = build(document(unet("koala"), lambda i: 4 if i % 2 else 12), "my_dog")
+    report = build_report(document(unet("koala"), lambda i: 4 if i % 2 else 12), "my_dog")
     rank_picture(report)
     words = {text for text, _, _ in texts}
-    assert words >= {"my_dog", "8", "4 - 12", "168", size(report.bytes), "float16", "attn1", "down"}
+    assert words >= {"my_dog", "8", "4 - 12", "168", format_size(report.bytes), "float16", "attn1", "down"}
     assert words >= {"this LoRA", "rank 8", "rank 512", "418 MB"}
 
 
 @pytest.mark.parametrize("width", [400, 768, 1024, 2048])
 def test_any_width_keeps_the_proportions(width: int) -> None:
-    report = build(document(unet("sd15"), waves), "x")
+    report = build_report(document(unet("sd15"), waves), "x")
     picture, usual = rank_picture(report, width), rank_picture(report)
     assert picture.width == width
     assert picture.height == pytest.approx(usual.height * width / 1024, abs=1)
 
 
 def test_the_same_report_gives_the_same_picture() -> None:
-    report = build(document(unet("koala"), waves), "x")
+    report = build_report(document(unet("koala"), waves), "x")
     assert rank_picture(report).tobytes() == rank_picture(report).tobytes()
 
 
 def test_a_cell_has_the_colour_of_its_rank() -> None:
     """One layer of rank 5: its colour fills the cell, the one of 6 is nowhere."""
-    found = colours(rank_picture(build(document(unet("sd15")[:1], 5), "x")))
+    found = colours(rank_picture(build_report(document(unet("sd15")[:1], 5), "x")))
     scale = RankScale.around(5, 5)
-    assert found[scale.colour(5)] > 3000  # pixels; the cell has some 7000
-    assert found.get(scale.colour(6), 0) < 100  # only on the scale itself
+    assert found[scale.color(5)] > 3000  # pixels; the cell has some 7000
+    assert found.get(scale.color(6), 0) < 100  # only on the scale itself
 
 
 def test_a_layer_without_rank_has_no_colour_of_the_scale() -> None:
     scale = RankScale.around(1, 16)
-    assert scale.colour(0) not in ramp()
-    assert scale.colour(1) == ramp()[0]
-    assert scale.colour(16) == ramp()[-1]
+    assert scale.color(0) not in ramp()
+    assert scale.color(1) == ramp()[0]
+    assert scale.color(16) == ramp()[-1]
 
 
 def colours(picture: Image.Image) -> dict[tuple[int, int, int], int]:
@@ -201,7 +201,7 @@ RANKS = {name: waves(i) for i, (name, _, _) in enumerate(unet("sdxl"))}
 @pytest.mark.parametrize("ranks", [RANKS, {}, {"a": 0, "b": 0}, {"lora_unet_conv_in": 3}])
 def test_anything_that_training_gives_can_be_drawn(losses: list[float], ranks: dict[str, int]) -> None:
     """No loss yet, losses that are no numbers, no ranks, more steps than were planned."""
-    picture = live_picture(losses, 1000, ranks, "adapting", cuts=[2])
+    picture = preview_picture(losses, 1000, ranks, "adapting", cuts=[2])
     assert picture.size[0] == 768
     assert len(colours(picture)) > 10
 
@@ -209,14 +209,14 @@ def test_anything_that_training_gives_can_be_drawn(losses: list[float], ranks: d
 def test_the_size_of_the_live_picture_stays() -> None:
     """The node must not jump while it trains."""
     sizes = {
-        live_picture([0.1] * n, 300, {k: 1 + v * n // 300 for k, v in RANKS.items()}, phase).size
+        preview_picture([0.1] * n, 300, {k: 1 + v * n // 300 for k, v in RANKS.items()}, phase).size
         for n, phase in ((0, "adapting"), (1, "adapting"), (150, "settled"), (300, "settled"))
     }
     assert len(sizes) == 1
 
 
 def test_the_live_picture_tells_step_loss_and_size(texts: list[tuple[str, Box, Canvas]]) -> None:
-    live_picture(
+    preview_picture(
         [0.5, 0.25],
         400,
         {"a.0.q": 4, "a.1.q": 8},
@@ -237,10 +237,10 @@ def test_the_live_picture_tells_step_loss_and_size(texts: list[tuple[str, Box, C
 
 
 def test_the_step_that_settled_is_marked(texts: list[tuple[str, Box, Canvas]]) -> None:
-    live_picture([0.5] * 20, 400, RANKS, "settled", cuts=[10])
+    preview_picture([0.5] * 20, 400, RANKS, "settled", cuts=[10])
     assert [text for text, _, _ in texts].count("settled") == 2
     texts.clear()
-    live_picture([0.5] * 20, 400, RANKS, "adapting")
+    preview_picture([0.5] * 20, 400, RANKS, "adapting")
     assert "settled" not in [text for text, _, _ in texts]
 
 
@@ -251,7 +251,7 @@ def test_the_live_picture_is_drawn_in_time() -> None:
     best = INF
     for _ in range(8):
         start = time.perf_counter()
-        live_picture(losses, 2000, RANKS, "settled", costs=costs, cuts=[300, 650, 1000])
+        preview_picture(losses, 2000, RANKS, "settled", costs=costs, cuts=[300, 650, 1000])
         best = min(best, time.perf_counter() - start)
     assert best < 0.060
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from lora2.util.thread_pool import shared_out
+from lora2.util.thread_pool import run_parallel
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -28,8 +28,8 @@ def fail(at: int, index: int) -> int:
 
 
 def test_results_come_in_order(cores: int) -> None:
-    assert shared_out(partial(fail, 100, i) for i in range(50)) == [i * i for i in range(50)]
-    assert shared_out([]) == []
+    assert run_parallel(partial(fail, 100, i) for i in range(50)) == [i * i for i in range(50)]
+    assert run_parallel([]) == []
     assert torch.get_num_threads() == cores
 
 
@@ -41,12 +41,12 @@ def test_pieces_run_at_once_and_use_one_core_each(cores: int) -> None:
         return torch.get_num_threads(), torch.is_grad_enabled()
 
     with torch.no_grad():
-        assert shared_out([meet] * cores) == [(1, False)] * cores
+        assert run_parallel([meet] * cores) == [(1, False)] * cores
 
 
 def test_the_first_error_in_order_is_raised(cores: int) -> None:
     with pytest.raises(ValueError, match="piece 7"):
-        shared_out(partial(fail, 7, i) for i in range(20))
+        run_parallel(partial(fail, 7, i) for i in range(20))
     assert torch.get_num_threads() == cores
 
 
@@ -59,6 +59,6 @@ def test_whoever_stops_asking_stops_the_work(cores: int) -> None:
 
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        shared_out(works())
+        run_parallel(works())
     assert threading.active_count() == before
     assert torch.get_num_threads() == cores

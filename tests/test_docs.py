@@ -18,10 +18,11 @@ from training import pack
 from dev import docs
 from dev.host import ROOT
 from dev.server import ComfyServer
-from lora2.adapters.layer import cost, module_shape
-from lora2.config import TARGETS, Settings
+from lora2.adapters.layer import module_shape
+from lora2.config import LAYER_CHOICES, TrainingConfig
 from lora2.method import importance, losses
-from lora2.method.allocation import next_size
+from lora2.method.allocation import next_cut_size
+from lora2.method.factors import cost
 from lora2.method.init import initial_ranks
 
 README = ROOT / "README.md"
@@ -123,23 +124,23 @@ def full_size(name: str) -> torch.nn.Module:
 def test_sizes_in_the_readme(comfy: Any, name: str) -> None:
     """Attention layers, the default, at the default's two bytes per parameter."""
     model = types.SimpleNamespace(diffusion_model=full_size(name))
-    layers = pack("nodes.comfy.layers").select_layers(model, TARGETS[0])
+    layers = pack("nodes.comfy.layers").select_layers(model, LAYER_CHOICES[0])
     unit = 2 * sum(cost(module_shape(layer)) for layer in layers.values()) / 1e6
-    rank = Settings().target_rank
+    rank = TrainingConfig().target_rank
     assert f"at target rank {rank} |" in text(README)
     assert f"| {name} | {len(layers)} | {unit:.2f} | {rank * unit:.1f} MB |" in text(README)
 
 
 def test_the_defaults_that_the_readme_counts_on() -> None:
     inputs = {name: options for name, _, options, _ in docs.inputs(docs.schemas()["LoRA2_TrainAdaptiveLora"])}
-    assert inputs["layers"]["default"] == TARGETS[0] == "attention"
+    assert inputs["layers"]["default"] == LAYER_CHOICES[0] == "attention"
     assert inputs["save_dtype"]["default"] == "fp16"
     assert f"{inputs['save_name']['default']}_00001.safetensors" in text(README)
     assert f"Start with {inputs['target_rank']['default']}." in text(README)
 
 
 def test_figures_of_the_method_page() -> None:
-    page, defaults = text(METHOD).replace("\n", " "), Settings()
+    page, defaults = text(METHOD).replace("\n", " "), TrainingConfig()
     c = importance.mass_constant(0.9)
     counted_from_1 = sum(math.exp(-c / 8 * j) * -math.expm1(-c / 8) for j in range(1, 9))
     assert f"hold only {counted_from_1:.3f} of it at q = 0.9" in page
@@ -159,7 +160,7 @@ def test_figures_of_the_method_page() -> None:
     assert [step / defaults.steps for step in defaults.cut_steps] == [0.15, 0.3, 0.45]
     sizes = [32 * 100]
     for left in (2, 1, 0):
-        sizes.append(next_size(sizes[-1], 8 * 100, left))
+        sizes.append(next_cut_size(sizes[-1], 8 * 100, left))
     assert f"From rank 32 to 8, that is over {sizes[1] / 100:.1f} and {sizes[2] / 100:.1f}." in page
     assert sizes[3] == 8 * 100
     assert "Layers start at four times the target, at least 16 (`initial_rank`)." in page
@@ -171,13 +172,13 @@ def test_the_recipe_without_a_rank() -> None:
     for page in (README, docs.HELP / "LoRA2_TrainAdaptiveLora.md"):
         words = text(page).replace("\n", " ")
         assert all(re.search(rf"`{name}`( to)? {value}\b", words) for name, value in told.items())
-    assert initial_ranks(told["target_rank"], [512], Settings(**told)) == [128]
-    assert initial_ranks(told["target_rank"], [512], Settings(**told, initial_rank=64)) == [64]
-    assert Settings(**told).enough == 0.98
+    assert initial_ranks(told["target_rank"], [512], TrainingConfig(**told)) == [128]
+    assert initial_ranks(told["target_rank"], [512], TrainingConfig(**told, initial_rank=64)) == [64]
+    assert TrainingConfig(**told).keep_share == 0.98
     from benchmarks.evidence.hero import LEARNED
 
     assert told.items() <= LEARNED.items(), "the picture is drawn with it"
-    assert Settings(**told, budget_mb=1.0).enough == 1, "as the page says: a budget is filled"
+    assert TrainingConfig(**told, budget_mb=1.0).keep_share == 1, "as the page says: a budget is filled"
 
 
 @pytest.mark.parametrize("page", [README, METHOD, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)

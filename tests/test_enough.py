@@ -16,7 +16,7 @@ import lora2.adapters.layer
 import lora2.adapters.network
 from lora2.adapters.network import AdaptiveNetwork
 from lora2.method.factors import Factors
-from lora2.method.size_search import FINER, HALVINGS, TOGETHER, smallest
+from lora2.method.size_search import BATCH_SIZE, FINER, HALVINGS, smallest_sufficient_size
 from lora2.training.progress import Progress
 from lora2.training.trainer import Trainer
 from lora2.util.errors import LoraError
@@ -35,11 +35,11 @@ def falling(half: float) -> Callable[[int], float]:
 def test_it_is_enough_and_not_a_tenth_more_than_that(half: float, share: float) -> None:
     loss = falling(half)
     goal = 1 - share * (1 - loss(MOST))
-    found = smallest(loss, 0, MOST, share)
+    found = smallest_sufficient_size(loss, 0, MOST, share)
     assert found is not None
     assert loss(found) <= goal + 1e-12
     assert loss(math.floor(found / 1.1) - 1) > goal or found == MOST >> HALVINGS
-    floored = smallest(loss, 3000, MOST, share)
+    floored = smallest_sufficient_size(loss, 3000, MOST, share)
     assert floored == 3000 or (floored is not None and 3000 < floored <= 1.1 * max(found, 3000) + 1)
 
 
@@ -50,20 +50,20 @@ def test_every_size_is_judged_once_and_few_are() -> None:
         seen.append(size)
         return falling(1)(size)
 
-    assert smallest(loss, 0, MOST, 0.9) == MOST >> HALVINGS
+    assert smallest_sufficient_size(loss, 0, MOST, 0.9) == MOST >> HALVINGS
     assert seen == [0, *(MOST >> k for k in range(HALVINGS + 1))]
     seen.clear()
-    assert smallest(loss, 0, MOST, 0.9999) is not None
+    assert smallest_sufficient_size(loss, 0, MOST, 0.9999) is not None
     assert len(seen) == len(set(seen)) <= 2 + HALVINGS + FINER
     seen.clear()
-    assert smallest(loss, MOST, MOST, 0.5) == MOST
+    assert smallest_sufficient_size(loss, MOST, MOST, 0.5) == MOST
     assert seen == [0, MOST], "there is nothing to choose"
 
 
 def test_the_best_size_need_not_be_the_largest() -> None:
     """Positions that hold noise raise the loss; even where all together are worse than nothing, some may be worth keeping."""
     curve = {0: 1.0, 64: 1.2, 32: 1.1, 16: 0.7, 8: 0.5, 4: 0.6, 2: 0.9, 1: 0.95}
-    found = smallest(lambda size: curve.get(size, 0.8), 0, 64, 0.9)
+    found = smallest_sufficient_size(lambda size: curve.get(size, 0.8), 0, 64, 0.9)
     assert found == 8
 
 
@@ -72,11 +72,11 @@ def test_the_best_size_need_not_be_the_largest() -> None:
     lambda size: math.inf if not size else 1.0,
 ], ids=["nothing learned", "worse", "no number", "no number with any", "no number without"])  # fmt: skip
 def test_where_nothing_was_learned_there_is_no_size(loss: Callable[[int], float]) -> None:
-    assert smallest(loss, 0, MOST, 0.9) is None
+    assert smallest_sufficient_size(loss, 0, MOST, 0.9) is None
 
 
 def test_sizes_that_are_no_numbers_are_not_enough() -> None:
-    assert smallest(lambda size: math.nan if 0 < size < 1250 else falling(10)(size), 0, MOST, 0.5) == 1250
+    assert smallest_sufficient_size(lambda size: math.nan if 0 < size < 1250 else falling(10)(size), 0, MOST, 0.5) == 1250
 
 
 # -- a network at every size -----------------------------------------------------------------------------------------
@@ -111,10 +111,10 @@ def test_a_network_shows_what_a_cut_to_that_size_would_be(compute: torch.dtype) 
             shown[size] = outputs(network, layers)
         return 500
 
-    network.settle(800, weights, choose)
+    network.prune(800, weights, choose)
     for size in sizes:
         other, others_layers = made()
-        other.settle(size, weights)
+        other.prune(size, weights)
         # Both round to the same type; positions are mixed in the other one.
         near = {"rtol": 1e-5, "atol": 1e-5} if compute == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(outputs(other, others_layers), shown[size], **near)
@@ -128,7 +128,7 @@ def test_a_network_shows_what_a_cut_to_that_size_would_be(compute: torch.dtype) 
 GROWING: dict[str, Any] = {"steps": 12, "settle_at": 0.5, "settle_cuts": 1, "target_rank": 4, "settle_keep": 0.5}
 
 
-@pytest.mark.parametrize(("name", "at"), [("load", 2), ("mix", 2), ("load", 6)])
+@pytest.mark.parametrize(("name", "at"), [("load", 2), ("rotate", 2), ("load", 6)])
 def test_where_memory_runs_out_the_size_is_chosen_once_all_the_same(name: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     trainer, plenty = trainer_of(**GROWING), trainer_of(**GROWING)
@@ -250,7 +250,7 @@ def test_large_batches_are_compared_in_small_groups_too() -> None:
 
     trainer.loss = loss  # type: ignore[method-assign]
     trainer.run()
-    assert seen == {TOGETHER}
+    assert seen == {BATCH_SIZE}
 
 
 def test_the_choice_does_not_touch_the_runs_own_order_of_pictures_and_noise() -> None:

@@ -83,7 +83,7 @@ def test_a_plain_lora_is_trained_plainly_and_measured_as_its_file(tmp_path: Path
     def never(*args: Any, **more: Any) -> None:
         raise AssertionError("a plain LoRA is not cut")
 
-    monkeypatch.setattr(network, "settle", never)
+    monkeypatch.setattr(network, "prune", never)
     for name in ("HELD_OUT", "OTHERS"):
         monkeypatch.setattr(personal, name, 2)  # what it is measured on, for the sake of time
     bench = Workbench(checkpoint)

@@ -47,17 +47,17 @@ run_of = cache(everything)
 def test_a_twist_changes_what_it_says_and_is_undone() -> None:
     network, imp = pack("lora2.adapters.network"), pack("lora2.method.importance")
     schedule, sensitivity = pack("lora2.method.schedule"), pack("lora2.method.sensitivity")
-    settings = pack("lora2.config").Settings()
+    settings = pack("lora2.config").TrainingConfig()
     own = {name: [getattr(pack(m), a) for m, a, _ in patches] for name, patches in twists.TWISTS.items()}
     j, nu = torch.arange(4.0), torch.tensor([0.3])
     expected, slope = imp.importance(j + 1, nu), imp.log_importance_slope(j + 1, nu)
     with twists.twisted("no gain"):
-        deviation, gain = network.starting((48, 32), 16, settings)
+        deviation, gain = network.init_scale((48, 32), 16, settings)
     c = -math.log(1 - settings.q)
     energy = sum((math.exp(-c / 16 * i) * (1 - math.exp(-c / 16))) ** 2 for i in range(16))
     assert gain == 1.0
     assert deviation == pytest.approx(math.sqrt(16 / (3 * 32 * energy)), rel=1e-9)
-    plain, factor = network.starting((48, 32), 16, settings)
+    plain, factor = network.init_scale((48, 32), 16, settings)
     assert plain * factor == pytest.approx(deviation, rel=1e-9), "ΛA starts as large either way"
     with twists.twisted("positions from 1"):
         assert torch.equal(imp.importance(j, nu), expected)
@@ -66,9 +66,9 @@ def test_a_twist_changes_what_it_says_and_is_undone() -> None:
         assert sensitivity.sensitivities(object(), object()) is None
     rows, mixing = torch.eye(8), pack("lora2.adapters.layer")
     with twists.twisted("not mixed, rate as given"):
-        assert mixing.mix(rows, rows.device) is rows
+        assert mixing.rotate(rows, rows.device) is rows
         assert schedule.size_factor(400, 100) == 1.0
-    assert not torch.equal(mixing.mix(rows, rows.device), rows)
+    assert not torch.equal(mixing.rotate(rows, rows.device), rows)
     with twists.twisted("rate as given"):
         assert schedule.size_factor(400, 100) == 1.0
     assert schedule.size_factor(400, 100) == 0.5
@@ -87,14 +87,14 @@ def test_every_twist_that_is_asked_for_is_there() -> None:
 
 @pytest.mark.parametrize("variant", variants.variants(comparison.COUNTS[0]), ids=lambda v: f"{v.setting} {v.name}")
 def test_every_change_is_one_of_a_setting(variant: variants.Variant) -> None:
-    settings = pack("lora2.config").Settings(target_rank=variants.RANK)
+    settings = pack("lora2.config").TrainingConfig(target_rank=variants.RANK)
     changed = replace(settings, **dict(variant.changes))
     if not variant.twist and variant.changes and "rank_weight" not in dict(variant.changes):
         assert changed != settings, "a change to the default shows nothing"
 
 
 def test_where_the_papers_form_starts() -> None:
-    settings = pack("lora2.config").Settings(target_rank=variants.PAPER_RANK)
+    settings = pack("lora2.config").TrainingConfig(target_rank=variants.PAPER_RANK)
     assert pack("lora2.method.init").initial_ranks(float(variants.PAPER_RANK), [256], settings) == [ablations.START]
 
 

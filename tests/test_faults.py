@@ -129,7 +129,7 @@ def test_no_room_while_the_picture_of_the_run_is_drawn(
         raise MemoryError
 
     with untouched(model), monkeypatch.context() as patch:
-        patch.setattr(pack("nodes.runs.run"), "live_picture", fail)
+        patch.setattr(pack("nodes.runs.run"), "preview_picture", fail)
         words = r"^Memory ran out between two steps\. Stopped after 1 of 3 steps; what was learned is saved as t/mug_00001"
         with pytest.raises(pack("lora2.util.memory").OutOfMemory, match=words):
             train(model)
@@ -137,7 +137,7 @@ def test_no_room_while_the_picture_of_the_run_is_drawn(
 
 
 def test_no_room_while_saving_is_tried_again(model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, calls = pack("nodes.runs.save").FileInfo, []
+    files, calls = pack("nodes.runs.save").LoraFile, []
     real = files.state_dict
 
     def state_dict(*args: Any, **kwargs: Any) -> Any:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lora2.files.document import LoraStateDict, fold_scale, parse, read, to_state_dict
-from lora2.files.keys import STYLES, shown
+from lora2.files.keys import KEY_STYLES
 from lora2.method.factors import Factors
 from lora2.util.errors import LoraError
+from lora2.util.text import escaped
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -50,7 +51,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def test_the_tensors_of_a_file(style: str, dtype: torch.dtype) -> None:
     layers = {"p.linear": layer(3), "p.conv": layer(2, inner=(4, 3, 3)), "p.empty": layer(0)}
     tensors = to_state_dict(layers, style, dtype)
-    up, down = STYLES[style]
+    up, down = KEY_STYLES[style]
     assert set(tensors) == {f"p.{n}{s}" for n in ("linear", "conv") for s in (up, down, ".alpha")}
     assert all(t.is_contiguous() and t.device.type == "cpu" for t in tensors.values())
     for name in ("linear", "conv"):
@@ -98,11 +99,11 @@ def test_values_that_no_file_should_hold(dtype: torch.dtype, value: float) -> No
 # --- from tensors to layers
 
 
-@pytest.mark.parametrize("style", list(STYLES))
+@pytest.mark.parametrize("style", list(KEY_STYLES))
 @pytest.mark.parametrize("alpha", [None, torch.tensor(2.0), torch.tensor([2.0]), torch.tensor(2, dtype=torch.int32)])
 def test_every_style_is_read_and_given_back(style: str, alpha: Tensor | None) -> None:
     factors = layer(3, inner=(4, 3, 3))
-    up, down = STYLES[style]
+    up, down = KEY_STYLES[style]
     tensors = {f"some.prefix{up}": factors.up.half(), f"some.prefix{down}": factors.down.double()}
     if alpha is not None:
         tensors["some.prefix.alpha"] = alpha
@@ -251,6 +252,6 @@ def test_the_file_is_named_too_and_strange_names_are_escaped(tmp_path: Path) -> 
     with pytest.raises(LoraError, match=r"strange\.safetensors: .*bad\\x1b\[31m\\n\\u202ename") as caught:
         read(path)
     assert str(caught.value).isprintable()
-    assert len(shown("x" * 10**6)) < 200
-    assert shown("käse ✓") == "käse ✓"
-    assert shown("\ud800") == "\\ud800"
+    assert len(escaped("x" * 10**6)) < 200
+    assert escaped("käse ✓") == "käse ✓"
+    assert escaped("\ud800") == "\\ud800"

@@ -86,7 +86,7 @@ def test_a_second_pair_of_a_layer_never_comes_to_light(tmp_path: Path) -> None:
     path.write_bytes(corpus.Parts([*nothing, *second[:2]]).to_bytes())
     document = pack("lora2.files.document").read(path)
     assert set(document.other) == {part.name for part in second[:2]}
-    after = pack("lora2.files.resize").cut(document, share=0.5)
+    after = pack("lora2.files.resize").resize(document, share=0.5)
     assert after.ranks_after == {"diffusion_model.a": 0}
     assert after.document.state_dict() == {}
 
@@ -95,7 +95,7 @@ def test_numbers_too_far_apart_for_one_way_are_measured_in_another(monkeypatch: 
     """Found by fuzzing: an eigendecomposition that does not converge is no reason to fail."""
     import torch
 
-    effective, factors = pack("lora2.method.effective"), pack("lora2.method.factors").Factors
+    effective, factors = pack("lora2.method.svd"), pack("lora2.method.factors").Factors
     g = torch.Generator().manual_seed(0)
     layer = factors(torch.randn(6, 3, generator=g), torch.randn(3, 5, generator=g))
     right = torch.linalg.svdvals(layer.delta().double())[:3] ** 2
@@ -104,10 +104,10 @@ def test_numbers_too_far_apart_for_one_way_are_measured_in_another(monkeypatch: 
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
-    assert torch.allclose(effective.energies(layer), right, rtol=1e-6)  # delta() is float32
+    assert torch.allclose(effective.squared_singular_values(layer), right, rtol=1e-6)  # delta() is float32
     monkeypatch.setattr(torch.linalg, "svdvals", fails)
     with pytest.raises(pack("lora2.util.errors").LoraError, match="too far apart"):
-        effective.energies(layer)
+        effective.squared_singular_values(layer)
 
 
 def test_a_file_of_too_many_tensors_is_no_lora(tmp_path: Path) -> None:

@@ -47,10 +47,10 @@ class Seen:
 
 def run(model: Any, family: str, graphs: bool = True, shapes: Any = SHAPES[:1] * 3, **told: Any) -> tuple[Any, Seen]:
     """A run of the whole bridge, its steps recorded or not."""
-    session, engine, trainer = pack("nodes.runs.run"), pack("lora2.training.step"), pack("lora2.training.trainer")
+    session, engine, trainer = pack("nodes.runs.run"), pack("lora2.training.cuda_graph"), pack("lora2.training.trainer")
     network = pack("lora2.adapters.network").AdaptiveNetwork
     seen = Seen()
-    record, sync, engine_for = engine.GraphEngine._record, network.sync, trainer.engine_for
+    record, sync, step_runner = engine.GraphStepRunner._record, network.sync, trainer.step_runner
 
     def counted(self: Any, work: Any) -> Any:
         out = record(self, work)
@@ -63,23 +63,23 @@ def run(model: Any, family: str, graphs: bool = True, shapes: Any = SHAPES[:1] *
         seen.resized += changed
         return bool(changed)
 
-    engine.GraphEngine._record, network.sync = counted, watched
+    engine.GraphStepRunner._record, network.sync = counted, watched
     if not graphs:
-        trainer.engine_for = lambda net, loss, _: engine.Engine(net, loss)
+        trainer.step_runner = lambda net, loss, _: engine.StepRunner(net, loss)
     request = {k: told.pop(k) for k in ("checkpointing", "precision", "target") if k in told}
-    settings = {
+    config = {
         "steps": STEPS, "batch_size": 2, "target_rank": 6, "initial_rank": 12, "learning_rate": 1e-3, "sync_every": 4,
         "rank_learning_rate": 0.05, "rank_weight": 1e-2, **told,
     }  # fmt: skip
     try:
         result = session.train(
-            model, latents(family, shapes), captions(family, len(shapes)), pack("lora2.config").Settings(**settings),
-            session.Request(
+            model, latents(family, shapes), captions(family, len(shapes)), pack("lora2.config").TrainingConfig(**config),
+            session.RunRequest(
                 **{"save_name": "t/x", "target": "attention", "save_dtype": "fp32", "checkpointing": "off", **request}
             ),
         )  # fmt: skip
     finally:
-        engine.GraphEngine._record, network.sync, trainer.engine_for = record, sync, engine_for
+        engine.GraphStepRunner._record, network.sync, trainer.step_runner = record, sync, step_runner
     return result, seen
 
 
@@ -211,13 +211,13 @@ class Mixed(nn.Module):
 def mixed_run(graphs: bool, device: str = "cuda") -> tuple[list[float], list[Tensor]]:
     """Losses and factors of a run on `Mixed`."""
     model = Mixed(device)
-    settings = pack("lora2.config").Settings(
+    config = pack("lora2.config").TrainingConfig(
         steps=30, learning_rate=3e-3, target_rank=4, initial_rank=8, batch_size=4, sync_every=5
     )
-    network = pack("lora2.adapters.network").AdaptiveNetwork(model.layers(), settings, model.device, torch.bfloat16)
+    network = pack("lora2.adapters.network").AdaptiveNetwork(model.layers(), config, model.device, torch.bfloat16)
     g = torch.Generator().manual_seed(1)
     pictures = [torch.randn(6, 32, generator=g) for _ in range(4)]
-    trainer = pack("lora2.training.trainer").Trainer(network, model, pictures, settings, graphs=graphs)
+    trainer = pack("lora2.training.trainer").Trainer(network, model, pictures, config, graphs=graphs)
     losses = trainer.run().losses
     return losses, [f.delta() for f in network.export().values()]
 

@@ -135,7 +135,7 @@ def test_errors_from_elsewhere_keep_their_words() -> None:
     for trouble in (lambda: torch.zeros(2).nothing, lambda: int("x"), lambda: [][1]):
         with pytest.raises(Exception) as error:  # noqa: PT011 (each is another)
             trouble()
-        assert versions.misfit(error.value) is None
+        assert versions.incompatibility(error.value) is None
 
 
 def test_a_comfyui_that_breaks_the_pack_starts_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

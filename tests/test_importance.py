@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora2.adapters.network import AdaptiveNetwork
-from lora2.config import Settings
+from lora2.config import TrainingConfig
 from lora2.method import importance as imp
 
 QS = [0.5, 0.6, 0.75, 0.9, 0.95, 0.99, 0.999]
@@ -167,7 +167,7 @@ def test_a_network_starts_as_said(init: str) -> None:
     """B = 0, A ~ N(0, σ²), gΛ = g f, at the initial rank, with d_in counting a convolution's kernel."""
     q, rank = 0.9, 16
     layers = {"linear": nn.Linear(640, 320), "conv": nn.Conv2d(96, 64, 3)}
-    network = AdaptiveNetwork(layers, Settings(initial_rank=rank, target_rank=4, q=q, init=init))
+    network = AdaptiveNetwork(layers, TrainingConfig(initial_rank=rank, target_rank=4, q=q, init=init))
     values = mass(rank, rate_of(rank, q))
     energy = math.fsum(values**2)
     for adapter, d_in in zip(network.adapters, (640, 96 * 9), strict=True):
@@ -183,6 +183,6 @@ def test_a_network_starts_as_said(init: str) -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 5, 16, 31, 64, 100, 512])
 def test_a_network_starts_at_exactly_the_initial_rank(rank: int) -> None:
-    network = AdaptiveNetwork({"a": nn.Linear(600, 512)}, Settings(initial_rank=rank, target_rank=1))
+    network = AdaptiveNetwork({"a": nn.Linear(600, 512)}, TrainingConfig(initial_rank=rank, target_rank=1))
     assert network.ranks() == {"a": rank}
     assert network.export()["a"].rank == rank

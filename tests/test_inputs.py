@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_network import frozen, pictures, randomise, relative, settings
+from test_network import config, frozen, pictures, randomise, relative
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +17,7 @@ from training import captions, latents, pack
 
 from lora2.adapters import recompute as inputs
 from lora2.adapters.network import AdaptiveNetwork
-from lora2.adapters.recompute import recipe_of
+from lora2.adapters.recompute import recipe_for
 
 SIZE = 64
 """Rows and columns: in float32 just as large as inputs have to be here."""
@@ -25,7 +25,7 @@ SIZE = 64
 
 @pytest.fixture(autouse=True)
 def _small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "LARGE", 4 * SIZE * SIZE)
+    monkeypatch.setattr(inputs, "MIN_BYTES", 4 * SIZE * SIZE)
 
 
 # what a host puts before a layer: from a tensor twice as wide
@@ -43,7 +43,7 @@ def layer_of(kind: str, compute: torch.dtype) -> tuple[nn.Module, AdaptiveNetwor
     """An adapted layer for inputs of SIZE × SIZE: linear, linear that others have a hand in, or a convolution."""
     layer = frozen((nn.Conv2d(4, 8, 3, padding=1) if kind == "convolution" else nn.Linear(SIZE, 16)).to(compute))
     plain = None if kind == "linear" else (lambda _module: False)
-    network = AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=compute, plain=plain)
+    network = AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=compute, plain=plain)
     return layer, randomise(network)
 
 
@@ -55,8 +55,8 @@ def test_an_input_is_made_again(
 ) -> None:
     """Output and all gradients to the last bit, since the same operation is done on the same numbers; no memory until then."""
     seen: list[list[Tensor | None]] = []
-    for large, held in ((inputs.LARGE, False), (10**12, True)):
-        monkeypatch.setattr(inputs, "LARGE", large)
+    for large, held in ((inputs.MIN_BYTES, False), (10**12, True)):
+        monkeypatch.setattr(inputs, "MIN_BYTES", large)
         layer, network = layer_of(kind, compute)
         network.refresh()
         wide = pictures(2 * SIZE, 2 * SIZE).to(compute).requires_grad_()
@@ -87,10 +87,10 @@ def test_a_norm_is_made_again_for_a_wide_layer(affine: bool, wide: bool, monkeyp
     if affine:
         norm.weight.data, norm.bias.data = 1 + pictures(SIZE), pictures(SIZE, seed=2)
     seen = []
-    for large in (inputs.LARGE, 10**12):
-        monkeypatch.setattr(inputs, "LARGE", large)
-        layer = frozen(nn.Linear(SIZE, inputs.WIDE * SIZE - (not wide)))
-        network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8)))
+    for large in (inputs.MIN_BYTES, 10**12):
+        monkeypatch.setattr(inputs, "MIN_BYTES", large)
+        layer = frozen(nn.Linear(SIZE, inputs.MIN_WIDTH_RATIO * SIZE - (not wide)))
+        network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8)))
         network.refresh()
         whole = (3 + pictures(SIZE, SIZE)).requires_grad_()
         x = norm(whole)
@@ -98,7 +98,7 @@ def test_a_norm_is_made_again_for_a_wide_layer(affine: bool, wide: bool, monkeyp
         with network.attached():
             out = layer(x)
         del x
-        assert storage.expired() == (wide and large == inputs.LARGE < 10**12)
+        assert storage.expired() == (wide and large == inputs.MIN_BYTES < 10**12)
         (out * pictures(*out.shape)).sum().backward()
         network.finish_gradients()
         seen.append([whole.grad, network.adapters[0].down.grad, network.adapters[0].up.grad])
@@ -111,13 +111,13 @@ def test_a_norm_is_made_again_for_a_wide_layer(affine: bool, wide: bool, monkeyp
 def test_a_norms_coarse_moments_are_not_enough() -> None:
     """On a CPU bfloat16 norms keep them in bfloat16: what was made of them would be off in the third digit."""
     coarse = F.layer_norm(pictures(SIZE, SIZE).bfloat16().requires_grad_(), (SIZE,), torch.ones(SIZE).bfloat16())
-    assert recipe_of(coarse, 8 * SIZE) is None
+    assert recipe_for(coarse, 8 * SIZE) is None
 
 
 def test_a_convolutions_cast_factor_is_made_again() -> None:
     """Of A in the model's type, what the backward pass needs beyond the factor itself: not a number of it is kept."""
     layer = frozen(nn.Conv2d(4, 8, 3, padding=1).bfloat16())
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=torch.bfloat16))
+    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=torch.bfloat16))
     out = network.adapters[0](pictures(1, 4, 8, 8).bfloat16())
     path, *_ = out.grad_fn.next_functions  # type: ignore[union-attr]
     inner: Any = path[0]
@@ -161,12 +161,12 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
 def test_what_cannot_be_made_again_is_kept(why: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And gives the gradients that it always gave."""
     seen = []
-    for large in (inputs.LARGE, 10**12):
-        monkeypatch.setattr(inputs, "LARGE", large)
+    for large in (inputs.MIN_BYTES, 10**12):
+        monkeypatch.setattr(inputs, "MIN_BYTES", large)
         layer, network = layer_of(kind, torch.float32)
         network.refresh()
         x = KEPT[why](pictures(2 * SIZE, 2 * SIZE).requires_grad_())
-        assert recipe_of(x, 8 * SIZE) is None
+        assert recipe_for(x, 8 * SIZE) is None
         with network.attached():
             out = layer(x if kind == "linear" else x.reshape(-1, 4, SIZE // 4, SIZE // 4))
         out.square().sum().backward()
@@ -204,7 +204,7 @@ def test_a_checkpointed_block_keeps_what_it_is_told_to() -> None:
     def block(x: Tensor) -> Tensor:
         calls.append(1)
         y = F.silu(x)
-        found.append(recipe_of(y, 8))
+        found.append(recipe_for(y, 8))
         return y.square().sum()
 
     checkpoint(block, pictures(SIZE, SIZE).requires_grad_(), use_reentrant=False).backward()
@@ -226,7 +226,7 @@ def test_a_checkpointed_block_keeps_what_it_is_told_to() -> None:
 def test_a_part_that_is_changed_meanwhile_is_noticed() -> None:
     """By autograd, as if the operation itself had kept it."""
     layer = frozen(nn.Linear(SIZE, 16))
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8)))
+    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8)))
     wide = pictures(SIZE, SIZE).requires_grad_() + 0
     with network.attached():
         out = layer(F.silu(wide))
@@ -250,9 +250,9 @@ def test_training_a_host_model_is_the_same_to_the_last_bit(
         monkeypatch.setitem(module._KNOWN, name, lambda node, name=name, of=of: found.append(name) or of(node))
     session, losses, layers = pack("nodes.runs.run"), [], []
     for large in (0, 10**12):
-        monkeypatch.setattr(module, "LARGE", large)
-        told = pack("lora2.config").Settings(steps=3, batch_size=1, target_rank=4, learning_rate=1e-3)
-        request = session.Request("t/x", "all linear + convolution", save_dtype="fp32", checkpointing="off")
+        monkeypatch.setattr(module, "MIN_BYTES", large)
+        told = pack("lora2.config").TrainingConfig(steps=3, batch_size=1, target_rank=4, learning_rate=1e-3)
+        request = session.RunRequest("t/x", "all linear + convolution", save_dtype="fp32", checkpointing="off")
         result = session.train(small_model(family), latents(family), captions(family, 3), told, request)
         losses.append(result.losses)
         layers.append(result.lora)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from training import pack
 
 from dev.server import ComfyServer, PromptError
-from lora2.method.effective import energy_rank
 from lora2.method.factors import Factors
+from lora2.method.svd import energy_rank
 
 NODE = "LoRA2_InspectRanks"
 CONNECTED = "(the connected LoRA)"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora2.checkpoints.directory import Keeper, states_below, states_in
+from lora2.checkpoints.directory import CheckpointDirectory, states_below, states_in
 from lora2.checkpoints.state import State, read_state
 from lora2.files import writer
 from lora2.util.errors import LoraError
@@ -30,7 +30,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_the_last_states_are_kept(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path / "new", 2)
+    keeper = CheckpointDirectory(tmp_path / "new", 2)
     for step in (10, 20, 30):
         path = keeper.save(at(step))
         assert float(read_state(path, 1 << 20).tensors["run.x"][0]) == step
@@ -42,7 +42,7 @@ def test_the_last_states_are_kept(tmp_path: Path) -> None:
 
 def test_the_older_state_goes_only_after_the_new_one_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one state kept, there is never a moment without one."""
-    keeper = Keeper(tmp_path, 1)
+    keeper = CheckpointDirectory(tmp_path, 1)
     keeper.save(at(1))
     real, seen = os.unlink, []
 
@@ -60,7 +60,7 @@ def test_the_older_state_goes_only_after_the_new_one_lies_there(tmp_path: Path, 
 
 def test_two_runs_of_one_name_do_not_touch_each_other(tmp_path: Path) -> None:
     """Side by side, in turns: each keeps its own two, whoever writes more."""
-    one, other = Keeper(tmp_path, 2), Keeper(tmp_path, 2)
+    one, other = CheckpointDirectory(tmp_path, 2), CheckpointDirectory(tmp_path, 2)
     for step in range(1, 9):
         one.save(at(step))
         if step % 3 == 0:
@@ -73,10 +73,10 @@ def test_two_runs_of_one_name_do_not_touch_each_other(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
     """Its states before the stop count among those that are kept, and stay until newer ones are there."""
-    first = Keeper(tmp_path, 2)
+    first = CheckpointDirectory(tmp_path, 2)
     first.save(at(10))
     newest = first.save(at(20))
-    again = Keeper(tmp_path, 2, continued=newest)
+    again = CheckpointDirectory(tmp_path, 2, continued=newest)
     assert again.run == first.run
     assert steps(tmp_path) == [20, 10]
     again.save(at(30))
@@ -85,10 +85,10 @@ def test_a_run_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
 
 def test_going_on_from_an_older_state_is_another_run(tmp_path: Path) -> None:
     """Else the later states, which may be wanted, would be removed for it."""
-    first = Keeper(tmp_path, 2)
+    first = CheckpointDirectory(tmp_path, 2)
     older = first.save(at(10))
     first.save(at(20))
-    branch = Keeper(tmp_path, 1, continued=older)
+    branch = CheckpointDirectory(tmp_path, 1, continued=older)
     assert branch.run != first.run
     branch.save(at(11))
     branch.save(at(12))
@@ -98,7 +98,7 @@ def test_going_on_from_an_older_state_is_another_run(tmp_path: Path) -> None:
 
 def test_newest_is_decided_by_number_and_not_by_the_clock(tmp_path: Path) -> None:
     """The clock jumps back an hour with every state."""
-    keeper = Keeper(tmp_path, 5)
+    keeper = CheckpointDirectory(tmp_path, 5)
     for step in (1, 2, 3):
         path = keeper.save(at(step))
         os.utime(path, (time.time() - 3600 * step,) * 2)
@@ -108,7 +108,7 @@ def test_newest_is_decided_by_number_and_not_by_the_clock(tmp_path: Path) -> Non
 def test_states_are_found_in_folders_below_but_not_through_links(tmp_path: Path) -> None:
     root, outside = tmp_path / "states", tmp_path / "outside"
     for step, folder in ((1, root / "b"), (2, root / "a" / "deep"), (3, outside)):
-        path = Keeper(folder, 1).save(at(step))
+        path = CheckpointDirectory(folder, 1).save(at(step))
         os.utime(path, (step * 1000,) * 2)
     (root / "link").symlink_to(outside, target_is_directory=True)
     (root / "b" / "00009_abcdef_step_000009.safetensors").symlink_to(states_in(outside)[0].path)
@@ -117,7 +117,7 @@ def test_states_are_found_in_folders_below_but_not_through_links(tmp_path: Path)
 
 
 def test_only_whole_states_of_our_naming_are_listed(tmp_path: Path) -> None:
-    Keeper(tmp_path, 1).save(at(5))
+    CheckpointDirectory(tmp_path, 1).save(at(5))
     for name in (".lora2-0123456789abcdef.partial", "x.safetensors", "00002_zzzzzz_step_000001.safetensors"):
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / "00003_abcdef_step_000001.safetensors").touch()  # a claimed name on a disk without hard links
@@ -127,12 +127,12 @@ def test_only_whole_states_of_our_naming_are_listed(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_half_written_goes_with_its_next_state(tmp_path: Path) -> None:
     """That of other runs stays: they may be writing it."""
-    first = Keeper(tmp_path, 2)
+    first = CheckpointDirectory(tmp_path, 2)
     newest = first.save(at(1))
     mine, others = tmp_path / f".lora2-{first.run}0123456789.partial", tmp_path / ".lora2-0123456789abcdef.partial"
     for path in (mine, others):
         path.write_bytes(b"half")
-    second = Keeper(tmp_path, 2, continued=newest)
+    second = CheckpointDirectory(tmp_path, 2, continued=newest)
     second.save(at(2))
     assert mine.exists(), "written just now: another may still be at it"
     for path in (mine, others):
@@ -143,7 +143,7 @@ def test_what_a_killed_run_left_half_written_goes_with_its_next_state(tmp_path: 
 
 
 def test_a_full_disk_keeps_the_states_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper = Keeper(tmp_path, 1, reserve=50_000_000)
+    keeper = CheckpointDirectory(tmp_path, 1, reserve=50_000_000)
     keeper.save(at(1))
 
     def full(*_: Any) -> None:
@@ -179,5 +179,5 @@ def test_a_state_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(writer.os, "fsync", flushed)
     monkeypatch.setattr(writer.os, "link", linked)
-    Keeper(tmp_path, 1).save(at(1))
+    CheckpointDirectory(tmp_path, 1).save(at(1))
     assert happened == ["flushed file, 0 listed", "named", "flushed folder, 1 listed"]

@@ -22,7 +22,7 @@ from graph import (
 from torch import Tensor
 
 from dev import assets
-from lora2.files.keys import STYLES
+from lora2.files.keys import KEY_STYLES
 
 SmallModel = Callable[[str], Any]
 
@@ -242,7 +242,7 @@ def test_keys_that_comfyui_renames_are_found(small_model: SmallModel, folders: P
 def test_what_nothing_can_apply_is_not_counted_as_loaded(model: Any, folders: Path, said: Callable[[], str]) -> None:
     """Half of a pair, and a layer of rank 0, are named; a pair of whole numbers, which ComfyUI applies, counts once."""
     tensors = random_lora(model)
-    up, down = (suffix for suffix in STYLES["peft"])
+    up, down = (suffix for suffix in KEY_STYLES["peft"])
     first, second, third, *rest = [key.removesuffix(up) for key in tensors if key.endswith(up)]
     del tensors[first + up], tensors[first + ".alpha"]
     tensors[second + up], tensors[second + down] = tensors[second + up][:, :0], tensors[second + down][:0]

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lora2.method.attention_entropy import MAX_QUERIES, EntropyProbe, attention_entropy
 from lora2.method.losses import (
-    ENTROPY_POSITIONS,
     EPSILON,
     FLOW,
     PREDICTIONS,
     X0,
-    EntropyProbe,
     V,
-    attention_entropy,
     denoising_loss,
     min_snr_weight,
     prediction_weight,
@@ -222,9 +220,9 @@ def test_attention_to_one_key_has_none_and_extremes_stay_finite() -> None:
 @pytest.mark.parametrize("queries", [1, 255, 256, 257, 1000, 4096])
 def test_large_pictures_are_looked_at_in_evenly_spaced_places(queries: int) -> None:
     """At most 256 of the queries, from the first on, at one distance, spread over nearly all of the picture."""
-    distance = math.ceil(queries / ENTROPY_POSITIONS)
+    distance = math.ceil(queries / MAX_QUERIES)
     chosen = list(range(0, queries, distance))
-    assert ENTROPY_POSITIONS / 2 < len(chosen) <= ENTROPY_POSITIONS or len(chosen) == queries
+    assert MAX_QUERIES / 2 < len(chosen) <= MAX_QUERIES or len(chosen) == queries
     q, k = normal(1, queries, 4, seed=0).float(), normal(1, 5, 4, seed=1).float()
     expected = plain_entropy(q[:, chosen], k, 1)
     assert float(attention_entropy(q, k, 1)) == pytest.approx(expected, rel=1e-5)

@@ -14,9 +14,9 @@ from torch import Tensor
 import lora2.adapters.layer
 import lora2.adapters.network
 import lora2.util.memory
-from lora2.training.step import GraphEngine
+from lora2.training.cuda_graph import GraphStepRunner
 from lora2.training.trainer import Trainer
-from lora2.util.memory import OutOfMemory, attempt, out_of_memory
+from lora2.util.memory import OutOfMemory, is_out_of_memory, try_allocating
 
 # Rounding: a batch's mean in one kernel, or of parts added up, and Adam divides gradients near zero by their own size.
 ROUNDING = {"rtol": 1e-4, "atol": 2e-5}
@@ -173,7 +173,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -
 
 @pytest.mark.parametrize(("owner", "name", "at"), [
     ("Adapter", "resize", 2), ("AdaptiveNetwork", "_rebuild", 1), ("AdaptiveNetwork", "_rebuild", 2), ("Adapter", "load", 3),
-    ("Adapter", "mix", 1), ("Adapter", "mix", 3),
+    ("Adapter", "rotate", 1), ("Adapter", "rotate", 3),
 ])  # fmt: skip
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_arrays_that_find_no_room_to_grow_or_settle_are_tried_again(
@@ -195,7 +195,7 @@ def test_arrays_that_find_no_room_to_grow_or_settle_are_tried_again(
     assert network._laid_out == [a.capacity for a in network.adapters]
     assert network.size() <= network.budget
     assert progress.changes == []
-    if name in ("load", "mix"):
+    if name in ("load", "rotate"):
         for one, other in zip(network.parameters(), plenty.network.parameters(), strict=True):
             assert torch.equal(one, other)
 
@@ -308,7 +308,7 @@ def test_no_memory_to_record_a_step_is_not_a_step_that_cannot_be_recorded(
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1), raising=False)
     plain, trainer = (trainer_of(steps=9, batch_size=2) for _ in range(2))
-    engine = trainer.engine = GraphEngine(trainer.network, trainer.engine.loss)
+    engine = trainer.engine = GraphStepRunner(trainer.network, trainer.engine.loss)
     toy_of(trainer).savings = ["gradient checkpointing is on"]
     seen: list[bool] = []
     trainer._say = lambda _: seen.append(engine.failed)
@@ -328,13 +328,13 @@ def test_what_counts_as_memory_that_ran_out() -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
     ]  # fmt: skip
     no = [RuntimeError("mat1 and mat2"), KeyboardInterrupt(), ValueError("out of memory"), OSError(28, "No space left")]
-    assert [out_of_memory(e) for e in (*yes, *no)] == [True] * len(yes) + [False] * len(no)
+    assert [is_out_of_memory(e) for e in (*yes, *no)] == [True] * len(yes) + [False] * len(no)
     with pytest.raises(ValueError, match="x"):
-        attempt(lambda: int("x"))
+        try_allocating(lambda: int("x"))
 
 
 def test_the_computer_s_own_message_is_recognised() -> None:
     """What torch really says on this machine, for an allocation that no machine can make."""
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert out_of_memory(error.value)
+    assert is_out_of_memory(error.value)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lora2.files import rank_info as info
 from lora2.files.document import parse, read, to_state_dict, write_new
-from lora2.files.metadata import FAMILIES, HEADER_LIMIT, LayerInfo, build, layer_info, legacy_hash, model_hash
+from lora2.files.families import FAMILIES
+from lora2.files.metadata import HEADER_LIMIT, LayerInfo, build, layer_info, legacy_hash, model_hash
 from lora2.files.writer import header
 from lora2.method.factors import Factors
 from lora2.util.errors import LoraError
@@ -41,8 +42,8 @@ def file_of(count: int, rank: int = 2, width: int = 8) -> tuple[dict[str, Tensor
 
 def built(count: int = 3, **changes: Any) -> dict[str, str]:
     tensors, layers = file_of(count)
-    settings: dict[str, Any] = {"name": "mug", "family": "sdxl", "layers": layers, "training": {"steps": 10}}
-    return build(tensors, **{**settings, **changes})
+    config: dict[str, Any] = {"name": "mug", "family": "sdxl", "layers": layers, "training": {"steps": 10}}
+    return build(tensors, **{**config, **changes})
 
 
 # --- what is written

@@ -9,7 +9,7 @@ import torch
 from benchmarks.models import pack
 
 CPU = torch.device("cpu")
-mixing, mix = pack("lora2.method.rotation").mixing, pack("lora2.method.rotation").mix
+mixing, mix = pack("lora2.method.rotation").rotation_matrix, pack("lora2.method.rotation").rotate
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3, 8, 31, 255])

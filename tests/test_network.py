@@ -13,8 +13,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora2.adapters.network import AdaptiveNetwork
-from lora2.config import Settings
-from lora2.method.allocation import fit, next_pressure, scaled_ranks
+from lora2.config import TrainingConfig
+from lora2.method.allocation import cut_to_budget, next_multiplier, scaled_ranks
 from lora2.method.factors import Factors
 from lora2.training.optimizer import Optimizer
 from lora2.util.errors import LoraError
@@ -49,12 +49,12 @@ class Model(nn.Module):
         return {"a": self.first, "b": self.second, "c": self.third}
 
 
-def settings(**changes: Any) -> Settings:
-    return Settings(**{"q": Q, "target_rank": 2, "initial_rank": 12, "rank_weight": 0.01, "weight_decay": 0.0, **changes})
+def config(**changes: Any) -> TrainingConfig:
+    return TrainingConfig(**{"q": Q, "target_rank": 2, "initial_rank": 12, "rank_weight": 0.01, "weight_decay": 0.0, **changes})
 
 
 def network_of(model: Model, device: str = "cpu", **changes: Any) -> AdaptiveNetwork:
-    return AdaptiveNetwork(model.layers(), settings(**changes), device)
+    return AdaptiveNetwork(model.layers(), config(**changes), device)
 
 
 def randomise(network: AdaptiveNetwork, seed: int = 0) -> AdaptiveNetwork:
@@ -82,8 +82,8 @@ def importance_of(rho: float) -> Tensor:
 
 def gain_of(network: AdaptiveNetwork) -> float:
     """G, with g² = D / Σ f² at the rank D that the network started at."""
-    start = importance_of(network.settings.initial_rank)
-    return math.sqrt(network.settings.initial_rank / math.fsum(start.square().tolist()))
+    start = importance_of(network.config.initial_rank)
+    return math.sqrt(network.config.initial_rank / math.fsum(start.square().tolist()))
 
 
 def deltas(network: AdaptiveNetwork, *rhos: float) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ def test_ranks_stay_within_their_limits_whatever_theta_does() -> None:
 
 def test_no_layer_has_more_rank_than_its_weight() -> None:
     layers = {"small": nn.Linear(3, 50), "conv": nn.Conv2d(2, 40, 1), "large": nn.Linear(40, 40)}
-    network = AdaptiveNetwork(layers, settings(initial_rank=16))
+    network = AdaptiveNetwork(layers, config(initial_rank=16))
     assert network.ranks() == {"small": 3, "conv": 2, "large": 16}
     network.theta.data.fill_(99.0)
     for _ in range(3):
@@ -224,7 +224,7 @@ def test_a_step_is_the_same_work_whatever_the_values_are() -> None:
         ([3, 3, 3], torch.full((3, 5, 24), math.nan)),
     ):
         set_ranks(network, *rhos)
-        network.forget_gradients()
+        network.drop_gradients()
         with Listener() as listener:
             device_step(network, model, x)
         seen.append(listener.operations)
@@ -363,7 +363,7 @@ def reference_gradients(
 def test_gradients_in_every_type_that_a_model_computes_in(compute: torch.dtype, near: float) -> None:
     """Of factors and θ, over two batches; and a second step starts from nothing."""
     model, rhos, weight = Model(), [5.4, 9.7, 2.5], 0.02
-    told = settings(initial_rank=16, rank_weight=weight, target_rank=4)
+    told = config(initial_rank=16, rank_weight=weight, target_rank=4)
     network = randomise(AdaptiveNetwork(model.layers(), told, compute=compute))
     set_ranks(network, *rhos)
     batches = [pictures(3, 5, 24, seed=s) for s in (1, 2)]
@@ -371,7 +371,7 @@ def test_gradients_in_every_type_that_a_model_computes_in(compute: torch.dtype, 
     model.to(compute)
     for _ in range(2):
         network.refresh()
-        network.hold_gradients()
+        network.allocate_gradients()
         for x in batches:
             with network.attached():
                 ((model(x.to(compute)).to(torch.promote_types(compute, torch.float32)) - 1).square().mean() / 2).backward()
@@ -389,14 +389,14 @@ def test_gradients_in_every_type_that_a_model_computes_in(compute: torch.dtype, 
 def test_outputs_in_another_type_follow_ranks_resizing_and_settling(settled: bool) -> None:
     """The copies are made anew at every refresh, for any capacity; a settled rank need not be a multiple of 8."""
     model, x = Model(), pictures(3, 5, 24)
-    network = randomise(AdaptiveNetwork(model.layers(), settings(initial_rank=16, target_rank=5), compute=torch.float64))
+    network = randomise(AdaptiveNetwork(model.layers(), config(initial_rank=16, target_rank=5), compute=torch.float64))
     for rhos in ([16, 7.2, 3], [20, 20, 20], [2.5, 17, 1]):
         set_ranks(network, *rhos)
         network.sync()
         randomise(network)
         if settled:
-            change = {n: f.delta().double() for n, f in fit(network.export(), network.budget).items()}
-            network.settle()
+            change = {n: f.delta().double() for n, f in cut_to_budget(network.export(), network.budget).items()}
+            network.prune()
         else:
             change = deltas(network, *rhos)
         network.refresh()
@@ -454,7 +454,7 @@ def test_positions_that_were_in_use_for_a_while_are_forgotten_too() -> None:
 def test_a_single_layer_among_hundreds_gets_about_the_rank_that_it_wants() -> None:
     """Its parameters are a thousandth of all, and it may still be the one layer that matters."""
     layers = {str(i): nn.Linear(48, 48) for i in range(300)}
-    network = AdaptiveNetwork(layers, settings(initial_rank=16, target_rank=8))
+    network = AdaptiveNetwork(layers, config(initial_rank=16, target_rank=8))
     resized = 0
     for wanted in range(16, 49):
         network.theta.data[7] = math.log(wanted)
@@ -480,7 +480,7 @@ def test_ranks_and_optimizer_follow_through_a_whole_run() -> None:
     """Ranks up and down, arrays synced, one optimizer for all: it trains exactly the arrays there are."""
     model = Model()
     network = network_of(model, initial_rank=8, learning_rate=1e-2)
-    optimizer = Optimizer(network, network.settings)
+    optimizer = Optimizer(network, network.config)
     generator = torch.Generator().manual_seed(0)
     changed = 0
     for step in range(24):
@@ -508,8 +508,8 @@ def live_bytes() -> int:
 def test_memory_falls_when_ranks_fall() -> None:
     """256 positions of 600 numbers in two layers fall to 16: factors and two moments, 4 bytes a number; gradients go."""
     layers = {"a": frozen(nn.Linear(300, 300)), "b": frozen(nn.Linear(300, 300))}
-    network = AdaptiveNetwork(layers, settings(initial_rank=256))
-    optimizer = Optimizer(network, network.settings)
+    network = AdaptiveNetwork(layers, config(initial_rank=256))
+    optimizer = Optimizer(network, network.config)
     torch.stack([(a.down.sum() + a.up.sum()) for a in network.adapters]).sum().backward()
     optimizer.step(1.0, False, torch.ones(()))
     before = live_bytes()
@@ -530,8 +530,8 @@ def test_settling_without_a_cut_changes_the_output_by_rounding_only() -> None:
     set_ranks(network, *rhos)
     network.refresh()
     before, change = answer(network, model, x), deltas(network, *rhos)
-    network.settle(network.size())
-    assert network.settled
+    network.prune(network.size())
+    assert network.pruned
     assert network.ranks() == {"a": 8, "b": 16, "c": 3}
     # Factors are rounded to float32 once, after a float64 SVD.
     assert relative(answer(network, model, x), before) < 1e-6
@@ -556,7 +556,7 @@ def test_settling_cuts_to_the_budget_and_every_layer_is_its_best_approximation()
         network, rhos = randomise(network_of(model, initial_rank=16, target_rank=budget_rank)), [15.3, 16, 12]
         set_ranks(network, *rhos)
         change = deltas(network, *rhos)
-        network.settle()
+        network.prune()
         costs = {"a": 24 + 32, "b": 32 + 20, "c": 20 * 3 + 28}
         assert network.budget == budget_rank * sum(costs.values())
         ranks = network.ranks()
@@ -574,11 +574,11 @@ def test_settling_cuts_to_the_budget_and_every_layer_is_its_best_approximation()
 def test_all_layers_are_cut_by_one_measure() -> None:
     """With equal costs, whatever is kept anywhere has more energy than whatever is dropped anywhere."""
     layers = {name: frozen(nn.Linear(24, 24)) for name in "abcd"}
-    network = randomise(AdaptiveNetwork(layers, settings(initial_rank=16, target_rank=4)))
+    network = randomise(AdaptiveNetwork(layers, config(initial_rank=16, target_rank=4)))
     for strength, adapter in zip((3.0, 1.0, 0.5, 1e-4), network.adapters, strict=True):
         adapter.up.data *= strength
     change = deltas(network, 16, 16, 16, 16)
-    network.settle()
+    network.prune()
     ranks = network.ranks()
     sigmas = {name: torch.linalg.svdvals(delta) for name, delta in change.items()}
     assert sum(ranks.values()) == 4 * 4
@@ -589,9 +589,9 @@ def test_all_layers_are_cut_by_one_measure() -> None:
 
 def test_settling_keeps_min_rank_everywhere() -> None:
     layers = {name: frozen(nn.Linear(24, 24)) for name in "abc"}
-    network = randomise(AdaptiveNetwork(layers, settings(initial_rank=16, target_rank=6, min_rank=3)))
+    network = randomise(AdaptiveNetwork(layers, config(initial_rank=16, target_rank=6, min_rank=3)))
     network.adapters[1].up.data *= 1e-6
-    network.settle()
+    network.prune()
     assert network.ranks()["b"] == 3
     assert network.size() == network.budget
 
@@ -605,7 +605,7 @@ def test_settling_before_anything_was_learned_gives_a_plain_lora_that_learns(cut
         network.adapters[0].up.data.normal_(generator=torch.Generator().manual_seed(0))
     x = pictures(3, 5, 24)
     before = answer(network, model, x)
-    network.settle(None if cut else network.size())
+    network.prune(None if cut else network.size())
     assert relative(answer(network, model, x), before) < 1e-6
     assert set(network.ranks().values()) == {4 if cut else 16}
     for adapter in network.adapters[0 if cut else 1 :]:
@@ -629,8 +629,8 @@ def test_a_settled_network_trains_as_a_plain_lora() -> None:
     """No θ, no Λ, no resizing; the ranks stay and ν is no longer known."""
     model = Model()
     network = randomise(network_of(model, target_rank=3, initial_rank=16))
-    network.settle()
-    ranks, optimizer = network.ranks(), Optimizer(network, settings(learning_rate=1e-2))
+    network.prune()
+    ranks, optimizer = network.ranks(), Optimizer(network, config(learning_rate=1e-2))
     assert optimizer.theta is None
     assert network.rates() == dict.fromkeys("abc")
     x, losses = pictures(8, 5, 24), []
@@ -666,7 +666,7 @@ def test_a_budget_steers_the_papers_form(budget_rank: int, initial: int) -> None
         up = torch.randn(width, rank, generator=generator)
         goals[name] = up @ torch.randn(rank, width, generator=generator) / math.sqrt(width * rank)
     budget = budget_rank * len(layers) * 2 * width
-    told = Settings(
+    told = TrainingConfig(
         steps=1200, budget_mb=2 * budget / 1e6, bytes_per_parameter=2, initial_rank=initial, settle_at=1,
         learning_rate=3e-3, rank_learning_rate=2e-2, rank_weight=1e-3, clip_norm=0, weight_decay=0.0,
     )
@@ -693,15 +693,15 @@ def test_a_budget_steers_the_papers_form(budget_rank: int, initial: int) -> None
 
 
 def test_the_multiplier_rises_above_the_budget_and_falls_below_it() -> None:
-    assert next_pressure(1.0, 1.3, 1.3) > 1 > next_pressure(1.0, 0.7, 0.7)
-    assert next_pressure(2.0, 1.0, 1.0) == 2.0
-    assert next_pressure(1.0, 1.3, 1.6) < next_pressure(1.0, 1.3, 1.3), "the size is coming down already"
+    assert next_multiplier(1.0, 1.3, 1.3) > 1 > next_multiplier(1.0, 0.7, 0.7)
+    assert next_multiplier(2.0, 1.0, 1.0) == 2.0
+    assert next_multiplier(1.0, 1.3, 1.6) < next_multiplier(1.0, 1.3, 1.3), "the size is coming down already"
     pressure = 1.0
     for _ in range(100):
-        pressure = next_pressure(pressure, 50, 50)
+        pressure = next_multiplier(pressure, 50, 50)
     assert pressure == 1e6
     for _ in range(100):
-        pressure = next_pressure(pressure, 0.01, 0.01)
+        pressure = next_multiplier(pressure, 0.01, 0.01)
     assert pressure == 1e-6
 
 
@@ -752,7 +752,7 @@ def test_fit_keeps_alpha_and_meets_any_budget() -> None:
         for name, alpha in (("plain", None), ("scaled", 1.5))
     }
     for budget in range(2 * 24, 12 * 24 + 30, 24):
-        cut = fit(layers, budget)
+        cut = cut_to_budget(layers, budget)
         assert sum(f.parameters for f in cut.values()) == min(budget, 12 * 24)
         for name, factors in cut.items():
             sigma = torch.linalg.svdvals(layers[name].delta().double())
@@ -818,7 +818,7 @@ def test_a_new_network_changes_nothing_and_a_seed_decides_it() -> None:
     ],
 )
 def test_where_the_ranks_start(changes: dict[str, Any], rank: int) -> None:
-    network = AdaptiveNetwork({"a": nn.Linear(40, 50)}, settings(**changes))
+    network = AdaptiveNetwork({"a": nn.Linear(40, 50)}, config(**changes))
     assert network.ranks() == {"a": rank}
 
 
@@ -826,15 +826,15 @@ def test_impossible_networks_are_refused_in_words() -> None:
     """Before anything is allocated or changed."""
     layers = {"a": nn.Linear(40, 50), "b": nn.Linear(8, 16)}
     with pytest.raises(LoraError, match="No layer to adapt"):
-        AdaptiveNetwork({}, settings())
+        AdaptiveNetwork({}, config())
     with pytest.raises(LoraError, match=r"target_rank = 41 .* at most 40"):
-        AdaptiveNetwork(layers, settings(target_rank=41))
+        AdaptiveNetwork(layers, config(target_rank=41))
     with pytest.raises(LoraError, match=r"budget_mb = 1e-05 is smaller than rank 1 on a single layer"):
-        AdaptiveNetwork(layers, settings(budget_mb=1e-5))
+        AdaptiveNetwork(layers, config(budget_mb=1e-5))
     with pytest.raises(LoraError, match=r"budget_mb = 0.0001 is smaller than rank 1 on all 2 layers"):
-        AdaptiveNetwork(layers, settings(budget_mb=1e-4, settle_at=1.0))
+        AdaptiveNetwork(layers, config(budget_mb=1e-4, settle_at=1.0))
     with pytest.raises(LoraError, match=r"budget_mb = 1 is more than the 2 layers can hold"):
-        AdaptiveNetwork(layers, settings(budget_mb=1))
+        AdaptiveNetwork(layers, config(budget_mb=1))
 
 
 def test_a_run_that_stops_before_its_ranks_settle_has_the_size_that_was_asked_for() -> None:
@@ -847,7 +847,7 @@ def test_a_run_that_stops_before_its_ranks_settle_has_the_size_that_was_asked_fo
 def test_a_layer_that_runs_in_another_type_learns_too() -> None:
     """A model in bfloat16 may keep a layer in float32: its gradients must not be lost beside the summed ones."""
     layer = frozen(nn.Linear(24, 16, bias=False))
-    network = AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=torch.bfloat16)
+    network = AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=torch.bfloat16)
     network.adapters[0].up.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     network.refresh()
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))

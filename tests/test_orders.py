@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import lora2.method.orders as module
+import lora2.method.svd as module
 from lora2.method.factors import Factors
-from lora2.method.orders import singular_orders
-from lora2.method.svd import singular_order
+from lora2.method.svd import decompose, decompose_layers
 from lora2.util.errors import LoraError
 
 # Two float32 factors, each rounded to 6e-8 of its largest numbers, in sums of up to some dozen.
@@ -70,14 +69,14 @@ def delta(layer: Factors) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def orders() -> dict[str, module.Order]:
-    return singular_orders(LAYERS)
+def orders() -> dict[str, module.Decomposition]:
+    return decompose_layers(LAYERS)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_singular_values_and_the_whole_product(orders: dict[str, module.Order], name: str) -> None:
+def test_singular_values_and_the_whole_product(orders: dict[str, module.Decomposition], name: str) -> None:
     layer, order = LAYERS[name], orders[name]
-    exact = singular_order(layer)[1]
+    exact = decompose(layer)[1]
     assert order.sigma.dtype == torch.float64
     assert order.sigma.shape == exact.shape
     assert bool((order.sigma.diff() <= 0).all())
@@ -92,7 +91,7 @@ def test_singular_values_and_the_whole_product(orders: dict[str, module.Order], 
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_prefix_is_the_best_approximation(orders: dict[str, module.Order], name: str) -> None:
+def test_every_prefix_is_the_best_approximation(orders: dict[str, module.Decomposition], name: str) -> None:
     layer, order = LAYERS[name], orders[name]
     for rank in range(len(order.sigma) + 1):
         missed = (delta(order.head(rank)) - delta(layer)).norm()
@@ -102,8 +101,8 @@ def test_every_prefix_is_the_best_approximation(orders: dict[str, module.Order],
 
 def test_qr_is_left_to_the_layers_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Factors] = []
-    monkeypatch.setattr(module, "singular_order", lambda f: (seen.append(f), singular_order(f))[1])
-    singular_orders(LAYERS)
+    monkeypatch.setattr(module, "decompose", lambda f: (seen.append(f), decompose(f))[1])
+    decompose_layers(LAYERS)
     needed = ("wider than the layer", "wide convolution", "closer", "the same", "some dead", "zero", "empty")
     assert [tuple(f.up.shape) for f in seen] == [tuple(LAYERS[name].up.shape) for name in needed]
 
@@ -112,9 +111,9 @@ def test_the_limit_is_where_digits_get_lost(monkeypatch: pytest.MonkeyPatch) -> 
     """With a much higher one, a prefix of nearly dependent positions is worse than it need be."""
     layer = Factors(dependent(1e-2).up.double(), dependent(1e-2).down.double())
     layer.up[:, 4:] = layer.up[:, :4] + 1e-7 * random(4, 40, 30, seed=3).up
-    monkeypatch.setattr(module, "MOST_INVERSE", math.inf)
-    order = singular_orders({"a": layer})["a"]
-    exact = singular_order(layer)[1]
+    monkeypatch.setattr(module, "MAX_INVERSE_NORM", math.inf)
+    order = decompose_layers({"a": layer})["a"]
+    exact = decompose(layer)[1]
     assert float((order.sigma[4:] / exact[4:] - 1).abs().max()) > 1e-3
 
 
@@ -124,7 +123,7 @@ def test_values_without_a_spectrum_are_refused(value: float, side: str) -> None:
     layer = random(3, 5, 4)
     getattr(layer, side)[1, 1] = value
     with pytest.raises(LoraError, match="singular values"):
-        singular_orders({"good": random(3, 5, 4), "bad": layer})
+        decompose_layers({"good": random(3, 5, 4), "bad": layer})
 
 
 @pytest.fixture
@@ -136,16 +135,16 @@ def two_threads() -> Iterator[None]:
 
 
 def test_more_cores_give_the_same_numbers_and_stay_as_they_were(
-    orders: dict[str, module.Order], two_threads: None
+    orders: dict[str, module.Decomposition], two_threads: None
 ) -> None:
-    shared = singular_orders(LAYERS)
+    shared = decompose_layers(LAYERS)
     assert torch.get_num_threads() == 2
     assert list(shared) == list(LAYERS)
     for name in ("linear", "convolution", "graded", "closer"):
         # Products may be added up in another order by two threads.
         assert torch.allclose(shared[name].sigma, orders[name].sigma, rtol=1e-9)
     with pytest.raises(LoraError, match="singular values"):
-        singular_orders({"bad": Factors(torch.full((2, 1), math.nan), torch.ones(1, 2))})
+        decompose_layers({"bad": Factors(torch.full((2, 1), math.nan), torch.ones(1, 2))})
     assert torch.get_num_threads() == 2
 
 
@@ -161,7 +160,7 @@ def test_memory_that_runs_out_on_the_device_costs_nothing_but_time(monkeypatch: 
 
     monkeypatch.setattr(module._Pair, "sides", sides)
     layers = {"linear": LAYERS["linear"]}
-    order = singular_orders(layers, torch.device("cuda"))["linear"]
+    order = decompose_layers(layers, torch.device("cuda"))["linear"]
     assert tried == ["cuda", "cpu"]
     assert (delta(order.head(16)) - delta(layers["linear"])).norm() <= ROUNDING * delta(layers["linear"]).norm()
     assert tried == ["cuda", "cpu", "cuda", "cpu"]
@@ -170,6 +169,6 @@ def test_memory_that_runs_out_on_the_device_costs_nothing_but_time(monkeypatch: 
 def test_graphics_of_other_kinds_are_left_alone() -> None:
     """Apple's has no float64: the CPU does all the work there."""
     assert torch.equal(
-        singular_orders({"a": LAYERS["linear"]}, torch.device("mps"))["a"].sigma,
-        singular_orders({"a": LAYERS["linear"]})["a"].sigma,
+        decompose_layers({"a": LAYERS["linear"]}, torch.device("mps"))["a"].sigma,
+        decompose_layers({"a": LAYERS["linear"]})["a"].sigma,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora2.checkpoints.fingerprint import SAMPLES, Origin, Prints, digest_of, plain
+from lora2.checkpoints.fingerprint import SAMPLES, Digests, Fingerprint, digest_of, plain
 from lora2.checkpoints.state import State
 from lora2.util.errors import LoraError
 
@@ -18,8 +18,8 @@ def numbers(count: int, shape: tuple[int, ...], seed: int) -> list[Tensor]:
     return [torch.randn(shape, generator=g) for _ in range(count)]
 
 
-def prints(tensors: list[Tensor], samples: int = 0) -> Prints:
-    return Prints.of((([t], "") for t in tensors), samples)
+def prints(tensors: list[Tensor], samples: int = 0) -> Digests:
+    return Digests.of((([t], "") for t in tensors), samples)
 
 
 WEIGHTS, PICTURES, CAPTIONS = numbers(3, (40, 30), 1), numbers(4, (4, 8, 8), 2), numbers(4, (1, 7, 64), 3)
@@ -27,11 +27,11 @@ WEIGHTS, PICTURES, CAPTIONS = numbers(3, (40, 30), 1), numbers(4, (4, 8, 8), 2),
 
 def origin(
     weights: list[Tensor] = WEIGHTS, pictures: list[Tensor] = PICTURES, captions: list[Tensor] = CAPTIONS
-) -> Origin:
+) -> Fingerprint:
     layers = [f"layer{i}" for i in range(len(weights))]
     types = [str(w.dtype) for w in weights]
     empty = prints(numbers(1, (1, 7, 64), 4))
-    return Origin("sd1", layers, types, prints(weights, SAMPLES), "", prints(pictures), prints(captions), empty)
+    return Fingerprint("sd1", layers, types, prints(weights, SAMPLES), "", prints(pictures), prints(captions), empty)
 
 
 def changed(tensors: list[Tensor], index: int, by: float) -> list[Tensor]:
@@ -41,7 +41,7 @@ def changed(tensors: list[Tensor], index: int, by: float) -> list[Tensor]:
 
 def test_the_same_is_the_same_and_comes_back_from_a_state() -> None:
     found = origin().state()
-    assert origin().against(Origin.restored(State(found.tensors, found.facts))) == ([], [])
+    assert origin().against(Fingerprint.restored(State(found.tensors, found.facts))) == ([], [])
 
 
 CASES = {
@@ -92,7 +92,7 @@ def test_rounding_is_told_from_another_thing() -> None:
 
 
 def test_a_dropped_caption_counts_only_where_any_is_dropped() -> None:
-    without = replace(origin(), empty=Prints.of([]))
+    without = replace(origin(), empty=Digests.of([]))
     assert without.against(origin()) == ([], [])
     assert origin().against(without) == ([], [])
 
@@ -120,4 +120,4 @@ def test_damaged_fingerprints_are_refused() -> None:
         if name.startswith("empty"):
             broken.tensors[name] = torch.zeros(1, 3)
         with pytest.raises(LoraError, match="training state is damaged"):
-            Origin.restored(broken)
+            Fingerprint.restored(broken)

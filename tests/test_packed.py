@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from test_network import Model, frozen, pictures, randomise, relative, set_ranks, settings
+from test_network import Model, config, frozen, pictures, randomise, relative, set_ranks
 from torch import Tensor, nn
 
-from lora2.adapters.capacity import MOST_RESIZES
+from lora2.adapters.capacity import MAX_RESIZES
 from lora2.adapters.network import AdaptiveNetwork
 from lora2.training.optimizer import Optimizer
 
@@ -28,7 +28,7 @@ def test_a_plain_layer_and_its_path_are_one_operation(bias: torch.dtype | None, 
         layer.bias.data = layer.bias.data.to(bias)
     outputs, heard = [], []
     layer.register_forward_hook(lambda _m, _a, out: heard.append(out.shape))
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=torch.float64))
+    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=torch.float64))
     adapter = network.adapters[0]
     for needs in (True, False):
         x = pictures(3, 5, 24).double().requires_grad_(needs)
@@ -65,7 +65,7 @@ def test_a_plain_layer_and_its_path_are_one_operation(bias: torch.dtype | None, 
 def test_a_model_may_add_to_a_layers_output_in_place(bias: bool, place: str) -> None:
     """As Flux does: autograd refuses that on a view that an operation of ours gives out."""
     layer = frozen(nn.Linear(24, 16, bias=bias).bfloat16())
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=torch.bfloat16))
+    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=torch.bfloat16))
     whole = pictures(3, 5, 48).bfloat16().requires_grad_()
     part = whole[..., :24]
     x = {"contiguous": part.contiguous(), "of a wider tensor": part, "turned": part.transpose(0, 1)}[place]
@@ -82,7 +82,7 @@ def test_a_model_may_add_to_a_layers_output_in_place(bias: bool, place: str) -> 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_gradients_that_add_up_in_place_are_not_differentiated_again(compute: torch.dtype) -> None:
     layer = frozen(nn.Linear(24, 16).to(compute))
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=compute))
+    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=compute))
     x = pictures(3, 24).to(compute).requires_grad_()
     with network.attached(), pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(layer(x).float().square().mean(), x, create_graph=True)
@@ -107,9 +107,9 @@ def test_products_of_many_rows_are_not_kept_but_worked_out_again(
     """Gradients are the same to the last bit: it is the same product of the same numbers."""
     seen = []
     for many in (16, 15):
-        monkeypatch.setattr("lora2.adapters.functions.MANY_ROWS", many)
+        monkeypatch.setattr("lora2.adapters.functions.RECOMPUTE_ROWS", many)
         layer = frozen(nn.Linear(24, 16).to(compute))
-        network = randomise(AdaptiveNetwork({"a.to_q": layer}, settings(initial_rank=8), compute=compute))
+        network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=compute))
         network.refresh()
         adapter, x = network.adapters[0], pictures(3, 5, 24).to(compute).requires_grad_()
         with network.attached():
@@ -124,7 +124,7 @@ def test_products_of_many_rows_are_not_kept_but_worked_out_again(
 
 def test_steps_over_blocks_are_the_steps_of_each_factor() -> None:
     """Blocks, whose moments lie together, against an optimizer tensor by tensor, through resizing and restoring."""
-    models, told = [Model().double() for _ in range(2)], settings(initial_rank=16, learning_rate=1e-2)
+    models, told = [Model().double() for _ in range(2)], config(initial_rank=16, learning_rate=1e-2)
     together, apart = (randomise(AdaptiveNetwork(m.layers(), told, compute=torch.float64)) for m in models)
     one = Optimizer(together, told)
     plain = torch.optim.AdamW(apart.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
@@ -132,18 +132,18 @@ def test_steps_over_blocks_are_the_steps_of_each_factor() -> None:
         if step in (3, 6):
             for network, optimizer in ((together, one.inner), (apart, plain)):
                 set_ranks(network, *((4.0, 30.0, 9.0) if step == 3 else (20.0, 5.0, 9.0)))
-                network.resizes.at.clear()  # as if there had been time
+                network.capacity_policy.at.clear()  # as if there had been time
                 assert network.sync(optimizer)
         if step == 5:
             one.inner.load_state_dict(one.inner.state_dict())
         for network, model in ((together, models[0]), (apart, models[1])):
             network.refresh()
-            network.hold_gradients()
+            network.allocate_gradients()
             with network.attached():
                 (model(pictures(3, 5, 24).double()) - 1).square().mean().backward()
         assert one.step(1.0, False, torch.ones(()))
         apart.finish_gradients()
-        torch.nn.utils.clip_grad_norm_(apart.parameters(), apart.settings.clip_norm or math.inf)
+        torch.nn.utils.clip_grad_norm_(apart.parameters(), apart.config.clip_norm or math.inf)
         plain.step()
         apart.clear_gradients()
         assert not {id(p) for p in together.trained()[:4]} & {id(p) for p in together.parameters()}
@@ -156,14 +156,14 @@ def test_arrays_are_resized_a_few_times_in_a_run_however_ranks_move() -> None:
     for kind, drift in (("up", 1.0), ("down", -1.0), ("apart", None), ("noise", 0.0)):
         network = AdaptiveNetwork(
             {str(i): nn.Linear(256, 256) for i in range(12)},
-            settings(initial_rank=40, target_rank=8, steps=600, settle_at=0.5, settle_cuts=1),
+            config(initial_rank=40, target_rank=8, steps=600, settle_at=0.5, settle_cuts=1),
         )
         speed = torch.linspace(-1, 1, 12) if drift is None else torch.full((12,), drift)
         generator, resized = torch.Generator().manual_seed(0), 0
         for _ in range(15):
             network.theta.data += 0.15 * speed + 0.03 * torch.randn(12, generator=generator)
             resized += network.sync()
-        assert 1 <= resized <= MOST_RESIZES, kind
+        assert 1 <= resized <= MAX_RESIZES, kind
         wanted = [min(256, math.exp(t)) for t in network.theta.tolist()]
         held = [a.capacity for a in network.adapters]
         assert sum(held) < 2.2 * sum(wanted) + 12 * 16, kind

@@ -105,7 +105,7 @@ def test_disable_metadata_leaves_only_what_reads_the_file(silent: ComfyServer) -
     for prefix, entry_ in ours["layers"].items():
         assert entry_["rank"] == document.layers[prefix].rank
         assert entry_["order"] == "importance"
-    cut = pack("lora2.files.resize").cut(document, share=0.5)
+    cut = pack("lora2.files.resize").resize(document, share=0.5)
     assert 0 < cut.bytes_after < cut.bytes_before
     assert silent.run(look("quiet/mug_00001.safetensors"))["status"]["status_str"] == "success"
 

@@ -19,7 +19,7 @@ from lora2.util.errors import LoraError
 
 
 def build(header: object, size: int = 0, length: int | None = None) -> bytes:
-    """A file with this header, `size` zero bytes of data, and perhaps a lie about the header's length."""
+    """A file with this header, `format_size` zero bytes of data, and perhaps a lie about the header's length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(size)
 

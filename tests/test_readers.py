@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lora2.files.document import parse, read, to_state_dict, write_new
-from lora2.files.keys import STYLES
+from lora2.files.keys import KEY_STYLES
 from lora2.files.metadata import build, layer_info
-from lora2.files.resize import cut
+from lora2.files.resize import resize
 from lora2.method.factors import Factors
 
 # float32: products and folding round at 6e-8. Half types: both factors are rounded once, to eps / 2 each.
@@ -40,14 +40,14 @@ def patched(comfy: ModuleType, tensors: dict[str, Tensor], base: Tensor, prefix:
     return comfy.lora.calculate_weight([patch], base.clone(), f"{prefix}.weight")
 
 
-@pytest.mark.parametrize("style", list(STYLES))
+@pytest.mark.parametrize("style", list(KEY_STYLES))
 @pytest.mark.parametrize("inner", [(5,), (4, 3, 3)])
 @pytest.mark.parametrize("alpha", [None, 1.5])
 def test_comfyui_sees_the_layers_that_we_see(
     comfy: ModuleType, style: str, inner: tuple[int, ...], alpha: float | None
 ) -> None:
     factors = layer(3, 6, inner, alpha)
-    up, down = STYLES[style]
+    up, down = KEY_STYLES[style]
     tensors = {f"x{up}": factors.up, f"x{down}": factors.down}
     if alpha is not None:
         tensors["x.alpha"] = torch.tensor(alpha)
@@ -86,7 +86,7 @@ def test_comfyui_reads_what_a_cut_leaves(comfy: ModuleType, tmp_path: Path, limi
     tensors = to_state_dict(layers, "kohya", torch.float32)
     entries = {n: layer_info(f, nu=math.log(10) / f.rank, order="importance") for n, f in layers.items()}
     metadata = build(tensors, name="x", family="sd1", layers=entries, training={})
-    result = cut(parse(tensors, metadata), *limits)
+    result = resize(parse(tensors, metadata), *limits)
     assert result.bytes_after < result.bytes_before
     path = write_new(tmp_path, "less", result.document.state_dict(), result.document.metadata)
     file = comfy.utils.load_torch_file(str(path), safe_load=True)

@@ -53,10 +53,10 @@ class Static(Toy):
 
 
 def trainer_of(recorded: bool, compute: torch.dtype, pictures: list[Tensor], **changes: Any) -> Trainer:
-    settings = told(**{"steps": STEPS, "settle_at": 1.0, "sync_every": 4, **changes})
+    config = told(**{"steps": STEPS, "settle_at": 1.0, "sync_every": 4, **changes})
     toy = Static(pictures=len(pictures)).to(compute)
-    network = AdaptiveNetwork(toy.layers(), settings, compute=compute)
-    trainer = Trainer(network, toy, pictures, settings, toy.probe())
+    network = AdaptiveNetwork(toy.layers(), config, compute=compute)
+    trainer = Trainer(network, toy, pictures, config, toy.probe())
     if recorded:
         trainer.engine = TapeEngine(trainer)
     return trainer
@@ -110,7 +110,7 @@ def test_recorded_steps_are_the_written_steps(case: str, compute: torch.dtype, r
     engine = tapes(recorded)
     assert not engine.refused
     assert engine.recorded >= (4 if "settled" in case or "grow" in case or "fall" in case else 2)
-    assert engine.replayed > recorded.settings.steps, "most steps, and their updates"
+    assert engine.replayed > recorded.config.steps, "most steps, and their updates"
 
 
 @pytest.mark.parametrize(("case", "compute"), [("ranks fall in buckets", torch.bfloat16), ("everything", torch.float32)])

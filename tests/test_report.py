@@ -13,12 +13,12 @@ import torch
 from layer_names import document, experts, flux, text_encoder, unet, waves
 
 from lora2.files.document import LoraDocument
-from lora2.method.effective import energies, energy_rank
 from lora2.method.factors import Factors
-from lora2.report.layer_names import place
-from lora2.report.ranks import build
+from lora2.method.svd import energy_rank, squared_singular_values
+from lora2.report.layer_names import parse_layer_name
+from lora2.report.ranks import build_report
 from lora2.util.errors import LoraError
-from lora2.util.text import clean, escape_markdown, size
+from lora2.util.text import clean, escape_markdown, format_size
 
 GIB = 2**30
 
@@ -65,23 +65,23 @@ PLACES = [
 def test_names_of_all_styles_are_understood(
     name: str, part: str, block: str, unit: int | None, projection: str
 ) -> None:
-    where = place(name)
+    where = parse_layer_name(name)
     assert (where.part, where.block, where.unit, where.projection) == (part, block, unit, projection)
 
 
 @pytest.mark.parametrize("layers", [unet("sd15"), unet("sdxl"), unet("koala"), flux()])
 def test_layers_stand_in_the_order_of_the_network(layers: list[tuple[str, int, int]]) -> None:
     """The lists here are written in that order; a file holds them in any."""
-    expected = list(dict.fromkeys(place(name).block for name, _, _ in layers))
+    expected = list(dict.fromkeys(parse_layer_name(name).block for name, _, _ in layers))
     shuffled = random.Random(1).sample(layers, len(layers))
-    report = build(document(shuffled, 4), "x")
+    report = build_report(document(shuffled, 4), "x")
     assert list(dict.fromkeys(layer.block for layer in report.layers)) == expected
 
 
 def test_blocks_are_counted_not_spelt() -> None:
     """Block 10 follows block 9, input comes before middle, the model before its text encoders."""
     blocks = ["input_blocks.10.1.x", "output_blocks.2.0.x", "input_blocks.9.1.x", "middle_block.1.x"]
-    report = build(document([(name, 4, 4) for name in ["lora_te1_layers_0_q", *blocks]], 2), "x")
+    report = build_report(document([(name, 4, 4) for name in ["lora_te1_layers_0_q", *blocks]], 2), "x")
     assert [layer.block for layer in report.layers] == [
         "input 9",
         "input 10",
@@ -93,7 +93,7 @@ def test_blocks_are_counted_not_spelt() -> None:
 
 def test_sizes_of_sdxl_are_those_of_the_paper() -> None:
     """1,451,520 parameters per unit of rank; rank 512 in float32 is 2.77 GiB, mean rank 74 is 0.40 GiB."""
-    report = build(document(unet("sdxl"), 74, torch.float32), "sdxl")
+    report = build_report(document(unet("sdxl"), 74, torch.float32), "sdxl")
     assert len(report.layers) == 560
     assert sum(layer.cost for layer in report.layers) == 1_451_520
     assert report.uniform_bytes[512] / GIB == pytest.approx(2.77, abs=0.005)
@@ -102,14 +102,14 @@ def test_sizes_of_sdxl_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_one_rank_for_all_weighs_what_the_table_says(dtype: torch.dtype) -> None:
-    report = build(document(unet("koala"), 16, dtype), "x")
+    report = build_report(document(unet("koala"), 16, dtype), "x")
     assert report.bytes == report.uniform_bytes[16]
     assert (report.min_rank, report.mean_rank, report.max_rank) == (16, 16, 16)
     assert report.dtype == str(dtype).removeprefix("torch.")
 
 
 def test_mean_rank_is_the_one_rank_of_the_same_size() -> None:
-    report = build(document(flux(), waves), "x")
+    report = build_report(document(flux(), waves), "x")
     cost = sum(layer.cost for layer in report.layers)
     # One rounding in float64.
     assert report.mean_rank * cost * report.number_bytes == pytest.approx(report.bytes, rel=1e-12)
@@ -117,7 +117,7 @@ def test_mean_rank_is_the_one_rank_of_the_same_size() -> None:
 
 def test_convolutions_count_their_kernel() -> None:
     layer = Factors(torch.zeros(8, 2, 1, 1), torch.zeros(2, 4, 3, 3))
-    report = build(LoraDocument({"lora_unet_conv_in": layer}, {"lora_unet_conv_in": "kohya"}), "x")
+    report = build_report(LoraDocument({"lora_unet_conv_in": layer}, {"lora_unet_conv_in": "kohya"}), "x")
     assert (report.layers[0].d_in, report.layers[0].d_out, report.layers[0].parameters) == (36, 8, 88)
 
 
@@ -128,7 +128,7 @@ def test_layers_left_out_of_the_file_are_rank_zero() -> None:
     odd = {**entry, "shape": ["a"]}
     layers: dict[str, Any] = {unet("koala")[5][0]: entry, "x": odd}
     doc.info = {"format": 1, "layers": layers, "training": {}}
-    report = build(doc, "x")
+    report = build_report(doc, "x")
     assert [layer.rank for layer in report.layers] == [4, 4, 0]
     assert (report.layers[2].d_in, report.layers[2].d_out, report.min_rank) == (2048, 640, 0)
 
@@ -136,7 +136,7 @@ def test_layers_left_out_of_the_file_are_rank_zero() -> None:
 def test_what_is_no_plain_pair_is_counted_beside() -> None:
     doc = document(unet("koala")[:2], 4)
     doc.other = {"a.dora_scale": torch.zeros(640, 1), "b.diff": torch.zeros(10)}
-    report = build(doc, "x")
+    report = build_report(doc, "x")
     assert (report.other_tensors, report.other_bytes) == (2, 2600)
     assert report.bytes == 2600 + 2 * 4 * 1280 * 2
     assert "2 of 2.6 KB" in report.to_markdown()
@@ -144,7 +144,7 @@ def test_what_is_no_plain_pair_is_counted_beside() -> None:
 
 def test_a_file_without_plain_layers_is_refused() -> None:
     with pytest.raises(LoraError, match="no plain LoRA layer"):
-        build(LoraDocument({}, {}, other={"x.hada_w1_a": torch.zeros(3)}), "x")
+        build_report(LoraDocument({}, {}, other={"x.hada_w1_a": torch.zeros(3)}), "x")
 
 
 @pytest.mark.parametrize("shape", [(24, 32, 6), (3, 32, 6), (24, 4, 6), (8, 9, 1)])
@@ -158,7 +158,7 @@ def test_ranks_in_use_are_those_of_an_svd(shape: tuple[int, int, int], share: fl
     sigma = torch.linalg.svdvals(factors.up.double() @ factors.down.double())[: min(shape)]
     # The eigenvalues carry rounding of about 1e-15 of the largest.
     torch.testing.assert_close(
-        energies(factors), sigma.square(), rtol=1e-9, atol=1e-12 * float(sigma[0]) ** 2
+        squared_singular_values(factors), sigma.square(), rtol=1e-9, atol=1e-12 * float(sigma[0]) ** 2
     )
     if share < 1:
         kept = sigma.square().cumsum(0) / sigma.square().sum()
@@ -174,14 +174,14 @@ def test_a_layer_that_changes_nothing_uses_no_rank() -> None:
 def test_ranks_in_use_are_told_in_every_form() -> None:
     """A matrix of rank 1 stored at rank 8."""
     layer = Factors(torch.ones(16, 8), torch.ones(8, 16))
-    report = build(LoraDocument({"a.0.q": layer}, {"a.0.q": "kohya"}), "x", energy=True)
+    report = build_report(LoraDocument({"a.0.q": layer}, {"a.0.q": "kohya"}), "x", energy=True)
     assert (report.layers[0].rank, report.layers[0].energy_rank, report.mean_energy_rank) == (8, 1, 1.0)
     assert "1.0 on average hold 99 % of the energy" in report.to_markdown()
-    assert build(LoraDocument({"a.0.q": layer}, {"a.0.q": "kohya"}), "x").mean_energy_rank is None
+    assert build_report(LoraDocument({"a.0.q": layer}, {"a.0.q": "kohya"}), "x").mean_energy_rank is None
 
 
 def test_data_is_plain_json() -> None:
-    report = build(document(unet("koala"), waves), "név\u202e \x00")
+    report = build_report(document(unet("koala"), waves), "név\u202e \x00")
     data = json.loads(report.to_json())
     assert data["title"] == "név"
     assert report.to_json().isascii()
@@ -194,18 +194,18 @@ def test_data_is_plain_json() -> None:
 
 
 def test_markdown_has_a_row_per_block_and_a_column_per_projection() -> None:
-    report = build(document(unet("koala") + text_encoder(1, 2, 64), 8), "a")
+    report = build_report(document(unet("koala") + text_encoder(1, 2, 64), 8), "a")
     text = report.to_markdown()
     heads = [f"{attention} {projection}" for attention in ("attn1", "attn2") for projection in "qkvo"]
     assert f"| block | {' | '.join(heads)} | mean |" in text
     assert "| down 1.0 | 8 | 8 | 8 | 8 | 8 | 8 | 8 | 8 | 8.0 |" in text
     assert "### text encoder 1" in text
-    assert f"| this LoRA | {size(report.bytes)} |" in text
+    assert f"| this LoRA | {format_size(report.bytes)} |" in text
 
 
 def test_markdown_of_differing_ranks_gives_mean_and_range() -> None:
     layers = [layer for layer in unet("koala")[:16] if layer[0].endswith("attn1_to_q")]
-    text = build(document(layers, lambda i: 2 + 2 * i), "a").to_markdown()
+    text = build_report(document(layers, lambda i: 2 + 2 * i), "a").to_markdown()
     assert "| down 1.0 | 3.0 (2-4) | 3.0 |" in text
 
 
@@ -217,7 +217,7 @@ def test_the_training_is_told_without_paths() -> None:
         "ss_steps": "None",
     }
     doc.info = {"format": 1, "layers": {}, "training": {"learning_rate": 0.001, "nested": {"a": 1}}}
-    facts = dict(build(doc, "x").facts)
+    facts = dict(build_report(doc, "x").facts)
     assert facts == {"trained on": "base.safetensors", "epoch": "3", "learning rate": "0.001"}
 
 
@@ -239,7 +239,7 @@ def test_strangers_words_stay_words(text: str) -> None:
     doc.metadata = {"ss_base_model_version": text, "ss_network_dim": text}
     doc.info = {"format": 1, "layers": {}, "training": {text: text}}
     doc.notes = [text]
-    report = build(doc, text)
+    report = build_report(doc, text)
     shown = report.to_markdown()
     assert "<" not in shown
     assert "://" not in shown
@@ -253,7 +253,7 @@ def test_strangers_words_stay_words(text: str) -> None:
 
 
 def test_thousands_of_layers_stay_readable() -> None:
-    report = build(document(experts(4000), waves), "x")
+    report = build_report(document(experts(4000), waves), "x")
     assert len(report.layers) == 4000
     assert len(report.to_markdown()) < 60_000
     assert "160 blocks and 75 projections; the data lists every layer" in report.to_markdown()
@@ -270,9 +270,9 @@ def test_text_is_cut_at_its_limit() -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (12_345, "12.3 KB"), (999_600, "1 MB"), (2e12, "2000 GB")],
 )
 def test_sizes_in_words(number: float, words: str) -> None:
-    assert size(number) == words
+    assert format_size(number) == words
 
 
 def test_notes_of_the_reader_are_handed_on() -> None:
     doc = replace(document(unet("koala")[:1], 4), notes=["Metadata of 1 layer not used."])
-    assert build(doc, "x").notes == ("Metadata of 1 layer not used.",)
+    assert build_report(doc, "x").notes == ("Metadata of 1 layer not used.",)

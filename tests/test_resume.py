@@ -28,7 +28,7 @@ from torch import Tensor
 from training import captions, latents, pack
 
 from dev.server import ComfyServer, PromptError
-from lora2.files.keys import STYLES
+from lora2.files.keys import KEY_STYLES
 
 SmallModel = Callable[[str], Any]
 LONG = {"steps": 12, "save_dtype": "fp32", "learning_rate": 1e-2, "state_every": 4, "min_rank": 1}
@@ -244,7 +244,7 @@ def test_a_new_run_starts_from_the_factors_where_asked(settled: Any, folders: Pa
     """Other pictures, more layers: what was learned is where it starts, and what is new is named."""
     seen = begun(settled, **{**LONG, "layers": "all linear", "latents": latents("flux", seed=9)}, **FROM_FACTORS)
     first = pack("lora2.checkpoints.state").read_state(folders / max(files_in(folders, states=True)), 1 << 30)
-    wanted = pack("lora2.training.warm_start").factors_of(first.part("network"), 0.9)
+    wanted = pack("lora2.training.warm_start").factors_from_state(first.part("network"), 0.9)
     assert len(wanted) == 12
     for name, factors in wanted.items():
         assert (seen[name] - factors.delta().double()).norm() <= 1e-5 * factors.delta().norm()
@@ -360,13 +360,13 @@ def test_impossible_requests_are_refused(inputs: dict[str, Any], words: str, mod
 def mixed_lora(model: Any, style: str = "") -> dict[str, Tensor]:
     """A LoRA with another rank and alpha for every layer; style: the keys' endings, those of the family if empty."""
     plain = random_lora(model, 6)
-    own = next(name for name, (_, down) in STYLES.items() if any(k.endswith(down) for k in plain))
-    up, down = STYLES[style or own]
+    own = next(name for name, (_, down) in KEY_STYLES.items() if any(k.endswith(down) for k in plain))
+    up, down = KEY_STYLES[style or own]
     tensors: dict[str, Tensor] = {}
     for index, key in enumerate(k.removesuffix(".alpha") for k in list(plain) if k.endswith(".alpha")):
         rank = 1 + index % 6
-        tensors[key + up] = plain[key + STYLES[own][0]][:, :rank].contiguous()
-        tensors[key + down] = plain[key + STYLES[own][1]][:rank].contiguous()
+        tensors[key + up] = plain[key + KEY_STYLES[own][0]][:, :rank].contiguous()
+        tensors[key + down] = plain[key + KEY_STYLES[own][1]][:rank].contiguous()
         if index % 3:
             tensors[key + ".alpha"] = torch.tensor(0.7 * index)
     return tensors
@@ -413,7 +413,7 @@ def test_a_unet_starts_from_the_names_of_diffusers(start: str, style: str, unet:
     kohya, tensors = random_lora(unet, 3), {}
     for key, tensor in kohya.items():
         stem, ending = key.split(".", 1)
-        ending = dict(zip((e[1:] for e in STYLES["kohya"]), STYLES[style], strict=True)).get(ending, f".{ending}")
+        ending = dict(zip((e[1:] for e in KEY_STYLES["kohya"]), KEY_STYLES[style], strict=True)).get(ending, f".{ending}")
         tensors[start + names[stem] + ending] = tensor
     write_lora(folders, "diffusers.safetensors", tensors)
     write_lora(folders, "kohya.safetensors", kohya)

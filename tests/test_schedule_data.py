@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from lora2.method.schedule import LAST_SHARE, learning_rate_factor, sample_times
-from lora2.training.buckets import Buckets
+from lora2.method.schedule import LAST_SHARE, learning_rate_factor
+from lora2.method.timesteps import sample_times
+from lora2.training.batches import Buckets
 from lora2.util.errors import LoraError
 
 # -- learning rates ------------------------------------------------------------------------------------------

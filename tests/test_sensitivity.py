@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora2.adapters.network import AdaptiveNetwork
-from lora2.config import Settings
-from lora2.method.allocation import next_size
+from lora2.config import TrainingConfig
+from lora2.method.allocation import next_cut_size
 from lora2.method.sensitivity import sensitivities
 from lora2.training.optimizer import Optimizer
 
@@ -25,13 +25,13 @@ def network_of(**changes: Any) -> tuple[AdaptiveNetwork, Optimizer, dict[str, nn
     layers = {name: nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False) for name in SCALES}
     compute = changes.pop("compute", torch.float32)
     usual = {"initial_rank": 8, "target_rank": 4, "learning_rate": 1e-5, "clip_norm": 0.0, "weight_decay": 0.0}
-    settings = Settings(**{**usual, **changes})
-    network = AdaptiveNetwork(layers, settings, compute=compute)
+    config = TrainingConfig(**{**usual, **changes})
+    network = AdaptiveNetwork(layers, config, compute=compute)
     generator = torch.Generator().manual_seed(0)
     for adapter in network.adapters:
         adapter.up.data.normal_(0, 0.05, generator=generator)
     network.refresh()
-    return network, Optimizer(network, settings), layers
+    return network, Optimizer(network, config), layers
 
 
 def inputs(count: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def test_a_layer_without_energy_weighs_one() -> None:
 def test_cuts_are_in_equal_ratios_and_never_below_the_target() -> None:
     sizes = [6400]
     for left in (2, 1, 0):
-        sizes.append(next_size(sizes[-1], 100, left))
+        sizes.append(next_cut_size(sizes[-1], 100, left))
     assert sizes == [6400, 1600, 400, 100]
-    assert next_size(80, 100, 2) == 100
-    assert next_size(80, 100, 0) == 100
+    assert next_cut_size(80, 100, 2) == 100
+    assert next_cut_size(80, 100, 0) == 100

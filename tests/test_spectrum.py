@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora2.method.allocation import allocate
 from lora2.method.factors import Factors
-from lora2.method.svd import allocate, singular_order
+from lora2.method.svd import decompose
 from lora2.util.errors import LoraError
 
 # (rank, d_out, shape of the input side): ordinary, wider than one or both sides, rank 1, convolutions.
@@ -50,7 +51,7 @@ def test_the_order_keeps_delta(
     rank: int, d_out: int, inner: tuple[int, ...], dtype: torch.dtype, alpha: float | None
 ) -> None:
     layer = factors(rank, d_out, inner, dtype, alpha)
-    ordered, sigma = singular_order(layer)
+    ordered, sigma = decompose(layer)
     expected = delta(layer)
     # Some hundred float64 roundings of 1.1e-16 each.
     assert (delta(ordered) - expected).norm() <= 1e-12 * expected.norm()
@@ -65,7 +66,7 @@ def test_the_order_keeps_delta(
 @pytest.mark.parametrize("rank", [1, 2, 3, 5])
 def test_every_prefix_is_the_best_approximation(rank: int) -> None:
     layer = factors(6, 12, (9,), torch.float64, None)
-    ordered, sigma = singular_order(layer)
+    ordered, sigma = decompose(layer)
     prefix = Factors(ordered.up[:, :rank], ordered.down[:rank])
     # Eckart and Young: the error of the best approximation is the energy of the tail.
     assert (delta(prefix) - delta(layer)).norm().item() == pytest.approx(sigma[rank:].norm().item(), rel=1e-10)
@@ -73,7 +74,7 @@ def test_every_prefix_is_the_best_approximation(rank: int) -> None:
 
 def test_both_sides_carry_the_same_weight() -> None:
     layer = Factors(1e-3 * torch.randn(20, 4), 1e3 * torch.randn(4, 30))
-    ordered, sigma = singular_order(layer)
+    ordered, sigma = decompose(layer)
     assert torch.allclose(ordered.up.norm(dim=0), sigma.sqrt(), rtol=1e-10)
     assert torch.allclose(ordered.down.norm(dim=1), sigma.sqrt(), rtol=1e-10)
 
@@ -81,18 +82,18 @@ def test_both_sides_carry_the_same_weight() -> None:
 @pytest.mark.parametrize("inner", [(5,), (3, 3, 3)])
 def test_zero_and_empty_layers(inner: tuple[int, ...]) -> None:
     tail = [1] * (len(inner) - 1)
-    ordered, sigma = singular_order(Factors(torch.zeros(7, 3, *tail), torch.randn(3, *inner), 1.0))
+    ordered, sigma = decompose(Factors(torch.zeros(7, 3, *tail), torch.randn(3, *inner), 1.0))
     assert not sigma.any()
     assert not delta(ordered).any()
     assert ordered.rank == 3
-    ordered, sigma = singular_order(Factors(torch.zeros(7, 0, *tail), torch.zeros(0, *inner), 1.0))
+    ordered, sigma = decompose(Factors(torch.zeros(7, 0, *tail), torch.zeros(0, *inner), 1.0))
     assert ordered.rank == len(sigma) == 0
     assert ordered.down.shape == (0, *inner)
 
 
 def test_training_tensors_stay_as_they_are() -> None:
     up, down = torch.randn(6, 2, requires_grad=True), torch.randn(2, 6, requires_grad=True)
-    ordered, _ = singular_order(Factors(up, down))
+    ordered, _ = decompose(Factors(up, down))
     assert not ordered.up.requires_grad
     assert up.requires_grad
     assert up.grad is None
@@ -103,7 +104,7 @@ def test_values_without_a_spectrum_are_refused(value: float) -> None:
     up = torch.ones(4, 2, dtype=torch.float64)
     up[1, 1] = value
     with pytest.raises(LoraError, match="singular values"):
-        singular_order(Factors(up, torch.full((2, 4), 1e300, dtype=torch.float64)))
+        decompose(Factors(up, torch.full((2, 4), 1e300, dtype=torch.float64)))
 
 
 def brute_force(sigmas: dict[str, Tensor], costs: dict[str, int], budget: int) -> float:

@@ -10,12 +10,11 @@ import torch
 from test_state import kept, made, stopped
 from test_trainer import Toy, toy_of, trainer_of
 
-from lora2.adapters.layer import full_rank
 from lora2.adapters.network import AdaptiveNetwork
-from lora2.config import Settings
-from lora2.method.factors import Factors
+from lora2.config import TrainingConfig
+from lora2.method.factors import Factors, full_rank
 from lora2.training.trainer import Trainer
-from lora2.training.warm_start import factors_of, start_from
+from lora2.training.warm_start import factors_from_state, warm_start
 
 RANKS = {"into": 3, "q": 1, "k": 12, "v": 7, "out": 4}
 
@@ -39,7 +38,7 @@ def weight(network: AdaptiveNetwork, name: str) -> torch.Tensor:
 
 
 def network_of(**changes: Any) -> AdaptiveNetwork:
-    return AdaptiveNetwork(Toy().layers(), Settings(target_rank=4, **changes))
+    return AdaptiveNetwork(Toy().layers(), TrainingConfig(target_rank=4, **changes))
 
 
 @pytest.mark.parametrize("q", [0.5, 0.9, 0.999])
@@ -47,7 +46,7 @@ def test_the_product_is_that_of_the_factors(q: float) -> None:
     """Λ is divided out; float32 rounds once in each factor and once in Λ."""
     network = network_of(q=q)
     given = random_factors(network)
-    started = start_from(network, given)
+    started = warm_start(network, given)
     assert started == type(started)(list(RANKS), [], [])
     assert network.ranks() == RANKS
     for name, factors in given.items():
@@ -58,9 +57,9 @@ def test_the_product_is_that_of_the_factors(q: float) -> None:
 def test_the_hooks_answer_as_a_plain_lora() -> None:
     """The network attached, against weights with the update added."""
     toy, other = Toy(), Toy()
-    network = AdaptiveNetwork(toy.layers(), Settings(target_rank=4))
+    network = AdaptiveNetwork(toy.layers(), TrainingConfig(target_rank=4))
     given = random_factors(network)
-    start_from(network, given)
+    warm_start(network, given)
     for name, module in other.layers().items():
         module.weight.data += given[name].delta()  # type: ignore[union-attr, operator]
     g = torch.Generator().manual_seed(4)
@@ -77,7 +76,7 @@ def test_the_hooks_answer_as_a_plain_lora() -> None:
 
 def test_layers_without_factors_start_as_they_would() -> None:
     network, fresh = network_of(), network_of()
-    started = start_from(network, random_factors(network, {"q": 3}))
+    started = warm_start(network, random_factors(network, {"q": 3}))
     assert (started.taken, started.fresh) == (["q"], ["into", "k", "v", "out"])
     for one, other, name in zip(network.adapters, fresh.adapters, network.names, strict=True):
         assert torch.equal(one.down, other.down) == torch.equal(one.up, other.up) == (name != "q"), name
@@ -88,7 +87,7 @@ def test_ranks_are_brought_within_their_bounds() -> None:
     """Below the smallest, new positions carry nothing; above the largest, the most important ones stay."""
     network = network_of(min_rank=2, max_rank=5)
     given = random_factors(network)
-    started = start_from(network, given)
+    started = warm_start(network, given)
     assert network.ranks() == {"into": 3, "q": 2, "k": 5, "v": 5, "out": 4}
     assert started.cut == ["k", "v"]
     assert (weight(network, "q") - given["q"].delta().double()).norm() < 1e-6 * given["q"].delta().norm()
@@ -100,7 +99,7 @@ def test_ranks_are_brought_within_their_bounds() -> None:
 def test_a_file_of_more_positions_than_the_layer_has_directions_loses_nothing() -> None:
     network = network_of()
     given = random_factors(network, {"out": 40})
-    start_from(network, given)
+    warm_start(network, given)
     assert network.ranks()["out"] == full_rank(network.adapters[-1].shape) == 4
     assert (weight(network, "out") - given["out"].delta().double()).norm() < 2e-6 * given["out"].delta().norm()
 
@@ -109,7 +108,7 @@ def test_a_file_of_more_positions_than_the_layer_has_directions_loses_nothing() 
 def test_any_alpha_counts(alpha: float | None) -> None:
     network = network_of()
     given = random_factors(network, RANKS, alpha)
-    start_from(network, given)
+    warm_start(network, given)
     for name, factors in given.items():
         assert torch.allclose(weight(network, name), factors.delta().double(), atol=1e-5)
 
@@ -121,7 +120,7 @@ def test_positions_that_carry_nothing_can_learn() -> None:
     empty = {
         name: Factors(torch.zeros_like(f.up), f.down) for name, f in random_factors(network).items()
     }
-    trainer.start_from(empty)
+    trainer.warm_start(empty)
     assert all(float(weight(network, name).abs().max()) == 0 for name in network.names)
     trainer.run()
     assert all(float(weight(network, name).abs().max()) > 0 for name in network.names)
@@ -133,7 +132,7 @@ def test_training_goes_down_from_there() -> None:
     before.run()
     factors, _ = before.network.final_factors()
     again = trainer_of(steps=6, accumulation=4)
-    again.start_from(factors)
+    again.warm_start(factors)
     again.run()
     fresh = trainer_of(steps=6, accumulation=4)
     fresh.run()
@@ -143,9 +142,9 @@ def test_training_goes_down_from_there() -> None:
 @pytest.mark.parametrize(("form", "step"), [({}, 4), ({}, 9), ({"settle_at": 1.0}, 9)], ids=["adapting", "settled", "pure"])
 def test_factors_of_a_state_are_those_of_its_network(form: dict[str, Any], step: int, tmp_path: Any) -> None:
     trainer = stopped(made(**form), step)
-    found = factors_of(kept(trainer, tmp_path).part("network"), trainer.settings.q)
+    found = factors_from_state(kept(trainer, tmp_path).part("network"), trainer.config.q)
     exported = trainer.network.export(ordered=False)
-    if trainer.network.settled:
+    if trainer.network.pruned:
         exported = {n: a.factors(a.capacity) for n, a in zip(trainer.network.names, trainer.network.adapters, strict=True)}
     for name, factors in exported.items():
         assert found[name].rank == factors.rank
@@ -157,7 +156,7 @@ def test_a_start_from_factors_is_the_same_every_time() -> None:
     runs: list[Trainer] = []
     for _ in range(2):
         trainer = trainer_of(steps=6)
-        trainer.start_from(random_factors(trainer.network))
+        trainer.warm_start(random_factors(trainer.network))
         trainer.run()
         runs.append(trainer)
     assert runs[0].progress.losses == runs[1].progress.losses

@@ -15,9 +15,9 @@ from test_trainer import Toy, learned, same, state, toy_of, trainer_of
 from torch import Tensor, nn
 
 from lora2.checkpoints.network_state import restore, state_of
-from lora2.checkpoints.rules import compare, settings_of
+from lora2.checkpoints.rules import compare_configs, config_from
 from lora2.checkpoints.state import KEY, State, read_facts, read_state
-from lora2.config import Settings
+from lora2.config import TrainingConfig
 from lora2.files.writer import write_new
 from lora2.method.losses import EPSILON
 from lora2.training.monitor import Diverged
@@ -79,7 +79,7 @@ def gone_on(found: State, **changes: Any) -> Trainer:
 
 def outcome(trainer: Trainer) -> list[Any]:
     progress = trainer.progress
-    return [progress.losses, progress.cuts, progress.settled, progress.ranks, progress.step]
+    return [progress.losses, progress.cuts, progress.pruned, progress.ranks, progress.step]
 
 
 def assert_same_run(one: Trainer, other: Trainer) -> None:
@@ -446,12 +446,12 @@ def test_a_state_of_other_layers_is_refused(sound: State) -> None:
 
 
 def test_settings_come_back_from_facts(sound: State) -> None:
-    assert settings_of(json.loads(sound.metadata()[KEY])) == trainer_of(**RICH, settle_cuts=1).settings
-    for settings in ({"steps": 3, "novelty": 1}, None, []):
+    assert config_from(json.loads(sound.metadata()[KEY])) == trainer_of(**RICH, settle_cuts=1).config
+    for config in ({"steps": 3, "novelty": 1}, None, []):
         with pytest.raises(LoraError, match="does not know"):
-            settings_of({"settings": settings})
+            config_from({"settings": config})
     with pytest.raises(LoraError, match="must be a whole number"):
-        settings_of({"settings": {"steps": "many"}})
+        config_from({"settings": {"steps": "many"}})
 
 
 Change = tuple[dict[str, Any], bool, str]
@@ -480,34 +480,34 @@ CHANGES: dict[str, Change] = {
 @pytest.mark.parametrize("case", CHANGES)
 def test_which_settings_may_change(case: str) -> None:
     changes, settled, words = CHANGES[case]
-    wrong, changed = compare(Settings(**changes), Settings(), settled)
+    wrong, changed = compare_configs(TrainingConfig(**changes), TrainingConfig(), settled)
     said = [f"wrong: {w}" for w in wrong] + [f"changed: {c}" for c in changed]
     assert (said[0].startswith(words) and len(said) == len(changes)) if words else not said
 
 
 def test_the_number_type_is_part_of_a_size_in_mb() -> None:
-    old, new = Settings(budget_mb=3.0), Settings(budget_mb=3.0, bytes_per_parameter=4)
-    assert "save_dtype" in compare(new, old, True)[0][0]
-    assert "save_dtype" in compare(new, old, False)[1][0]
+    old, new = TrainingConfig(budget_mb=3.0), TrainingConfig(budget_mb=3.0, bytes_per_parameter=4)
+    assert "save_dtype" in compare_configs(new, old, True)[0][0]
+    assert "save_dtype" in compare_configs(new, old, False)[1][0]
 
 
 @pytest.mark.parametrize("name", ["rank_weight", "rank_learning_rate", "rank_hold", "rank_rest"])
 def test_what_moves_ranks_does_nothing_once_they_stand(name: str) -> None:
     """Settled or at rest; before that it acts."""
     for settled, rested in ((True, False), (False, True), (False, False)):
-        old = Settings(settle_at=0.5 if settled else 1.0)
-        wrong, (words,) = compare(replace(old, **{name: 0.125}), old, settled, rested)
+        old = TrainingConfig(settle_at=0.5 if settled else 1.0)
+        wrong, (words,) = compare_configs(replace(old, **{name: 0.125}), old, settled, rested)
         assert wrong == []
         assert words.startswith(f"{name} is 0.125, it was ")
         assert words.endswith("do not move any more, so it does nothing now") == (settled or rested)
 
 
 def test_what_decides_ranks_is_refused_once_they_rest_but_they_may_settle() -> None:
-    old = Settings(settle_at=1.0)
+    old = TrainingConfig(settle_at=1.0)
     new = replace(old, target_rank=4)
-    assert compare(new, old, False, True) == (["target_rank is 4, it was 8"], [])
-    assert compare(new, old, False, False) == ([], ["target_rank is 4, it was 8"])
-    settling = compare(replace(new, settle_at=0.5), old, False, True)
+    assert compare_configs(new, old, False, True) == (["target_rank is 4, it was 8"], [])
+    assert compare_configs(new, old, False, False) == ([], ["target_rank is 4, it was 8"])
+    settling = compare_configs(replace(new, settle_at=0.5), old, False, True)
     assert settling == ([], ["target_rank is 4, it was 8", "settle_at is 0.5, it was 1.0"])
 
 

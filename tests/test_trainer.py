@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora2.adapters.network import AdaptiveNetwork
-from lora2.config import Settings
-from lora2.method.losses import EPSILON, FLOW, PREDICTIONS, X0, EntropyProbe, V, denoising_loss
+from lora2.config import TrainingConfig
+from lora2.method.attention_entropy import EntropyProbe
+from lora2.method.losses import EPSILON, FLOW, PREDICTIONS, X0, V, denoising_loss
 from lora2.method.schedule import learning_rate_factor, size_factor
 from lora2.training.denoiser import EMPTY_CAPTION
 from lora2.training.monitor import Diverged
@@ -92,8 +93,8 @@ def latents(count: int = 9) -> list[Tensor]:
     return [torch.randn(4, 4, 6 if i % 3 == 2 else 4, generator=generator) for i in range(count)]
 
 
-def told(**changes: Any) -> Settings:
-    return Settings(
+def told(**changes: Any) -> TrainingConfig:
+    return TrainingConfig(
         **{
             "steps": 12, "learning_rate": 1e-2, "rank_learning_rate": 5e-2, "batch_size": 2, "target_rank": 2,
             "initial_rank": 9, "sync_every": 3, "rank_weight": 1e-2, "seed": 1, **changes,
@@ -104,9 +105,9 @@ def told(**changes: Any) -> Settings:
 def trainer_of(toy: Toy | None = None, compute: torch.dtype = torch.float32, **changes: Any) -> Trainer:
     """compute: the type that the denoiser computes in; the adapter's factors are float32."""
     toy = (toy or Toy(changes.pop("prediction", EPSILON))).to(compute)
-    settings = told(**changes)
-    network = AdaptiveNetwork(toy.layers(), settings, compute=compute)
-    return Trainer(network, toy, latents(), settings, toy.probe())
+    config = told(**changes)
+    network = AdaptiveNetwork(toy.layers(), config, compute=compute)
+    return Trainer(network, toy, latents(), config, toy.probe())
 
 
 def toy_of(trainer: Trainer) -> Toy:
@@ -231,10 +232,10 @@ def test_a_bad_step_is_not_taken(
 
 
 def test_latents_with_a_nan_stop_the_first_step() -> None:
-    toy, settings = Toy(), told()
-    network = AdaptiveNetwork(toy.layers(), settings)
+    toy, config = Toy(), told()
+    network = AdaptiveNetwork(toy.layers(), config)
     with pytest.raises(Diverged, match="step 1"):
-        Trainer(network, toy, [torch.full((4, 4, 4), math.nan)], settings).run()
+        Trainer(network, toy, [torch.full((4, 4, 4), math.nan)], config).run()
     assert not any(f.delta().any() for f in network.final_factors()[0].values())
 
 
@@ -500,7 +501,7 @@ def test_weight_decay_is_adamws_alone(optimizer: str) -> None:
             parameter.grad = torch.full_like(parameter, 0.1)
         trainer.network.theta.grad = torch.zeros_like(trainer.network.theta)
         assert trainer.optimizer.step(0.5, True, torch.ones(()))
-    less = 0.5 * plain.settings.learning_rate * 2.0 if optimizer == "adamw" else 0.0
+    less = 0.5 * plain.config.learning_rate * 2.0 if optimizer == "adamw" else 0.0
     for old, one, other in zip(before, plain.network.parameters(), pulled.network.parameters(), strict=True):
         # float32: a difference of numbers near 1 is right to 1e-7.
         torch.testing.assert_close((one - other).detach(), less * old, rtol=1e-4, atol=3e-7)
@@ -508,7 +509,7 @@ def test_weight_decay_is_adamws_alone(optimizer: str) -> None:
 
 def test_weight_decay_goes_by_the_pictures_of_the_run() -> None:
     trainer = trainer_of()
-    assert trainer.settings.weight_decay == trainer.optimizer.inner.param_groups[0]["weight_decay"] == 24 / len(latents())
+    assert trainer.config.weight_decay == trainer.optimizer.inner.param_groups[0]["weight_decay"] == 24 / len(latents())
     assert trainer.state().part("settings").facts["weight_decay"] == 24 / len(latents())
 
 
@@ -732,14 +733,14 @@ class Teachers(nn.Module):
 
 def teach(**changes: Any) -> Trainer:
     model = Teachers()
-    settings = Settings(
+    config = TrainingConfig(
         **{
             "steps": 400, "learning_rate": 5e-3, "rank_learning_rate": 1.5e-2, "batch_size": 48, "target_rank": 2,
             "initial_rank": 16, "settle_at": 1.0, "rank_rest": 0.0, "schedule": "constant", "clip_norm": 0.0,
             "weight_decay": 0.0, **changes,
         }
     )
-    trainer = Trainer(AdaptiveNetwork(model.layers(), settings), model, [torch.zeros(6, 64)], settings)
+    trainer = Trainer(AdaptiveNetwork(model.layers(), config), model, [torch.zeros(6, 64)], config)
     trainer.run()
     return trainer
 

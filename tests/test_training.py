@@ -28,7 +28,7 @@ def run(model: Any, family: str, **changes: Any) -> Any:
         k: changes.pop(k) for k in ("target", "include", "exclude", "checkpointing", "precision") if k in changes
     }
     request = {"target": "attention", "save_name": "t/subject", "save_dtype": "fp32", **request}
-    settings = {
+    config = {
         "steps": 4,
         "batch_size": 2,
         "target_rank": 4,
@@ -38,14 +38,14 @@ def run(model: Any, family: str, **changes: Any) -> Any:
         **changes,
     }
     data = {"latents": latents(family), "conditioning": captions(family, 3)} | {
-        k: settings.pop(k) for k in ("latents", "conditioning") if k in settings
+        k: config.pop(k) for k in ("latents", "conditioning") if k in config
     }
     return session.train(
         model,
         data["latents"],
         data["conditioning"],
-        pack("lora2.config").Settings(**settings),
-        session.Request(**request),
+        pack("lora2.config").TrainingConfig(**config),
+        session.RunRequest(**request),
     )
 
 
@@ -135,7 +135,7 @@ def test_the_training_forward_equals_the_saved_file_applied(
     trained = run(model, family, learning_rate=3e-2)
     comfy.model_management.load_models_gpu([model])
     plain = ask(model)
-    applied = pack("nodes.comfy.apply_lora").apply(model, None, dict(trained.lora), 1.0, 0.0)[0]
+    applied = pack("nodes.comfy.apply_lora").apply_lora(model, None, dict(trained.lora), 1.0, 0.0)[0]
     comfy.model_management.load_models_gpu([applied])
     moved = (answers[0] - plain).norm() / plain.norm()
     error = (ask(applied) - answers[0]).norm() / answers[0].norm()
@@ -212,7 +212,7 @@ def test_each_picture_has_its_own_size_conditioning(small_model: Callable[[str],
     model_module, dataset = pack("nodes.comfy.model"), pack("nodes.comfy.dataset")
     with torch.inference_mode(False):
         host = model_module.HostModel(small_model("koala"))
-        images, texts = dataset.pictures(latents("koala"), captions("koala", 3))
+        images, texts = dataset.pictures_and_captions(latents("koala"), captions("koala", 3))
         scaled = host.scale_latents(images)
         assert torch.allclose(scaled[0], images[0] * host.model.latent_format.scale_factor)
         with host.training(scaled, texts, model_module.empty_caption(texts, None), 1, "off"):
@@ -238,7 +238,7 @@ def test_what_comes_from_bucket_nodes_keeps_its_captions(inside_a_node: None, co
 
     given, texts = latents("sd15"), captions("sd15", 3)
     bucketed = ResolutionBucket.execute(given, texts).result
-    images, entries = pack("nodes.comfy.dataset").pictures(*bucketed)
+    images, entries = pack("nodes.comfy.dataset").pictures_and_captions(*bucketed)
     for image, entry in zip(images, entries, strict=True):
         match = next(
             i

@@ -176,7 +176,7 @@ def test_a_run_that_ends_early_keeps_what_it_learned(
     assert files_in(folders) == {"loras/t/mug_00001.safetensors"}
     kept = pack("lora2.files.document").read(folders / "loras/t/mug_00001.safetensors")
     assert kept.info["training"]["steps_done"] == done
-    monkeypatch.setattr(pack("lora2.config").Settings, "rest_step", 5)  # that of five steps
+    monkeypatch.setattr(pack("lora2.config").TrainingConfig, "rest_step", 5)  # that of five steps
     whole = train(model, **(more | {"steps": done}))[0]
     assert kept.state_dict().keys() == whole.keys()
     assert all(torch.equal(tensor, whole[key]) for key, tensor in kept.state_dict().items())

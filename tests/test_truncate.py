@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lora2.files.document import LoraDocument, parse, to_state_dict
 from lora2.files.metadata import LayerInfo, build, layer_info
-from lora2.files.resize import cut
+from lora2.files.resize import resize
 from lora2.method.factors import Factors
-from lora2.method.svd import singular_order
+from lora2.method.svd import decompose
 from lora2.util.errors import LoraError
 
 C = -math.log(0.1)  # −ln(1 − q) for q = 0.9
@@ -65,7 +65,7 @@ def size(tensors: dict[str, Tensor]) -> int:
 @pytest.mark.parametrize("order", ["importance", "singular", None])
 def test_all_of_it_is_the_very_same(order: str | None) -> None:
     doc = document(order, other=True)
-    for result in (cut(doc), cut(doc, 1.0, 30, 1000.0), cut(doc, max_rank=10**9)):
+    for result in (resize(doc), resize(doc, 1.0, 30, 1000.0), resize(doc, max_rank=10**9)):
         assert result.document is doc
         assert result.ranks_before == result.ranks_after == RANKS
         assert result.parameters_before == result.parameters_after
@@ -79,7 +79,7 @@ def test_all_of_it_is_the_very_same(order: str | None) -> None:
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.5, 0.9, 0.99, 0.999999])
 def test_a_share_of_importance_is_the_shortest_prefix_that_holds_it(share: float) -> None:
     doc = document()
-    result = cut(doc, share)
+    result = resize(doc, share)
     for name, rank in RANKS.items():
         nu = C / rank
         mass = [sum(math.exp(-nu * j) * (1 - math.exp(-nu)) for j in range(d)) for d in range(rank + 1)]
@@ -96,7 +96,7 @@ def test_a_share_of_importance_is_the_shortest_prefix_that_holds_it(share: float
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.5, 0.9, 0.99, 0.999999])
 def test_a_share_of_energy_is_the_lowest_rank_that_holds_it(order: str | None, share: float) -> None:
     doc = document(order)
-    result = cut(doc, share)
+    result = resize(doc, share)
     for name in RANKS:
         energy = energies(doc.layers[name])
         kept = energy.cumsum(0)
@@ -110,7 +110,7 @@ def test_a_share_of_energy_is_the_lowest_rank_that_holds_it(order: str | None, s
 
 def test_a_layer_that_holds_nothing_is_left_out() -> None:
     tensors = {"z.lora_B.weight": torch.zeros(4, 3), "z.lora_A.weight": torch.randn(3, 5)}
-    result = cut(parse(tensors), 0.9)
+    result = resize(parse(tensors), 0.9)
     assert result.ranks_after == {"z": 0}
     assert result.document.state_dict() == {}
 
@@ -122,7 +122,7 @@ def test_a_layer_that_holds_nothing_is_left_out() -> None:
 @pytest.mark.parametrize("order", ["importance", "singular", None])
 def test_a_maximal_rank(order: str | None, max_rank: int) -> None:
     doc = document(order)
-    result = cut(doc, max_rank=max_rank)
+    result = resize(doc, max_rank=max_rank)
     most = RANKS if order == "importance" else FULL
     assert result.ranks_after == {name: min(rank, max_rank) for name, rank in most.items()}
     for name, rank in RANKS.items():
@@ -148,7 +148,7 @@ def test_a_maximal_rank(order: str | None, max_rank: int) -> None:
 def test_a_size_is_met_and_nearly_filled(order: str | None, dtype: torch.dtype, kept: float) -> None:
     doc = document(order, dtype, other=True)
     budget = int(kept * size(doc.state_dict()))
-    result = cut(doc, megabytes=budget / 1e6)
+    result = resize(doc, megabytes=budget / 1e6)
     assert size(result.document.state_dict()) == result.bytes_after <= budget
     units = [doc.layers[name].cost for name in RANKS if result.ranks_after[name] < FULL[name]]
     # 4 bytes of alpha may be kept free for each layer that went; with all at full rank, room is left.
@@ -159,7 +159,7 @@ def test_a_size_is_met_and_nearly_filled(order: str | None, dtype: torch.dtype, 
 def test_a_size_is_shared_by_energy_per_byte() -> None:
     doc = document("singular")
     budget = 3000
-    result = cut(doc, megabytes=budget / 1e6)
+    result = resize(doc, megabytes=budget / 1e6)
     ratios = {name: energies(doc.layers[name]) / doc.layers[name].cost for name in RANKS}
     lowest_taken = min(float(ratios[n][r - 1]) for n, r in result.ranks_after.items() if r)
     for name, rank in result.ranks_after.items():
@@ -170,10 +170,10 @@ def test_a_size_is_shared_by_energy_per_byte() -> None:
 
 def test_limits_work_together() -> None:
     doc = document("importance")
-    shared, both = cut(doc, 0.9), cut(doc, 0.9, 6)
+    shared, both = resize(doc, 0.9), resize(doc, 0.9, 6)
     assert both.ranks_after == {name: min(rank, 6) for name, rank in shared.ranks_after.items()}
     budget = both.bytes_after // 2
-    all_three = cut(doc, 0.9, 6, budget / 1e6)
+    all_three = resize(doc, 0.9, 6, budget / 1e6)
     assert all_three.bytes_after <= budget
     assert all(all_three.ranks_after[name] <= both.ranks_after[name] for name in RANKS)
 
@@ -188,12 +188,12 @@ def test_the_scale_survives(alpha: float | None, limits: dict[str, float]) -> No
     tensors = {"a_lora.up.weight": factors.up, "a_lora.down.weight": factors.down}
     if alpha is not None:
         tensors["a.alpha"] = torch.tensor(alpha)
-    result = cut(parse(tensors), **limits)  # type: ignore[arg-type]
+    result = resize(parse(tensors), **limits)  # type: ignore[arg-type]
     after = parse(result.document.state_dict()).layers["a"]
     rank = result.ranks_after["a"]
     assert 0 < rank < 12
     assert after.alpha == rank
-    ordered, _ = singular_order(factors)
+    ordered, _ = decompose(factors)
     expected = delta(Factors(ordered.up[:, :rank], ordered.down[:rank]))
     assert (delta(after) - expected).norm() <= 1e-6 * expected.norm()  # float32
 
@@ -201,7 +201,7 @@ def test_the_scale_survives(alpha: float | None, limits: dict[str, float]) -> No
 def test_a_prefix_cut_folds_the_scale() -> None:
     doc = document()
     doc = replace(doc, layers={n: replace(f, alpha=3.0) for n, f in doc.layers.items()})
-    after = cut(doc, max_rank=4).document.layers["a"]
+    after = resize(doc, max_rank=4).document.layers["a"]
     before = doc.layers["a"]
     expected = 3 / 12 * (before.up[:, :4].double() @ before.down[:4].double())
     assert after.alpha == 4
@@ -216,7 +216,7 @@ def test_types_stay_but_for_those_of_8_bits(dtype: torch.dtype, order: str | Non
         {key: t if key.endswith("alpha") else t.to(dtype) for key, t in doc.state_dict().items()},
         doc.metadata,
     )
-    result = cut(doc, 0.5)
+    result = resize(doc, 0.5)
     kept = dtype if dtype.itemsize > 1 else torch.bfloat16
     changed = [n for n in RANKS if result.ranks_after[n] < RANKS[n]]
     assert changed
@@ -230,7 +230,7 @@ def test_types_stay_but_for_those_of_8_bits(dtype: torch.dtype, order: str | Non
 def test_metadata_after_a_cut() -> None:
     doc = document()
     doc.metadata["lora_adapter_metadata"] = "{}"
-    ordered = cut(doc, 0.5).document
+    ordered = resize(doc, 0.5).document
     assert ordered.info is not None
     assert json.loads(ordered.metadata["lora2"]) == ordered.info
     assert ordered.info["layers"]["a"] == {
@@ -242,14 +242,14 @@ def test_metadata_after_a_cut() -> None:
     }
     assert {"sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata"}.isdisjoint(ordered.metadata)
     assert ordered.metadata["ss_output_name"] == "x"
-    singular = cut(doc, megabytes=0.002).document
+    singular = resize(doc, megabytes=0.002).document
     assert singular.info is not None
     entry = singular.info["layers"]["a"]
     assert (entry["rank"], entry["nu"], entry["order"]) == (singular.layers["a"].rank, None, "singular")
     assert parse(singular.state_dict()).notes == []
     assert doc.layers["a"].rank == 12  # the document that was cut is as it was
     assert "sshs_model_hash" in doc.metadata
-    assert cut(document(None), 0.5).document.metadata == {"ss_network_dim": "Dynamic"}
+    assert resize(document(None), 0.5).document.metadata == {"ss_network_dim": "Dynamic"}
 
 
 # --- impossible limits
@@ -258,26 +258,26 @@ def test_metadata_after_a_cut() -> None:
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, math.nan])
 def test_impossible_shares(share: float) -> None:
     with pytest.raises(LoraError, match="share"):
-        cut(document(), share)
+        resize(document(), share)
 
 
 @pytest.mark.parametrize("megabytes", [-1.0, math.nan, math.inf])
 def test_impossible_sizes(megabytes: float) -> None:
     with pytest.raises(LoraError, match="size"):
-        cut(document(), megabytes=megabytes)
+        resize(document(), megabytes=megabytes)
 
 
 def test_impossible_ranks_and_sizes_that_leave_nothing() -> None:
     with pytest.raises(LoraError, match="maximal rank"):
-        cut(document(), max_rank=-1)
+        resize(document(), max_rank=-1)
     doc = document(other=True)
     with pytest.raises(LoraError, match=r"0\.0001 MB leaves nothing.* take 0\.0002\d+ MB") as caught:
-        cut(doc, megabytes=1e-4)
+        resize(doc, megabytes=1e-4)
     least = float(str(caught.value).split("take ")[1].split(" MB")[0])
-    assert sum(cut(doc, megabytes=least * 1.01).ranks_after.values()) == 1
+    assert sum(resize(doc, megabytes=least * 1.01).ranks_after.values()) == 1
     # Nothing that can be cut is nothing that could be made smaller.
     with pytest.raises(LoraError, match="leaves nothing"):
-        cut(parse({"k.lokr_w1": torch.ones(4, 4)}), megabytes=1e-5)
+        resize(parse({"k.lokr_w1": torch.ones(4, 4)}), megabytes=1e-5)
 
 
 def test_hostile_values_do_not_reach_the_model() -> None:
@@ -288,10 +288,10 @@ def test_hostile_values_do_not_reach_the_model() -> None:
     }
     info = json.dumps({"format": 1, "layers": {"h": {"nu": 1.0, "order": "importance"}}})
     with pytest.raises(LoraError, match="Layer h is too strong"):
-        cut(parse(tensors, {"lora2": info}), max_rank=1)
+        resize(parse(tensors, {"lora2": info}), max_rank=1)
     doc = document()
     assert doc.info is not None
     for nu in (5e-324, 1e-300, 1e300):
         doc.info["layers"]["a"]["nu"] = nu
-        rank = cut(doc, 0.5).ranks_after["a"]
+        rank = resize(doc, 0.5).ranks_after["a"]
         assert rank == (1 if nu > 1 else 6)  # an almost level importance is half used at half the rank

@@ -12,7 +12,7 @@ import torch
 from test_trainer import Toy, hooks, state, toy_of, trainer_of
 from torch import Tensor
 
-from lora2.training.monitor import TIMES, WINDOW, Diverged, LossWatch, bad_layers, in_words
+from lora2.training.monitor import TIMES, WINDOW, Diverged, LossTracker, bad_layers, describe_layers
 from lora2.training.trainer import Trainer
 
 
@@ -50,9 +50,9 @@ def test_all_layers_and_none_are_said_shortly() -> None:
     spoil(trainer, [2])
     with pytest.raises(Diverged, match=r"^The loss became nan at step 2 \(in all 5 layers\), and the step was not taken: lower"):
         trainer.run()
-    assert in_words([], 5) == "in no layer's gradient"
-    assert in_words(["a", "b", "c", "d"], 9) == "in a, b, c and 1 more of 9 layers"
-    assert in_words(["a"], 1) == "in a"
+    assert describe_layers([], 5) == "in no layer's gradient"
+    assert describe_layers(["a", "b", "c", "d"], 9) == "in a, b, c and 1 more of 9 layers"
+    assert describe_layers(["a"], 1) == "in a"
     assert bad_layers(["a", "b"], [1.0, math.inf, 2.0, 3.0]) == ["a"]
     assert bad_layers(["a", "b"], []) == []
 
@@ -143,7 +143,7 @@ def curve(seed: int, sigma: float, steps: int) -> list[float]:
 
 
 def largest(losses: Sequence[float]) -> float:
-    watch = LossWatch()
+    watch = LossTracker()
     return max(watch.ratio(loss) for loss in losses)
 
 
@@ -153,7 +153,7 @@ def test_noise_never_counts_as_an_explosion() -> None:
 
 
 def test_an_explosion_is_said_once_and_within_a_window() -> None:
-    watch, said = LossWatch(), []
+    watch, said = LossTracker(), []
     losses = curve(1, 1.0, 200)
     for step, loss in enumerate([*losses, *(loss * 100 for loss in losses)], 1):
         if words := watch.note(step, loss):

@@ -61,7 +61,7 @@ def test_what_waits_is_pinned_until_the_end(patcher: Any, monkeypatch: pytest.Mo
     clone = patcher.clone()
 
     def trained() -> None:
-        with pack("nodes.comfy.weights").waiting_pinned(clone):
+        with pack("nodes.comfy.weights").offloaded_weights_pinned(clone):
             assert set(held) == every
             gone(patcher.clone())
             assert set(held) == every
@@ -78,13 +78,13 @@ def test_a_host_that_pins_nothing_is_left_alone() -> None:
     class Old:
         model = nn.Linear(2, 2)
 
-    with pack("nodes.comfy.weights").waiting_pinned(Old()):
+    with pack("nodes.comfy.weights").offloaded_weights_pinned(Old()):
         pass
     assert not hasattr(Old, "pinned")
 
 
 def test_weights_on_their_device_are_not_waiting(patcher: Any) -> None:
-    waiting = pack("nodes.comfy.weights").waiting
+    waiting = pack("nodes.comfy.weights").offloaded_weights
     assert not waiting(patcher.model, torch.device("cpu"))
     away = waiting(patcher.model, torch.device("cuda"))
     assert sum(p.nbytes for p in away.values()) == sum(p.nbytes for p in patcher.model.parameters())

@@ -69,7 +69,7 @@ def defaults() -> dict[str, Any]:
     """What the node has where nothing is changed, in the words of the table."""
     from benchmarks.models import pack
 
-    settings = pack("lora2.config").Settings()
+    settings = pack("lora2.config").TrainingConfig()
     words = {
         "gain of Λ": "√(D / Σ Λ²)", "first position": "0", "what a cut goes by": "energy × sensitivity",
         "positions after a cut": "mixed",

@@ -17,14 +17,14 @@ from torch import nn
 from benchmarks import models
 from benchmarks.evidence.experiment import Claim, Results, chosen, main, table
 from benchmarks.evidence.plot import ACCENT, CALM, Plot, Series
-from lora2.util.text import size as in_words
+from lora2.util.text import format_size as in_words
 
 KEY, FILE = "budget", "budget.json"
 
 WIDTHS = {"sd15": (4, 768, 0), "flux": (16, 4096, 768)}
 """Channels of the latent, width of the text, width of the pooled text."""
 
-FORMS = {"settled": models.pack("lora2.config").Settings().settle_at, "paper's form": 1.0}
+FORMS = {"settled": models.pack("lora2.config").TrainingConfig().settle_at, "paper's form": 1.0}
 COLOURS = {"settled": ACCENT, "paper's form": CALM}
 BUDGETS = 10
 CLOSE = 0.02
@@ -50,7 +50,7 @@ def asked(layers: Mapping[str, nn.Module], overhead: int, itemsize: int, count: 
     adapter = models.pack("lora2.adapters.layer")
     shapes = [adapter.module_shape(module) for module in layers.values()]
     costs = [adapter.cost(shape) for shape in shapes]
-    most = sum(c * adapter.full_rank(shape) for c, shape in zip(costs, shapes, strict=True))
+    most = sum(c * models.pack("lora2.method.factors").full_rank(shape) for c, shape in zip(costs, shapes, strict=True))
     low = max(1.01 * (itemsize * sum(costs) + overhead), itemsize * max(costs) / RESOLUTION)
     high = 0.9 * (itemsize * most + overhead)
     return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
@@ -58,10 +58,10 @@ def asked(layers: Mapping[str, nn.Module], overhead: int, itemsize: int, count: 
 
 def measure(patcher: Any, family: str, form: str, budget: float, steps: int) -> Results:
     """Train with a budget of so many bytes; the file's size."""
-    session, settings = models.pack("nodes.runs.run"), models.pack("lora2.config").Settings
+    session, settings = models.pack("nodes.runs.run"), models.pack("lora2.config").TrainingConfig
     told = settings(steps=steps, budget_mb=budget / 1e6, settle_at=FORMS[form], learning_rate=1e-3, seed=steps)
     pictures, captions = dataset(family)
-    request = session.Request(save_name="evidence/budget", target="attention")
+    request = session.RunRequest(save_name="evidence/budget", target="attention")
     trained = session.train(patcher, pictures, captions, told, request, say=lambda _: None)
     asked_for, got = int(budget), trained.path.stat().st_size
     ranks = [len(t) for key, t in trained.lora.items() if key.endswith(("lora_down.weight", "lora_A.weight"))]
@@ -101,9 +101,9 @@ def run(full: bool) -> Results:
 def _overhead(patcher: Any, layers: Mapping[str, nn.Module]) -> int:
     """The bytes of a file that are not factors, as the bridge reckons them for a run with a budget."""
     host, saving = models.pack("nodes.comfy.layers"), models.pack("nodes.runs.save")
-    settings, adapter = models.pack("lora2.config").Settings, models.pack("lora2.adapters.layer")
+    settings, adapter = models.pack("lora2.config").TrainingConfig, models.pack("lora2.adapters.layer")
     prefixes, style = host.file_prefixes(patcher.model, list(layers))
-    info = saving.FileInfo(prefixes, style, "", "epsilon", (64, 64), torch.float16)
+    info = saving.LoraFile(prefixes, style, "", "epsilon", (64, 64), torch.float16)
     shapes = {name: adapter.module_shape(module) for name, module in layers.items()}
     return int(info.overhead(shapes, "budget", settings(budget_mb=1.0).to_dict()))
 

@@ -24,7 +24,7 @@ def size_of(factors: Factors) -> int:
 
 def singular(factors: Factors) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Every layer in the order of its singular values, and those."""
-    pairs = {name: pack("lora2.method.svd").singular_order(f) for name, f in factors.items()}
+    pairs = {name: pack("lora2.method.svd").decompose(f) for name, f in factors.items()}
     return {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}
 
 
@@ -55,7 +55,7 @@ def allocated(factors: Factors) -> Iterator[tuple[int, Factors]]:
     ordered, sigmas = singular(factors)
     costs = {n: f.cost for n, f in factors.items()}
     for size in SIZES:
-        ranks = pack("lora2.method.svd").allocate(sigmas, costs, size * sum(costs.values()))
+        ranks = pack("lora2.method.allocation").allocate(sigmas, costs, size * sum(costs.values()))
         yield size, {n: f.head(ranks[n]) for n, f in ordered.items()}
 
 
@@ -70,7 +70,7 @@ def shared_out(factors: Factors) -> Iterator[tuple[float, Factors]]:
     ordered, sigmas = singular(factors)
     costs = {n: f.cost for n, f in factors.items()}
     for share in SHARES:
-        ranks = pack("lora2.method.svd").allocate(sigmas, costs, int(share * size_of(factors)))
+        ranks = pack("lora2.method.allocation").allocate(sigmas, costs, int(share * size_of(factors)))
         yield share, {n: f.head(ranks[n]) for n, f in ordered.items()}
 
 

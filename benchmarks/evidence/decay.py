@@ -40,7 +40,7 @@ MOST = 5.0
 @cache
 def decay_of(count: int, share: float) -> float:
     """A share of the decay that the default has for so many pictures."""
-    return round(share * float(pack("lora2.config").Settings().for_pictures(count).weight_decay), 6)
+    return round(share * float(pack("lora2.config").TrainingConfig().resolved_for(count).weight_decay), 6)
 
 
 def jobs_of(count: int, share: float, rate: float) -> list[Job]:

@@ -40,13 +40,13 @@ def measure(weight: float, seed: int, steps: int) -> Results:
 
 
 def _measure(weight: float, seed: int, steps: int) -> Results:
-    bridge, losses = pack("nodes.comfy.model"), pack("lora2.method.losses")
+    bridge, losses = pack("nodes.comfy.model"), pack("lora2.method.attention_entropy")
     host = bridge.HostModel(models.small(FAMILY), torch.float32)
     layers = pack("nodes.comfy.layers").select_layers(host.model, "attention", (), ())
     pictures, captions = (list(side) for side in dataset(FAMILY))
     latents = host.scale_latents([picture["samples"][0] for picture in pictures])
     entries = [caption[0] for caption in captions]
-    settings = pack("lora2.config").Settings(
+    settings = pack("lora2.config").TrainingConfig(
         steps=steps, learning_rate=RATE, batch_size=2, target_rank=RANK, seed=seed, entropy_weight=weight
     )
     with host.training(latents, entries, bridge.empty_caption(entries, None), settings.batch_size, "off"):

@@ -36,10 +36,10 @@ def anew(own: type[Any]) -> type[Any]:
     class Anew(own):
         def _cut_if_due(self) -> None:
             super()._cut_if_due()
-            usual = pack("lora2.config").Settings().settle_at
-            if self._issued in replace(self.settings, settle_at=usual).cut_steps:
+            usual = pack("lora2.config").TrainingConfig().settle_at
+            if self._issued in replace(self.config, settle_at=usual).cut_steps:
                 self.engine.forget()
-                self.optimizer = pack("lora2.training.optimizer").Optimizer(self.network, self.settings)
+                self.optimizer = pack("lora2.training.optimizer").Optimizer(self.network, self.config)
 
     return Anew
 

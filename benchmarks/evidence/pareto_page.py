@@ -40,10 +40,10 @@ from benchmarks.evidence.experiment import Results, mean, table
 from benchmarks.evidence.longer import LONGER, LOWER
 from benchmarks.evidence.pareto import choices_of, points_of
 from benchmarks.evidence.personal import FIXED, PAPER, SETTLING
-from benchmarks.evidence.plot import ACCENT, CALM, ROSE, SKY, STRAW, Colour, Plot, Series, sheet
+from benchmarks.evidence.plot import ACCENT, CALM, ROSE, SKY, STRAW, Color, Plot, Series, sheet
 
 WORDS = {SETTLING: "ours", **METHODS}
-COLOURS: dict[str, Colour] = {SETTLING: ACCENT, FIXED: CALM, RESIZED: ROSE, ALLOCATED: SKY, PAPER: STRAW}
+COLOURS: dict[str, Color] = {SETTLING: ACCENT, FIXED: CALM, RESIZED: ROSE, ALLOCATED: SKY, PAPER: STRAW}
 RANKS = {SETTLING: TARGETS, FIXED: FIXED_RANKS, RESIZED: CUT_RANKS, ALLOCATED: CUT_RANKS, PAPER: PAPER_TARGETS}
 UNIT_KB = UNIT * BYTES / 1000
 

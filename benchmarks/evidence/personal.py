@@ -172,7 +172,7 @@ def trained(job: Job, host: Any, layers: Mapping[str, nn.Module], latents: list[
 
 def settings_for(job: Job) -> Any:
     """The node's settings for a job; what is not said is the node's default."""
-    base = pack("lora2.config").Settings(
+    base = pack("lora2.config").TrainingConfig(
         steps=job.steps, learning_rate=job.rate, batch_size=BATCH, target_rank=job.rank, seed=job.seed, sync_every=SYNC_EVERY
     )
     if job.method == FIXED:
@@ -185,7 +185,7 @@ def settings_for(job: Job) -> Any:
 def make_plain(network: Any, job: Job) -> None:
     """Turn a network that has not begun into a plain LoRA of one rank: Λ = 1, B = 0."""
     generator = torch.Generator().manual_seed(job.seed)
-    network.settled = True
+    network.pruned = True
     for adapter in network.adapters:
         fan_in = math.prod(adapter.shape[1:])
         rank = min(job.rank, fan_in, adapter.shape[0])

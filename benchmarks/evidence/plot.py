@@ -10,13 +10,13 @@ from pathlib import Path
 from PIL import Image
 
 from lora2.report.canvas import Canvas
-from lora2.report.colors import ACCENT, CALM, CARD, INK, PLATE, QUIET, RULE, Colour
+from lora2.report.colors import ACCENT, CALM, CARD, INK, PLATE, QUIET, RULE, Color
 
-ROSE: Colour = (240, 120, 150)
-SKY: Colour = (120, 170, 250)
-STRAW: Colour = (232, 220, 120)
-GREY: Colour = (120, 124, 138)
-PALETTE: tuple[Colour, ...] = (ACCENT, CALM, ROSE, SKY, STRAW, QUIET)
+ROSE: Color = (240, 120, 150)
+SKY: Color = (120, 170, 250)
+STRAW: Color = (232, 220, 120)
+GREY: Color = (120, 124, 138)
+PALETTE: tuple[Color, ...] = (ACCENT, CALM, ROSE, SKY, STRAW, QUIET)
 
 WIDTH, HEIGHT = 880.0, 520.0
 TEXT = 20.0
@@ -38,7 +38,7 @@ class Series:
     points: bool = True
     low: Sequence[float] = ()
     high: Sequence[float] = ()
-    colour: Colour | None = None
+    colour: Color | None = None
 
 
 @dataclass
@@ -178,7 +178,7 @@ def number(value: float) -> str:
 
 
 def _draw(
-    canvas: Canvas, series: Series, x_at: Callable[[float], float], y_at: Callable[[float], float], colour: Colour
+    canvas: Canvas, series: Series, x_at: Callable[[float], float], y_at: Callable[[float], float], colour: Color
 ) -> None:
     places = [(x_at(x), y_at(y)) for x, y in zip(series.x, series.y, strict=True)]
     if series.line and len(places) > 1:

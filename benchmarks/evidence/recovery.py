@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.evidence.experiment import Claim, Results, chosen, main, mean
 from benchmarks.evidence.teachers import Shape, Teachers, residuals
-from lora2.adapters.layer import cost
 from lora2.adapters.network import AdaptiveNetwork
-from lora2.config import Settings
+from lora2.config import TrainingConfig
+from lora2.method.factors import cost
 from lora2.training.trainer import Trainer
 
 KEY, FILE = "rank_recovery", "recovery.json"
@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[Shape, ...]] = {
 }
 """Shapes (d_out, d_in) that the ten layers have in turn."""
 
-WEIGHT = Settings().rank_weight
+WEIGHT = TrainingConfig().rank_weight
 WEIGHTS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 SETTLED, PURE = "settled", "pure"
 STEPS = {SETTLED: 400, PURE: 1200}
@@ -67,7 +67,7 @@ class Case:
     noise: float = 0.0
     share: float = 1.0
     initial: int = 0
-    rest: float = Settings().rank_rest
+    rest: float = TrainingConfig().rank_rest
 
 
 def shapes_of(layout: str) -> list[Shape]:
@@ -89,9 +89,9 @@ def measure(case: Case) -> Results:
     """Train, and compare with the truth."""
     shapes = shapes_of(case.layout)
     teachers = Teachers(RANKS, shapes, case.seed, case.decay, case.noise)
-    settings = Settings(
+    settings = TrainingConfig(
         steps=STEPS[case.form], learning_rate=RATES[case.form], batch_size=48, target_rank=target_of(case), seed=case.seed,
-        settle_at=1.0 if case.form == PURE else Settings().settle_at, rank_weight=case.weight,
+        settle_at=1.0 if case.form == PURE else TrainingConfig().settle_at, rank_weight=case.weight,
         weight_decay=0.0,  # the one latent stands for endless pictures: every step has new inputs
         initial_rank=case.initial, rank_rest=case.rest,
     )  # fmt: skip
@@ -194,7 +194,7 @@ def claims(results: Results) -> list[Claim]:
     tight = [run["kept"] for run in runs if run["group"] == "shares" and run["share"] < 1]
     found.append(Claim("too small a budget: learned, of the most that fits it", min(tight), 0.98, above=True, open=full))
     missing = {rest: missing_share(own) for rest, own in by_rest(runs).items()}
-    gain = missing[0.0] / missing[Settings().rank_rest]
+    gain = missing[0.0] / missing[TrainingConfig().rank_rest]
     found.append(Claim("paper's form: times less is missing with the rest at the end", gain, 10, above=True))
     return found
 

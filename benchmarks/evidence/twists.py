@@ -54,14 +54,14 @@ AND = ", "
 
 TWISTS: dict[str, tuple[Patch, ...]] = {
     "": (),
-    "no gain": (("lora2.adapters.network", "starting", _no_gain),),
+    "no gain": (("lora2.adapters.network", "init_scale", _no_gain),),
     "positions from 1": (
         ("lora2.method.importance", "importance", _from_one),
         ("lora2.method.importance", "log_importance_slope", _from_one),
     ),
     "energy only": (("lora2.method.sensitivity", "sensitivities", _nothing),),
     "rate as given": (("lora2.method.schedule", "size_factor", _one),),
-    "not mixed": (("lora2.adapters.layer", "mix", _as_they_are),),
+    "not mixed": (("lora2.adapters.layer", "rotate", _as_they_are),),
     "moments carried": (("lora2.training.trainer", "Trainer", moments.carrying),),
     "moments anew": (("lora2.training.trainer", "Trainer", moments.anew),),
 }

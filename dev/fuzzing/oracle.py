@@ -87,7 +87,7 @@ def exercise(path: Path, picture: bool = True) -> str:
     for share, max_rank, megabytes in ((0.5, 0, 0.0), (1.0, 1, 0.0), (0.99, 3, 0.001), (1.0, 0, 1e-5)):
         try:
             with guarded():
-                result = truncate.cut(document, share, max_rank, megabytes)
+                result = truncate.resize(document, share, max_rank, megabytes)
                 again = form.parse(result.document.state_dict())
         except LORA_ERROR as error:
             _message(error, path)
@@ -100,7 +100,7 @@ def _reported(report: Any, document: Any, path: Path, picture: bool) -> None:
     for energy in (False, True):
         try:
             with guarded():
-                made = report.build(document, document.metadata.get("ss_output_name", path.stem), energy=energy)
+                made = report.build_report(document, document.metadata.get("ss_output_name", path.stem), energy=energy)
                 data, text = made.to_json(), made.to_markdown()
         except LORA_ERROR as error:
             _message(error, path)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .layer import Adapter
-from .recompute import made_again
+from .recompute import recompute_saved
 
 
 @contextmanager
@@ -22,21 +22,21 @@ def attached(adapters: Sequence[Adapter], plain: Callable[[nn.Module], bool]) ->
     with ExitStack() as stack:
         for adapter in adapters:
             if adapter.working is not None and plain(adapter.module):
-                stack.enter_context(forward_changed(adapter.module, partial(_together, adapter)))
+                stack.enter_context(replaced_forward(adapter.module, partial(_together, adapter)))
                 continue
             if adapter.convolution:
-                stack.enter_context(forward_changed(adapter.module, partial(_without_its_input, adapter)))
+                stack.enter_context(replaced_forward(adapter.module, partial(_without_its_input, adapter)))
             stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)
         yield
 
 
-def plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
     """Whether a layer computes x Wᵀ + bias from its own weight and bias, and nothing else."""
     return type(module) is nn.Linear and "forward" not in vars(module)
 
 
 @contextmanager
-def forward_changed(module: Any, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def replaced_forward(module: Any, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """While inside, `change` of a module's forward stands in its place.
 
     What others have put around it meanwhile stays, and comes to the module's own forward after that.
@@ -64,7 +64,7 @@ def _together(adapter: Adapter, own: Callable[..., Tensor]) -> Callable[..., Ten
     module: Any = adapter.module
 
     def forward(x: Tensor) -> Tensor:
-        if adapter.replaces(module.weight, x):
+        if adapter.can_fuse(module.weight, x):
             return adapter.linear(x, module.weight, module.bias)
         return adapter.add(own(x), x)
 
@@ -75,7 +75,7 @@ def _without_its_input(adapter: Adapter, own: Callable[..., Tensor]) -> Callable
     """A convolution's forward, which keeps its input also where it is frozen, and makes it again where it can."""
 
     def forward(x: Tensor, *args: Any, **named: Any) -> Tensor:
-        with made_again((x, adapter.recipe(x))):
+        with recompute_saved((x, adapter.recipe(x))):
             return own(x, *args, **named)
 
     return forward

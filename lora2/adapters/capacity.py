@@ -5,31 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..checkpoints.state import MOST_STEPS, State, damaged
-from ..config import Settings
+from ..checkpoints.state import MAX_STEPS, State, raise_corrupted
+from ..config import TrainingConfig
 from .layer import HEADROOM, next_capacity
 
 PRESSED_SHARE, FREED_SHARE = 0.02, 0.05
 """Of the parameters held: what makes the arrays follow the ranks."""
 
-MOST_RESIZES = 4
+MAX_RESIZES = 4
 """How often they follow in a run, evenly spaced."""
 
-FASTEST = 2.5
+MAX_GROWTH = 2.5
 """A growing layer gets room for this many times its rank at most."""
 
 
-class Resizes:
+class CapacityPolicy:
     """What is remembered from sync to sync. ranks: every layer's continuous rank at the last one. at: the syncs, counted from 1,
     at which arrays were resized.
     """
 
-    def __init__(self, settings: Settings, ranks: Sequence[float]) -> None:
+    def __init__(self, config: TrainingConfig, ranks: Sequence[float]) -> None:
         self.ranks = [float(rank) for rank in ranks]
         self.at: list[int] = []
         self._syncs = 0
-        adapting = settings.adapting_steps - round(settings.steps * settings.rank_hold)
-        self._between = max(1, math.ceil(adapting / settings.sync_every / MOST_RESIZES))
+        adapting = config.adapting_steps - round(config.steps * config.rank_hold)
+        self._between = max(1, math.ceil(adapting / config.sync_every / MAX_RESIZES))
 
     def sync(
         self,
@@ -62,7 +62,7 @@ class Resizes:
 
     def _expected(self, now: float, before: float) -> int:
         """The rank that a layer will ask for when the arrays may follow again, if it grows on as since the last sync."""
-        return math.ceil(now * min(FASTEST, max(1.0, now / before) ** self._between))
+        return math.ceil(now * min(MAX_GROWTH, max(1.0, now / before) ** self._between))
 
     def facts(self) -> dict[str, object]:
         """What `restore` needs."""
@@ -71,9 +71,9 @@ class Resizes:
     def restore(self, state: State) -> None:
         """Become what the facts in a state were taken of. Raises LoraError where they are damaged."""
         ranks = state.items("last_ranks", float, len(self.ranks))
-        syncs, at = state.whole("syncs", 0, MOST_STEPS), list(state.items("resized", int))
-        if not all(0 < rank < MOST_STEPS for rank in ranks) or any(s > syncs for s in at):
-            damaged("ranks or resizes are out of bounds")
+        syncs, at = state.whole("syncs", 0, MAX_STEPS), list(state.items("resized", int))
+        if not all(0 < rank < MAX_STEPS for rank in ranks) or any(s > syncs for s in at):
+            raise_corrupted("ranks or resizes are out of bounds")
         self.ranks, self._syncs, self.at = list(ranks), syncs, at
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .layer import Adapter, capacity_for
+from .layer import Adapter, round_up_capacity
 
 
-class Block:
+class FlatBuffer:
     """The rows of all factors of one width, one below the other; each layer's rows are padded with zeros to a multiple of 8.
 
     master: (rows, width) float32, the trained numbers: every member's data is a part of it. Rows of padding have no gradient
@@ -22,7 +22,7 @@ class Block:
     def __init__(self, factors: Sequence[tuple[int, nn.Parameter]], dtype: torch.dtype, device: torch.device) -> None:
         self.members = list(factors)
         width = factors[0][1].shape[1]
-        self.padded = [capacity_for(len(p)) for _, p in factors]
+        self.padded = [round_up_capacity(len(p)) for _, p in factors]
         self.starts = [0, *itertools.accumulate(self.padded[:-1])]
         self.master = nn.Parameter(torch.zeros(sum(self.padded), width, device=device))
         for (_, parameter), rows in zip(self.members, self.factors(self.master.data), strict=True):
@@ -59,7 +59,7 @@ class Block:
             parameter.grad = rows
 
 
-class Packed:
+class FlatBuffers:
     """Linear layers' factors, with copies in a half type that hold Λ in the down factors, and room for their gradients."""
 
     def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device) -> None:
@@ -76,7 +76,7 @@ class Packed:
             adapters[i].working = (folded, cast, to_folded, to_cast)
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[FlatBuffer]:
         """All blocks, those of down factors first."""
         return [*self._downs, *self._ups]
 
@@ -109,8 +109,8 @@ class Packed:
             block.sums.zero_()
 
 
-def _by_width(factors: Sequence[tuple[int, nn.Parameter]], dtype: torch.dtype, device: torch.device) -> list[Block]:
+def _by_width(factors: Sequence[tuple[int, nn.Parameter]], dtype: torch.dtype, device: torch.device) -> list[FlatBuffer]:
     widths: dict[int, list[tuple[int, nn.Parameter]]] = {}
     for index, parameter in factors:
         widths.setdefault(parameter.shape[1], []).append((index, parameter))
-    return [Block(members, dtype, device) for members in widths.values()]
+    return [FlatBuffer(members, dtype, device) for members in widths.values()]

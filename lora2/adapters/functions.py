@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .recompute import Recipe, again, kept
+from .recompute import Recipe, recomputed, saved_tensors
 
-MANY_ROWS = 4096
+RECOMPUTE_ROWS = 4096
 """From so many rows on, ΛA x is worked out again in the backward pass: keeping it takes rows × rank numbers of every layer."""
 
 
@@ -48,7 +48,7 @@ class AddLowRank(torch.autograd.Function):
         hidden = F.linear(rows, folded)
         # Working copies stay as they are until the backward pass. Others are made for this call: saved, checkpointing drops them.
         copies = (folded, cast)
-        ctx.save_for_backward(_kept(hidden), *((None, None) if sums else copies), *kept(rows, recipe))
+        ctx.save_for_backward(_kept(hidden), *((None, None) if sums else copies), *saved_tensors(rows, recipe))
         ctx.fixed = down, up, copies if sums else None, importance, sums, x.shape, recipe and recipe.make
         total = output.new_empty(output.shape)  # not a view, which the host's in-place additions would be refused on
         torch.addmm(output.reshape(-1, output.shape[-1]), hidden, cast, out=total.view(-1, output.shape[-1]))
@@ -61,7 +61,7 @@ class AddLowRank(torch.autograd.Function):
         down, up, copies, importance, sums, shape, make = ctx.fixed
         hidden, folded, cast, *saved = ctx.saved_tensors
         folded, cast = copies or (folded, cast)
-        rows = _rows(again(saved, make))
+        rows = _rows(recomputed(saved, make))
         hidden = F.linear(rows, folded) if hidden is None else hidden
         g = gradient.reshape(-1, gradient.shape[-1])
         u = F.linear(g, cast)
@@ -103,7 +103,7 @@ class LowRankLinear(torch.autograd.Function):
         """(…, d_out)."""
         rows = _rows(x)
         hidden = F.linear(rows, folded)
-        ctx.save_for_backward(_kept(hidden), *kept(rows, recipe))
+        ctx.save_for_backward(_kept(hidden), *saved_tensors(rows, recipe))
         ctx.fixed = weight, folded, cast, sums, x.shape, recipe and recipe.make
         if weight.dtype is not x.dtype:
             weight = weight.to(x.dtype)
@@ -127,7 +127,7 @@ class LowRankLinear(torch.autograd.Function):
         _once()
         weight, folded, cast, sums, shape, make = ctx.fixed
         hidden, *saved = ctx.saved_tensors
-        rows = _rows(again(saved, make))
+        rows = _rows(recomputed(saved, make))
         hidden = F.linear(rows, folded) if hidden is None else hidden
         g = gradient.reshape(-1, gradient.shape[-1])
         u = F.linear(g, cast)
@@ -147,7 +147,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _kept(hidden: Tensor) -> Tensor | None:
     """What is kept of ΛA x until the backward pass."""
-    return hidden if len(hidden) < MANY_ROWS else None
+    return hidden if len(hidden) < RECOMPUTE_ROWS else None
 
 
 def _once() -> None:

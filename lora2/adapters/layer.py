@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from ..method.factors import Factors
-from ..method.rotation import mix
+from ..method.factors import Factors, cost
+from ..method.rotation import rotate
 from ..util.errors import LoraError
-from ..util.memory import on_device
+from ..util.memory import on_device_or_cpu
 from .functions import AddLowRank, LowRankLinear
-from .recompute import Recipe, made_again, recipe_of
+from .recompute import Recipe, recipe_for, recompute_saved
 
 GRANULE = 8
 """Capacities are multiples of this: tensor cores like it, and resizing stays rare."""
@@ -23,7 +23,7 @@ GRANULE = 8
 HEADROOM = 1.3
 """A growing layer's arrays get this much more than it asks for, where nothing is known of how fast it grows."""
 
-NO_WEIGHT = 1e-7
+ZERO_TOLERANCE = 1e-7
 """Singular values below this share of the largest are float32's rounding."""
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -45,7 +45,7 @@ def module_shape(module: nn.Module) -> tuple[int, ...]:
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
 
-def capacity_for(rank: int) -> int:
+def round_up_capacity(rank: int) -> int:
     """The smallest capacity that holds a rank."""
     return max(GRANULE, math.ceil(rank / GRANULE) * GRANULE)
 
@@ -59,9 +59,9 @@ def next_capacity(capacity: int, rank: int, limit: int, soon: int | None = None)
     presses = max(rank, soon or 0) > capacity
     if soon is None:
         soon = math.ceil(HEADROOM * rank)
-    ahead = max(capacity_for(rank) + GRANULE, capacity_for(soon))
+    ahead = max(round_up_capacity(rank) + GRANULE, round_up_capacity(soon))
     if presses:
-        return max(capacity, min(ahead, capacity_for(limit)))
+        return max(capacity, min(ahead, round_up_capacity(limit)))
     return ahead if ahead <= capacity - GRANULE else capacity
 
 
@@ -112,12 +112,12 @@ class Adapter:
         cast = None
         if x.dtype != self.down.dtype:
             cast = Recipe(partial(_folded, dtype=x.dtype), self._parts(self.down.detach()))
-        with made_again((x, self.recipe(x)), (down, cast)):
+        with recompute_saved((x, self.recipe(x)), (down, cast)):
             return self._apply(x, down, self.up.to(x.dtype))
 
     def recipe(self, x: Tensor) -> Recipe | None:
         """How the layer's input x can be made again in the backward pass; None where it is kept."""
-        return recipe_of(x, self.shape[0])
+        return recipe_for(x, self.shape[0])
 
     def folded_down(self) -> Tensor:
         """Λ A, (capacity, …), detached."""
@@ -147,7 +147,7 @@ class Adapter:
                 cast = self.up.to(x.dtype)
         return AddLowRank.apply(output, x, self.down, self.up, folded, cast, importance, sums, self.recipe(x))
 
-    def replaces(self, weight: object, x: Tensor) -> bool:
+    def can_fuse(self, weight: object, x: Tensor) -> bool:
         """Whether `linear` can stand for the layer and its path, for a layer that is x Wᵀ + bias and no more."""
         if not self.capacity or self.working is None:
             return False
@@ -156,7 +156,7 @@ class Adapter:
         return self.working[0].dtype == x.dtype and weight.device == x.device and weight.is_floating_point()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer and its path, x Wᵀ + bias + B Λ A x, in one operation, where `replaces` agrees."""
+        """The layer and its path, x Wᵀ + bias + B Λ A x, in one operation, where `can_fuse` agrees."""
         if self.working is None:
             raise ValueError("There are no working copies to compute with.")
         folded, cast, *sums = self.working
@@ -178,7 +178,7 @@ class Adapter:
         up = torch.cat([self.up.data[:keep], self.up.data.new_zeros(extra, self.shape[0])])
         self._replace({"down": down, "up": up}, keep, optimizer)
 
-    def renew(self, start: int, generator: Generator, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def reset_components(self, start: int, generator: Generator, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Drop what the positions from `start` on have learned: fresh down rows, zero up rows and moments."""
         if start >= self.capacity:
             return
@@ -188,19 +188,19 @@ class Adapter:
             for moment in _moments(optimizer, parameter).values():
                 moment[start:] = 0
 
-    def revive(self, generator: Generator) -> None:
+    def restart_zero_components(self, generator: Generator) -> None:
         """Let positions without weight learn again, as a plain LoRA's new ones do, once settled.
 
         A position of singular value zero has two zero factors and so no gradient, for ever. It gets a random down row
         (variance 1 / (3 d_in)) and a zero up row; the output changes by the rounding that it held.
         """
         weight = self.down.data.flatten(1).norm(dim=1) * self.up.data.norm(dim=1)
-        dead = weight <= NO_WEIGHT * weight.amax() if self.capacity else weight > 0
+        dead = weight <= ZERO_TOLERANCE * weight.amax() if self.capacity else weight > 0
         rows = torch.randn(self.down.shape, generator=generator) / math.sqrt(3 * math.prod(self.shape[1:]))
         self.down.data[dead] = rows.to(self.down)[dead]
         self.up.data[dead] = 0
 
-    def mix(self) -> None:
+    def rotate(self) -> None:
         """Train mixtures of the positions instead of the positions, once settled (mixing.py); the output stays.
 
         Not of the last ones, which have been revived: their rows are large, and mixtures would only cancel them to rounding.
@@ -208,14 +208,14 @@ class Adapter:
         live = int((self.up.data.norm(dim=1) > 0).sum())
         for parameter in (self.down, self.up):
             rows = parameter.data[:live]
-            rows.copy_(on_device(self.device, partial(mix, rows)))
+            rows.copy_(on_device_or_cpu(self.device, partial(rotate, rows)))
 
     def load(self, factors: Factors, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Take these factors as they are, at exactly their rank; moments start at zero."""
         down, up = factors.down * factors.scale, factors.up.reshape(self.shape[0], -1).t()
         self._replace({"down": self._own(down), "up": self._own(up)}, 0, optimizer)
 
-    def assume(self, down: Tensor, up: Tensor, std: float) -> None:
+    def load_arrays(self, down: Tensor, up: Tensor, std: float) -> None:
         """Take these arrays, (capacity, …) and (capacity, d_out), and the deviation of new rows. Start a new optimizer then."""
         self.std = std
         self._replace({"down": self._own(down), "up": self._own(up)}, 0, None)
@@ -268,14 +268,8 @@ def _folded(down: Tensor, importance: Tensor | None = None, *, dtype: torch.dtyp
     return (down if importance is None else down * importance.view(-1, *(1,) * (down.ndim - 1))).to(dtype)
 
 
-def full_rank(shape: tuple[int, ...]) -> int:
-    """min(d_out, d_in · kernel) of a weight's shape."""
-    return min(shape[0], math.prod(shape[1:]))
 
 
-def cost(shape: tuple[int, ...]) -> int:
-    """d_out + d_in · kernel of a weight's shape: the parameters of one position."""
-    return shape[0] + math.prod(shape[1:])
 
 
 def _moments(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:

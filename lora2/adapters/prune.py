@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 import torch
 
-from ..config import Settings
-from ..method.allocation import split
+from ..config import TrainingConfig
+from ..method.allocation import allocate_ranks
 from ..method.factors import Factors
 from .layer import Adapter
 
 
-class Sizes:
+class PruneCandidates:
     """adapters: the layers, which hold `factors`. factors: in singular order, √σ in either factor, as `budget.fit` gives them.
 
-    weights: of `fit`. largest: the parameters of all factors. smallest: of what no cut takes, `min_rank` everywhere.
+    weights: of `cut_to_budget`. largest: the parameters of all factors. smallest: of what no cut takes, `min_rank` everywhere.
     """
 
     def __init__(
@@ -23,14 +23,14 @@ class Sizes:
         adapters: Mapping[str, Adapter],
         factors: Mapping[str, Factors],
         weights: Mapping[str, float] | None,
-        settings: Settings,
+        config: TrainingConfig,
     ) -> None:
         self.largest = sum(f.parameters for f in factors.values())
-        self._adapters, self._factors, self._weights, self._settings = adapters, factors, weights, settings
+        self._adapters, self._factors, self._weights, self._settings = adapters, factors, weights, config
         self._rows = {name: f.up.reshape(len(f.up), f.rank).t() for name, f in factors.items()}
         self._sigmas = {name: rows.double().square().sum(1) for name, rows in self._rows.items()}
         self._costs = {name: f.cost for name, f in factors.items()}
-        self.smallest = sum(min(settings.min_rank, f.rank) * f.cost for f in factors.values())
+        self.smallest = sum(min(config.min_rank, f.rank) * f.cost for f in factors.values())
 
     @torch.no_grad()
     def show(self, size: int) -> None:
@@ -49,5 +49,5 @@ class Sizes:
         return {name: f.head(ranks[name]) for name, f in self._factors.items()}
 
     def _ranks(self, size: int) -> dict[str, int]:
-        settings = self._settings
-        return split(self._sigmas, self._costs, size, settings.min_rank, self._weights, settings.unused_by_layer)
+        config = self._settings
+        return allocate_ranks(self._sigmas, self._costs, size, config.min_rank, self._weights, config.removed_layer_parameters)

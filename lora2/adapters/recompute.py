@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGE = 2**20
+MIN_BYTES = 2**20
 """Bytes from which an input is worth one more launch."""
 
-WIDE = 4
+MIN_WIDTH_RATIO = 4
 """Times d_in: layers whose own products are so much more work that a norm's four launches do not count."""
 
 
@@ -32,7 +32,7 @@ class Recipe:
     parts: tuple[Tensor, ...]
 
 
-def recipe_of(x: Tensor, width: int) -> Recipe | None:
+def recipe_for(x: Tensor, width: int) -> Recipe | None:
     """How a layer's input x can be made again; width: d_out of the layer.
 
     None where x is small, was made in another way or in place, or was changed since, also unseen by autograd (but a change
@@ -40,10 +40,10 @@ def recipe_of(x: Tensor, width: int) -> Recipe | None:
     checkpointed block: what they keep is not asked for.
     """
     node: Any = x.grad_fn
-    if node is None or x.nbytes < LARGE or x._version:
+    if node is None or x.nbytes < MIN_BYTES or x._version:
         return None
     known = _KNOWN.get(node.name())
-    if known is None or _hooked() or (known is _norm and width < WIDE * x.shape[-1]):
+    if known is None or _hooked() or (known is _norm and width < MIN_WIDTH_RATIO * x.shape[-1]):
         return None
     try:
         return known(node)
@@ -51,18 +51,18 @@ def recipe_of(x: Tensor, width: int) -> Recipe | None:
         return None
 
 
-def kept(x: Tensor, recipe: Recipe | None) -> tuple[Tensor, ...]:
+def saved_tensors(x: Tensor, recipe: Recipe | None) -> tuple[Tensor, ...]:
     """What to save of an input: its parts, or itself."""
     return (x,) if recipe is None else recipe.parts
 
 
-def again(saved: Sequence[Tensor], make: Callable[..., Tensor] | None) -> Tensor:
+def recomputed(saved: Sequence[Tensor], make: Callable[..., Tensor] | None) -> Tensor:
     """The input from what was saved of it; make: the recipe's, None where there was none."""
     return saved[0] if make is None else make(*saved)
 
 
 @contextmanager
-def made_again(*known: tuple[Tensor, Recipe | None]) -> Iterator[None]:
+def recompute_saved(*known: tuple[Tensor, Recipe | None]) -> Iterator[None]:
     """While inside, torch's own operations keep none of these tensors that have a recipe, but make them again by it.
 
     Going backward raises RuntimeError where a part was changed in between, as autograd does.

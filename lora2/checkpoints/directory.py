@@ -29,7 +29,7 @@ _LARGEST = 999_999_999
 
 
 @dataclass(frozen=True)
-class StateFile:
+class CheckpointFile:
     """A training state's file. number: counts the states of a folder. run: six digits that all states of a run share."""
 
     path: Path
@@ -38,7 +38,7 @@ class StateFile:
     step: int
 
 
-def states_in(folder: Path) -> list[StateFile]:
+def states_in(folder: Path) -> list[CheckpointFile]:
     """The states in a folder, newest first: by number, which no clock decides. None where the folder is missing."""
     try:
         entries = list(os.scandir(folder))
@@ -48,13 +48,13 @@ def states_in(folder: Path) -> list[StateFile]:
     for entry in entries:
         match = _NAME.fullmatch(entry.name)
         if match is not None and _is_file(entry):
-            found.append(StateFile(Path(entry.path), int(match[1]), match[2], int(match[3])))
+            found.append(CheckpointFile(Path(entry.path), int(match[1]), match[2], int(match[3])))
     return sorted(found, key=lambda s: (s.number, s.step, s.run), reverse=True)
 
 
-def states_below(root: Path) -> list[StateFile]:
+def states_below(root: Path) -> list[CheckpointFile]:
     """The states in a folder and those inside it, newest first: folders by their newest file, then as `states_in`."""
-    groups: list[tuple[float, list[StateFile]]] = []
+    groups: list[tuple[float, list[CheckpointFile]]] = []
     level = [root]
     for _ in range(DEPTH):
         below: list[Path] = []
@@ -68,7 +68,7 @@ def states_below(root: Path) -> list[StateFile]:
     return [state for _, states in groups for state in states]
 
 
-class Keeper:
+class CheckpointDirectory:
     """Writes a run's states into a folder, each under a name of its own, and keeps the last ones of this run.
 
     Only files that this run has written are ever removed: those of `continued`, the newest state of the run that goes on
@@ -99,7 +99,7 @@ class Keeper:
         return path
 
     def prune(self, keep: int) -> None:
-        """Remove this run's own states but for the last `keep`."""
+        """Remove this run's own states but for the last `hold_unsaved`."""
         while len(self.own) > keep:
             try:
                 self.own.pop(0).unlink(missing_ok=True)

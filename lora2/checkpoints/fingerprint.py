@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..files.keys import shown
-from .state import State, damaged
+from ..util.text import escaped
+from .state import State, raise_corrupted
 
 SAMPLES = 1024
 """Numbers of a weight that are looked at: two models that differ do so everywhere."""
@@ -32,7 +32,7 @@ _HALF = 8
 
 
 @dataclass(frozen=True)
-class Prints:
+class Digests:
     """Fingerprints of a list of things.
 
     digests: (things, 16) uint8, half of it of shapes, half of values. sketches: (things, 32) float32, some values as they are.
@@ -42,18 +42,18 @@ class Prints:
     sketches: Tensor
 
     @classmethod
-    def of(cls, things: Iterable[tuple[Sequence[Tensor], str]], samples: int = 0) -> Prints:
+    def of(cls, things: Iterable[tuple[Sequence[Tensor], str]], samples: int = 0) -> Digests:
         """Of things that are tensors and words each. samples: how many numbers of a tensor are looked at, 0 = all."""
         pairs = [_print(tensors, words, samples) for tensors, words in things]
         if not pairs:
             return cls(torch.zeros(0, 2 * _HALF, dtype=torch.uint8), torch.zeros(0, SKETCH))
         return cls(torch.stack([d for d, _ in pairs]), torch.stack([s for _, s in pairs]))
 
-    def same(self, other: Prints) -> list[bool]:
+    def same(self, other: Digests) -> list[bool]:
         """Which things are the same, bit for bit as far as they were looked at; both of one length."""
         return (self.digests == other.digests).all(1).tolist()
 
-    def close(self, other: Prints, share: float) -> list[bool]:
+    def close(self, other: Digests, share: float) -> list[bool]:
         """Which things are of the same shapes and differ by no more than a share of their root mean square."""
         shapes = (self.digests[:, :_HALF] == other.digests[:, :_HALF]).all(1)
         mine, theirs = self.sketches.double(), other.sketches.double()
@@ -66,14 +66,14 @@ class Prints:
         return State({"digests": self.digests, "sketches": self.sketches}, {})
 
     @classmethod
-    def restored(cls, state: State) -> Prints:
+    def restored(cls, state: State) -> Digests:
         """From a part of a training state."""
         digests = state.tensor("digests", (None, 2 * _HALF), torch.uint8)
         return cls(digests, state.tensor("sketches", (len(digests), SKETCH)))
 
 
 @dataclass(frozen=True)
-class Origin:
+class Fingerprint:
     """A run's base model and dataset.
 
     family: of the model, with what it predicts. weights: of every adapted layer, by its path; types: as they are stored.
@@ -84,11 +84,11 @@ class Origin:
     family: str
     layers: list[str]
     types: list[str]
-    weights: Prints
+    weights: Digests
     patches: str
-    pictures: Prints
-    captions: Prints
-    empty: Prints
+    pictures: Digests
+    captions: Digests
+    empty: Digests
 
     def state(self) -> State:
         """As part of a training state."""
@@ -102,19 +102,19 @@ class Origin:
         )
 
     @classmethod
-    def restored(cls, state: State) -> Origin:
+    def restored(cls, state: State) -> Fingerprint:
         """From a part of a training state; raises LoraError where it is damaged."""
         model = state.part("model")
         layers = model.items("layers", str)
         weights, pictures, captions, empty = (
-            Prints.restored(state.part(name)) for name in ("weights", "pictures", "captions", "empty")
+            Digests.restored(state.part(name)) for name in ("weights", "pictures", "captions", "empty")
         )
         if len(weights.digests) != len(layers) or len(pictures.digests) != len(captions.digests):
-            damaged("its fingerprints are not as many as its layers and pictures")
+            raise_corrupted("its fingerprints are not as many as its layers and pictures")
         types = model.items("types", str, len(layers))
         return cls(model.text("family"), layers, types, weights, model.text("patches"), pictures, captions, empty)
 
-    def order(self, pictures: Prints, captions: Prints) -> list[int] | None:
+    def order(self, pictures: Digests, captions: Digests) -> list[int] | None:
         """Where each of this origin's pictures with its caption lies among others; None unless those are the same pairs."""
         places: dict[bytes, deque[int]] = {}
         for place, pair in enumerate(_pairs(pictures, captions)):
@@ -125,7 +125,7 @@ class Origin:
         found = [places[pair].popleft() if places.get(pair) else -1 for pair in wanted]
         return None if -1 in found else found
 
-    def against(self, before: Origin) -> tuple[list[str], list[str]]:
+    def against(self, before: Fingerprint) -> tuple[list[str], list[str]]:
         """How this origin differs from that of a state: what makes it another run, and what only rounds otherwise."""
         wrong, rounded = self._model_against(before)
         for what, now, then in (("picture", self.pictures, before.pictures), ("caption", self.captions, before.captions)):
@@ -146,10 +146,10 @@ class Origin:
                 wrong.append("the empty caption differs")
         return wrong, rounded
 
-    def _model_against(self, before: Origin) -> tuple[list[str], list[str]]:
+    def _model_against(self, before: Fingerprint) -> tuple[list[str], list[str]]:
         wrong: list[str] = []
         if self.family != before.family:
-            wrong.append(f"the model is {shown(self.family)}, the state's run had {shown(before.family)}")
+            wrong.append(f"the model is {escaped(self.family)}, the state's run had {escaped(before.family)}")
         more = [name for name in self.layers if name not in set(before.layers)]
         less = [name for name in before.layers if name not in set(self.layers)]
         if more:
@@ -168,7 +168,7 @@ class Origin:
             return wrong + self._patched(before), ["the model is stored in another number type"]
         return wrong + self._patched(before), []
 
-    def _patched(self, before: Origin) -> list[str]:
+    def _patched(self, before: Fingerprint) -> list[str]:
         return [] if self.patches == before.patches else ["other LoRAs are applied to the model than in the state's run"]
 
 
@@ -177,14 +177,14 @@ def digest_of(tensors: Sequence[Tensor], words: str = "", samples: int = 0) -> s
     return bytes(_print(tensors, words, samples)[0].tolist()).hex()
 
 
-def _compare(now: Prints, then: Prints, share: float) -> tuple[list[int], list[int]]:
+def _compare(now: Digests, then: Digests, share: float) -> tuple[list[int], list[int]]:
     """Places that differ, and places that differ by rounding."""
     same, close = now.same(then), now.close(then, share)
     different = [i for i, (s, c) in enumerate(zip(same, close, strict=True)) if not s and not c]
     return different, [i for i, (s, c) in enumerate(zip(same, close, strict=True)) if not s and c]
 
 
-def _pairs(pictures: Prints, captions: Prints) -> list[bytes]:
+def _pairs(pictures: Digests, captions: Digests) -> list[bytes]:
     """The digests of every picture and its caption, as one."""
     return [bytes(pair) for pair in torch.cat([pictures.digests, captions.digests], 1).tolist()]
 
@@ -192,7 +192,7 @@ def _pairs(pictures: Prints, captions: Prints) -> list[bytes]:
 def _listed(names: Sequence[str], what: str) -> str:
     """Such as '2 layers (a, b)'."""
     more = ", …" if len(names) > NAMED else ""
-    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({', '.join(shown(n) for n in names[:NAMED])}{more})"
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({', '.join(escaped(n) for n in names[:NAMED])}{more})"
 
 
 def _print(tensors: Sequence[Tensor], words: str, samples: int) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-from ..adapters.layer import GRANULE, capacity_for, full_rank
+from ..adapters.layer import GRANULE, round_up_capacity
 from ..adapters.network import AdaptiveNetwork
-from ..files.keys import shown
+from ..method.factors import full_rank
 from ..util.errors import LoraError
-from .state import State, damaged, restore_generator
+from ..util.text import escaped
+from .state import State, raise_corrupted, restore_generator
 
 MOST_GAIN = 1e9
 """No rank that a layer can start at has a larger one."""
@@ -16,7 +17,7 @@ MOST_GAIN = 1e9
 
 def state_of(network: AdaptiveNetwork) -> State:
     """All that a network of the same layers and settings needs to go on as this one; see `restore`."""
-    tensors = {"theta": network.theta, "pressure": network.pressure, "peak": network.peak}
+    tensors = {"theta": network.theta, "pressure": network.multiplier, "peak": network.peak}
     tensors["generator"] = network.generator.get_state()
     for index, adapter in enumerate(network.adapters):
         tensors |= {f"{index}.down": adapter.down, f"{index}.up": adapter.up}
@@ -24,11 +25,11 @@ def state_of(network: AdaptiveNetwork) -> State:
         tensors,
         {
             "layers": network.names,
-            "settled": network.settled,
+            "settled": network.pruned,
             "last_ratio": network.last_ratio,
             "deviations": [a.std for a in network.adapters],
             "gains": list(network.gains),
-            **network.resizes.facts(),
+            **network.capacity_policy.facts(),
         },
     )
 
@@ -45,21 +46,21 @@ def restore(network: AdaptiveNetwork, state: State) -> None:
         up = state.tensor(f"{index}.up", (down.shape[0], adapter.shape[0]))
         # Working copies (packed.py) are laid out for capacities in whole granules while ranks adapt.
         uneven = not settled and (len(down) % GRANULE or not len(down))
-        if uneven or len(down) > capacity_for(full_rank(adapter.shape)):
-            damaged(f"layer {shown(network.names[index])} holds {len(down)} positions")
+        if uneven or len(down) > round_up_capacity(full_rank(adapter.shape)):
+            raise_corrupted(f"layer {escaped(network.names[index])} holds {len(down)} positions")
         if not 0 < deviations[index] < math.inf or not 0 < gains[index] < MOST_GAIN:
-            damaged("a deviation or a gain is out of bounds")
+            raise_corrupted("a deviation or a gain is out of bounds")
         arrays.append((down, up))
     peak = state.tensor("peak", (count,))
     pressure = state.tensor("pressure", ())
     if not settled and bool(((peak < 0) | (peak > peak.new_tensor([len(d) for d, _ in arrays]))).any()):
-        damaged("a rank was above its arrays")
+        raise_corrupted("a rank was above its arrays")
     if not 1e-6 <= float(pressure) <= 1e6:
-        damaged("the budget's multiplier is out of bounds")
+        raise_corrupted("the budget's multiplier is out of bounds")
     ratio = state.number("last_ratio", 0.0, 1e12)
-    network.resizes.restore(state)
-    network.settled, network.last_ratio = settled, ratio
-    network.assume(state.tensor("theta", (count,)), arrays, list(zip(deviations, gains, strict=True)))
+    network.capacity_policy.restore(state)
+    network.pruned, network.last_ratio = settled, ratio
+    network.load_arrays(state.tensor("theta", (count,)), arrays, list(zip(deviations, gains, strict=True)))
     restore_generator(network.generator, state, "generator")
-    network.pressure.copy_(pressure)
+    network.multiplier.copy_(pressure)
     network.peak.copy_(peak)

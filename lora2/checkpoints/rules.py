@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from ..config import Settings
-from ..files.keys import shown
+from ..config import TrainingConfig
 from ..util.errors import LoraError
+from ..util.text import escaped
 
 SPENT = ("seed", "init", "initial_rank")
 """What decided the start, and nothing after it."""
@@ -27,24 +27,24 @@ ADAMS = ("adam", "adamw")
 _NODE_NAMES = {"bytes_per_parameter": "save_dtype"}
 
 
-def settings_of(facts: Mapping[str, Any]) -> Settings:
+def config_from(facts: Mapping[str, Any]) -> TrainingConfig:
     """The settings in a state's facts; raises LoraError where they are none."""
     table = facts.get("settings")
-    known = {field.name for field in fields(Settings)}
+    known = {field.name for field in fields(TrainingConfig)}
     if not isinstance(table, dict) or not set(table) <= known:
         raise LoraError(
             "The training state holds settings that this version of LoRA² does not know: continue it with the version that "
             "made it, or continue from the LoRA file."
         )
-    return Settings(**table)
+    return TrainingConfig(**table)
 
 
-def merged(new: Settings, old: Settings) -> Settings:
+def merge_configs(new: TrainingConfig, old: TrainingConfig) -> TrainingConfig:
     """The new settings with what belongs to the run: the room for the file's header, which sets the exact budget."""
     return replace(new, file_overhead=old.file_overhead, layer_overhead=old.layer_overhead)
 
 
-def compare(new: Settings, old: Settings, settled: bool, rested: bool = False) -> tuple[list[str], list[str]]:
+def compare_configs(new: TrainingConfig, old: TrainingConfig, settled: bool, rested: bool = False) -> tuple[list[str], list[str]]:
     """How settings differ from a state's: what stands in the way of going on, and what is different from here on.
 
     settled: whether the state's layers have been cut. rested: whether they have come to rest, in the paper's form: a rest is
@@ -59,7 +59,7 @@ def compare(new: Settings, old: Settings, settled: bool, rested: bool = False) -
             continue
         if name == "bytes_per_parameter" and not (new.budget_mb and old.budget_mb):
             continue
-        words = f"{_NODE_NAMES.get(name, name)} is {shown(values[name])}, it was {shown(before[name])}"
+        words = f"{_NODE_NAMES.get(name, name)} is {escaped(values[name])}, it was {escaped(before[name])}"
         if name == "bytes_per_parameter":
             words = "save_dtype has another size of number, and budget_mb counts on it"
         if name in SPENT:
@@ -75,7 +75,7 @@ def compare(new: Settings, old: Settings, settled: bool, rested: bool = False) -
     return wrong, changed
 
 
-def _stands_in_the_way(name: str, new: Settings, old: Settings, settled: bool, rested: bool) -> bool:
+def _stands_in_the_way(name: str, new: TrainingConfig, old: TrainingConfig, settled: bool, rested: bool) -> bool:
     """Whether a state cannot go on with another value: its moments, its importances or its ranks would mean nothing."""
     if name == "optimizer":
         return not (new.optimizer in ADAMS and old.optimizer in ADAMS)

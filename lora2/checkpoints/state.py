@@ -11,15 +11,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Generator, Tensor
 
-from ..files.keys import shown
 from ..files.reader import read_file, read_metadata
 from ..files.writer import data
 from ..util.errors import LoraError
-from ..util.safe_json import strict_json
+from ..util.safe_json import load_json
+from ..util.text import escaped
 
 KEY = "lora2_state"
 FORMAT = 2
-MOST_STEPS = 100_000_000
+MAX_STEPS = 100_000_000
 """More than any run has: what a state may claim."""
 
 TEXT_LIMIT = 12 << 20
@@ -53,7 +53,7 @@ class State:
         state.tensors = tensors
         return state
 
-    def having(self, **parts: State) -> State:
+    def with_parts(self, **parts: State) -> State:
         """The same joined state with more parts."""
         more = State.joined(**parts)
         return self._over({**self.tensors, **more.tensors}, {**self.facts, **more.facts})
@@ -62,7 +62,7 @@ class State:
         """One part of a joined state; raises LoraError if there is none."""
         facts = self.facts.get(name)
         if not isinstance(facts, dict):
-            damaged(f"it has no part {name!r}")
+            raise_corrupted(f"it has no part {name!r}")
         start = f"{name}."
         return State._over({k.removeprefix(start): t for k, t in self.tensors.items() if k.startswith(start)}, facts)
 
@@ -72,47 +72,47 @@ class State:
         """A tensor of this shape (None: any size) and type, its values finite if asked; raises LoraError for another."""
         tensor = self.tensors.get(name)
         if tensor is None:
-            damaged(f"{shown(name)} is missing")
+            raise_corrupted(f"{escaped(name)} is missing")
         fits = len(shape) == tensor.ndim and all(s in (None, n) for s, n in zip(shape, tensor.shape, strict=True))
         if not fits or tensor.dtype != dtype:
-            damaged(f"{shown(name)} has the shape {list(tensor.shape)} and the type {tensor.dtype}")
+            raise_corrupted(f"{escaped(name)} has the shape {list(tensor.shape)} and the type {tensor.dtype}")
         if finite and dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
-            damaged(f"{shown(name)} holds NaN or infinity")
+            raise_corrupted(f"{escaped(name)} holds NaN or infinity")
         return tensor
 
     def number(self, name: str, low: float, high: float) -> float:
         """A number of the facts within bounds; raises LoraError for anything else."""
         value = self.facts.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            damaged(f"{name} is {shown(value)}")
+            raise_corrupted(f"{name} is {escaped(value)}")
         return float(value)
 
     def whole(self, name: str, low: int, high: int) -> int:
         """A whole number of the facts within bounds; raises LoraError for anything else."""
         value = self.facts.get(name)
         if type(value) is not int or not low <= value <= high:
-            damaged(f"{name} is {shown(value)}")
+            raise_corrupted(f"{name} is {escaped(value)}")
         return value
 
     def flag(self, name: str) -> bool:
         """A yes or no of the facts; raises LoraError for anything else."""
         value = self.facts.get(name)
         if not isinstance(value, bool):
-            damaged(f"{name} is {shown(value)}")
+            raise_corrupted(f"{name} is {escaped(value)}")
         return value
 
     def text(self, name: str) -> str:
         """A text of the facts; raises LoraError for anything else."""
         value = self.facts.get(name)
         if not isinstance(value, str):
-            damaged(f"{name} is no text")
+            raise_corrupted(f"{name} is no text")
         return value
 
     def items(self, name: str, kind: type, count: int | None = None) -> list[Any]:
         """A list of the facts, all of one kind, of this length if given; raises LoraError for anything else."""
         value = self.facts.get(name)
         if not isinstance(value, list) or not all(type(v) is kind for v in value) or count not in (None, len(value)):
-            damaged(f"the list {name} is not what it must be")
+            raise_corrupted(f"the list {name} is not what it must be")
         return value
 
     def metadata(self) -> dict[str, str]:
@@ -129,7 +129,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def damaged(what: str) -> NoReturn:
+def raise_corrupted(what: str) -> NoReturn:
     """Raise the error for a state that contradicts itself."""
     raise LoraError(f"The training state is damaged: {what}. Choose an older state, or continue from the LoRA file.")
 
@@ -138,13 +138,13 @@ def read_facts(path: Path) -> dict[str, Any]:
     """The facts of a state file, without its tensors; raises LoraError where it is no state or a damaged one."""
     text = read_metadata(path).get(KEY)
     if text is None:
-        raise LoraError(f"{shown(path.name)} is not a training state of LoRA².")
-    facts = strict_json(text, TEXT_LIMIT, DEPTH_LIMIT, damaged, "its facts have")
+        raise LoraError(f"{escaped(path.name)} is not a training state of LoRA².")
+    facts = load_json(text, TEXT_LIMIT, DEPTH_LIMIT, raise_corrupted, "its facts have")
     if not isinstance(facts, dict) or type(facts.get("format")) is not int:
-        damaged("it has no format number")
+        raise_corrupted("it has no format number")
     if facts["format"] != FORMAT:
         raise LoraError(
-            f"The training state {shown(path.name)} has format {facts['format']}, this version of LoRA² knows {FORMAT}: "
+            f"The training state {escaped(path.name)} has format {facts['format']}, this version of LoRA² knows {FORMAT}: "
             "continue it with the version that made it, or continue from the LoRA file."
         )
     return facts
@@ -155,10 +155,10 @@ def read_state(path: Path, most_bytes: int) -> State:
     facts = read_facts(path)
     size = path.stat().st_size
     if size > most_bytes:
-        damaged(f"it has {size} bytes, a state of these layers has at most {most_bytes}")
+        raise_corrupted(f"it has {size} bytes, a state of these layers has at most {most_bytes}")
     state = State._over(read_file(path)[0], facts)
     if digest(state.tensors) != facts.get("digest"):
-        damaged("its numbers are not those that were written")
+        raise_corrupted("its numbers are not those that were written")
     return state
 
 
@@ -172,8 +172,8 @@ def restore_generator(generator: Generator, state: State, name: str) -> None:
     left = int(words[8:12].view(torch.int32))
     following = int(words[16:24].view(torch.int64))
     if (left, following) != (1, 0) and not (1 <= left <= _WORDS and left + following == _WORDS + 1):
-        damaged(f"{name} is no state of a random generator")
+        raise_corrupted(f"{name} is no state of a random generator")
     try:
         generator.set_state(words.clone())
     except (RuntimeError, TypeError) as error:
-        damaged(f"{name} is no state of a random generator ({shown(error)})")
+        raise_corrupted(f"{name} is no state of a random generator ({escaped(error)})")

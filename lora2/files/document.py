@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..method.factors import Factors
 from ..util.errors import LoraError
-from ..util.thread_pool import shared_out, workers
-from .keys import BIASES, COMPANIONS, STYLES, shown, stems
-from .rank_info import KEY, Info
+from ..util.text import escaped
+from ..util.thread_pool import run_parallel, workers
+from .keys import BIASES, COMPANIONS, KEY_STYLES, stems
+from .rank_info import KEY, RankInfo
 from .rank_info import parse as parse_info
 from .reader import read_file
 from .writer import write_new
@@ -48,7 +49,7 @@ def to_state_dict(
     the attention layers of a UNet in kohya's keys and then scales them wrongly; one number for all it reads
     right.
     """
-    up_suffix, down_suffix = STYLES[style]
+    up_suffix, down_suffix = KEY_STYLES[style]
     tensors: dict[str, Tensor] = {}
     for prefix, factors in layers.items():
         if factors.rank:
@@ -75,7 +76,7 @@ def _stored(tensor: Tensor, dtype: torch.dtype, prefix: str) -> Tensor:
     stored = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
     if not bool(torch.isfinite(stored).all()):
         raise LoraError(
-            f"Layer {shown(prefix)} holds NaN, infinity, or a value too large for"
+            f"Layer {escaped(prefix)} holds NaN, infinity, or a value too large for"
             f" {str(dtype).removeprefix('torch.')}. Save as float32 or bfloat16; if that fails too, the"
             " training has diverged: lower the learning rate."
         )
@@ -96,7 +97,7 @@ class LoraDocument:
     alphas: dict[str, Tensor] = field(default_factory=dict)
     other: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
-    info: Info | None = None
+    info: RankInfo | None = None
     notes: list[str] = field(default_factory=list)
 
     def state_dict(self) -> LoraStateDict:
@@ -109,13 +110,13 @@ class LoraDocument:
         gone: set[str] = set()
         for prefix, factors in self.layers.items():
             if factors.rank:
-                up_suffix, down_suffix = STYLES[self.styles[prefix]]
+                up_suffix, down_suffix = KEY_STYLES[self.styles[prefix]]
                 tensors[prefix + up_suffix] = factors.up
                 tensors[prefix + down_suffix] = factors.down
                 if prefix in self.alphas:
                     tensors[prefix + ".alpha"] = self.alphas[prefix]
             else:
-                gone.update(prefix + suffix for pair in STYLES.values() for suffix in pair)
+                gone.update(prefix + suffix for pair in KEY_STYLES.values() for suffix in pair)
         others = {key: tensor for key, tensor in self.other.items() if key not in gone}
         return LoraStateDict({**tensors, **others}, self.metadata)
 
@@ -144,13 +145,13 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = No
         metadata = getattr(tensors, "metadata", None) or {}
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise LoraError(f"{shown(key)} in this LoRA is no tensor. Connect a LoRA, or load one from a file.")
+            raise LoraError(f"{escaped(key)} in this LoRA is no tensor. Connect a LoRA, or load one from a file.")
     layers: dict[str, Factors] = {}
     styles: dict[str, str] = {}
     alphas: dict[str, Tensor] = {}
     other = dict(tensors)
     for prefix, style in _pairs(tensors).items():
-        up, down = (tensors[prefix + suffix] for suffix in STYLES[style])
+        up, down = (tensors[prefix + suffix] for suffix in KEY_STYLES[style])
         alpha = tensors.get(prefix + ".alpha")
         if not (up.is_floating_point() and down.is_floating_point()):
             continue
@@ -158,7 +159,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = No
         styles[prefix] = style
         if alpha is not None:
             alphas[prefix] = alpha
-        for suffix in (*STYLES[style], ".alpha"):
+        for suffix in (*KEY_STYLES[style], ".alpha"):
             other.pop(prefix + suffix, None)
     _check_finite(layers)
     document = LoraDocument(layers, styles, alphas, other, dict(metadata))
@@ -177,20 +178,20 @@ def read(path: str | Path) -> LoraDocument:
     try:
         return parse(tensors, metadata)
     except LoraError as error:
-        raise LoraError(f"{shown(path.name)}: {error}") from error
+        raise LoraError(f"{escaped(path.name)}: {error}") from error
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The style of every layer that ComfyUI would apply as up · down and nothing else."""
     styles: dict[str, str] = {}
-    for style, (up_suffix, down_suffix) in STYLES.items():
+    for style, (up_suffix, down_suffix) in KEY_STYLES.items():
         for key in tensors:
             prefix = key.removesuffix(up_suffix)
             if prefix in styles or prefix in ("", key) or any(prefix + s in tensors for s in COMPANIONS):
                 continue
             if prefix + down_suffix not in tensors:
                 raise LoraError(
-                    f"Layer {shown(prefix)} has {up_suffix[1:]} but no {down_suffix[1:]}: the LoRA is damaged."
+                    f"Layer {escaped(prefix)} has {up_suffix[1:]} but no {down_suffix[1:]}: the LoRA is damaged."
                 )
             styles[prefix] = style
     return styles
@@ -200,13 +201,13 @@ def _checked(prefix: str, up: Tensor, down: Tensor, alpha: Tensor | None) -> Fac
     """The factors of one layer, if they make sense; whether they are finite is asked for all layers together."""
     if up.ndim < 2 or down.ndim < 2 or up.shape[1:].numel() != down.shape[0]:
         raise LoraError(
-            f"The factors of layer {shown(prefix)} do not fit together: up has the shape {list(up.shape)},"
+            f"The factors of layer {escaped(prefix)} do not fit together: up has the shape {list(up.shape)},"
             f" down {list(down.shape)}; up's second size must be down's first. The LoRA is damaged."
         )
     if 0 in (up.shape[0], *down.shape[1:]):
-        raise LoraError(f"Layer {shown(prefix)} belongs to a weight of size 0: the LoRA is damaged.")
+        raise LoraError(f"Layer {escaped(prefix)} belongs to a weight of size 0: the LoRA is damaged.")
     if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or not _finite(alpha)):
-        raise LoraError(f"The alpha of layer {shown(prefix)} is not one finite number: the LoRA is damaged.")
+        raise LoraError(f"The alpha of layer {escaped(prefix)} is not one finite number: the LoRA is damaged.")
     return Factors(up, down, None if alpha is None else float(alpha.item()))
 
 
@@ -218,11 +219,11 @@ def _check_finite(layers: Mapping[str, Factors]) -> None:
     names = list(layers)
     per_piece = max(1, len(names) // (4 * workers()) + 1)
     pieces = [names[i : i + per_piece] for i in range(0, len(names), per_piece)]
-    found = shared_out(partial(_first_broken, layers, piece) for piece in pieces)
+    found = run_parallel(partial(_first_broken, layers, piece) for piece in pieces)
     broken = next((name for name in found if name is not None), None)
     if broken is not None:
         raise LoraError(
-            f"Layer {shown(broken)} holds NaN or infinity: it would turn every picture black. Use another LoRA."
+            f"Layer {escaped(broken)} holds NaN or infinity: it would turn every picture black. Use another LoRA."
         )
 
 

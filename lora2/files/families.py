@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ..method.factors import Factors
 from ..util.text import clean
@@ -12,7 +13,7 @@ _BY_CONTEXT = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 """UNets are told apart by the width of the text that cross-attention reads."""
 
 
-def family_in(document: LoraDocument) -> str:
+def describe_family(document: LoraDocument) -> str:
     """The family in words: from the layers' shapes and names, else from the metadata, else "unknown"."""
     return _by_layers(document.layers) or _by_metadata(document.metadata) or "unknown"
 
@@ -44,3 +45,26 @@ def _by_metadata(metadata: Mapping[str, str]) -> str:
         if metadata.get(key):
             return clean(metadata[key], 60)
     return ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family in the words of other tools."""
+
+    base: str
+    architecture: str
+    implementation: str
+    v2: bool = False
+
+
+_SGM = "https://github.com/Stability-AI/generative-models"
+
+
+FAMILIES: dict[str, Family] = {
+    "sd1": Family("sd_v1", "stable-diffusion-v1", "diffusers"),
+    "sd2": Family("sd_v2", "stable-diffusion-v2-512", "diffusers", v2=True),
+    "sd2_v": Family("sd_v2_v", "stable-diffusion-v2-768-v", "diffusers", v2=True),
+    "sdxl": Family("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", _SGM),
+    "koala": Family("sdxl_koala_700m", "koala-700m", _SGM),
+    "flux": Family("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux"),
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Suffixes of up and down per style, in the order in which ComfyUI looks for them
 # (comfy/weight_adapter/lora.py): where one layer has several, the first is the one that counts.
-STYLES: dict[str, tuple[str, str]] = {
+KEY_STYLES: dict[str, tuple[str, str]] = {
     "kohya": (".lora_up.weight", ".lora_down.weight"),
     "diffusers": ("_lora.up.weight", "_lora.down.weight"),
     "peft": (".lora_B.weight", ".lora_A.weight"),
@@ -36,7 +36,6 @@ COMPANIONS: dict[str, str] = {
 # These add to a bias, not to the weight: the pair beside them stays plain.
 BIASES: dict[str, str] = {".diff_b": "bias", ".b_norm": "bias", ".lora_B.bias": "bias"}
 
-SHOWN_LENGTH = 160
 
 
 def stems(key: str) -> list[str]:
@@ -46,9 +45,3 @@ def stems(key: str) -> list[str]:
     return found + [stem.removesuffix("_lora") for stem in found if stem.endswith("_lora")]
 
 
-def shown(name: object) -> str:
-    """A foreign name made safe for a message: invisible characters escaped, long names shortened."""
-    text = str(name)
-    if len(text) > SHOWN_LENGTH:
-        text = f"{text[: SHOWN_LENGTH // 2]}…{text[-SHOWN_LENGTH // 2 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

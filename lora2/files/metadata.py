@@ -11,13 +11,13 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from torch import Tensor
 
-from .rank_info import FORMAT, KEY, Info, LayerInfo, layer_info
+from .families import FAMILIES, Family
+from .rank_info import FORMAT, KEY, LayerInfo, RankInfo, layer_info
 from .writer import data, header
 
 __all__ = [
@@ -35,27 +35,10 @@ __all__ = [
 HEADER_LIMIT = 1 << 20  # ComfyUI's /view_metadata answers nothing for a larger one.
 
 
-@dataclass(frozen=True)
-class Family:
-    """A model family in the words of other tools."""
-
-    base: str
-    architecture: str
-    implementation: str
-    v2: bool = False
 
 
 _OF_THE_RUN = ("ss_output_name", "modelspec.title", "modelspec.date")
 
-_SGM = "https://github.com/Stability-AI/generative-models"
-FAMILIES: dict[str, Family] = {
-    "sd1": Family("sd_v1", "stable-diffusion-v1", "diffusers"),
-    "sd2": Family("sd_v2", "stable-diffusion-v2-512", "diffusers", v2=True),
-    "sd2_v": Family("sd_v2_v", "stable-diffusion-v2-768-v", "diffusers", v2=True),
-    "sdxl": Family("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", _SGM),
-    "koala": Family("sdxl_koala_700m", "koala-700m", _SGM),
-    "flux": Family("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux"),
-}
 
 
 def build(
@@ -115,7 +98,7 @@ def build(
     return with_info(tensors, metadata, {"format": FORMAT, "layers": dict(layers), "training": dict(training)})
 
 
-def with_info(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], info: Info) -> dict[str, str]:
+def with_info(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], info: RankInfo) -> dict[str, str]:
     """The metadata with our JSON in as much detail as the header has room for."""
     full = {**metadata, KEY: _dump(info)}
     for text in (full[KEY], *_shorter(info)):
@@ -142,7 +125,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _shorter(info: Info) -> Iterator[str]:
+def _shorter(info: RankInfo) -> Iterator[str]:
     """Our JSON with less and less detail."""
     layers = info["layers"]
     brief = {p: {"nu": layer["nu"], "order": layer["order"]} for p, layer in layers.items()}

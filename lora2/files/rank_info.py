@@ -7,8 +7,8 @@ from typing import Any, Literal, NoReturn, TypedDict, cast
 
 from ..method.factors import Factors
 from ..util.errors import LoraError
-from ..util.safe_json import strict_json
-from .keys import shown
+from ..util.safe_json import load_json
+from ..util.text import escaped
 
 KEY = "lora2"
 FORMAT = 1
@@ -29,7 +29,7 @@ class LayerInfo(TypedDict):
     order: Order
 
 
-class Info(TypedDict):
+class RankInfo(TypedDict):
     """Our JSON: its version, the layers by prefix, and the settings of the training as plain values."""
 
     format: int
@@ -45,20 +45,20 @@ def layer_info(
     return {"rank": factors.rank, "nu": nu, "target": target, "shape": shape, "order": order}
 
 
-def parse(text: str, layers: Mapping[str, Factors]) -> tuple[Info, list[str]]:
+def parse(text: str, layers: Mapping[str, Factors]) -> tuple[RankInfo, list[str]]:
     """Our JSON, checked against the layers of the file, and notes on what it had wrong.
 
     Where it disagrees with a tensor, the tensor wins. Layers that the file lacks are kept only where they say
     rank 0: they were left out on purpose. Raises LoraError where it is too long or too deep, no JSON, of
     another shape or version, or holds a number that is not finite.
     """
-    raw = strict_json(text, TEXT_LIMIT, DEPTH_LIMIT, _refuse)
+    raw = load_json(text, TEXT_LIMIT, DEPTH_LIMIT, _refuse)
     if not isinstance(raw, dict) or not isinstance(raw.get("layers"), dict):
         _refuse("it has no table of layers")
     if type(raw.get("format")) is not int:
         _refuse("it has no format number")
     if raw["format"] != FORMAT:
-        _refuse(f"it has format {shown(raw['format'])}, this version of LoRA² knows {FORMAT}; an update may help")
+        _refuse(f"it has format {escaped(raw['format'])}, this version of LoRA² knows {FORMAT}; an update may help")
     training = raw.get("training", {})
     if not isinstance(training, dict):
         _refuse("its training settings are no table")
@@ -82,7 +82,7 @@ def _layers(raw: Mapping[str, Any], layers: Mapping[str, Factors]) -> tuple[dict
         else:
             trouble.setdefault("the file has no such layer", []).append(prefix)
     notes = [
-        f"Metadata of {len(names)} layer{'s' * (len(names) > 1)} not used: {kind} (first: {shown(names[0])})."
+        f"Metadata of {len(names)} layer{'s' * (len(names) > 1)} not used: {kind} (first: {escaped(names[0])})."
         for kind, names in trouble.items()
     ]
     return known, notes

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..util.errors import LoraError
-from .keys import shown
+from ..util.text import escaped
 from .writer import DTYPE_NAMES
 
 HEADER_LIMIT = 16 << 20
@@ -49,18 +49,18 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise LoraError(f"{shown(path.name)} does not exist.") from error
+        raise LoraError(f"{escaped(path.name)} does not exist.") from error
     except OSError as error:  # whose own words hold the whole path
-        raise LoraError(f"{shown(path.name)} cannot be read: {error.strerror or type(error).__name__}.") from error
+        raise LoraError(f"{escaped(path.name)} cannot be read: {error.strerror or type(error).__name__}.") from error
     except safetensors.SafetensorError as error:
-        raise LoraError(f"{shown(path.name)} cannot be read: {shown(error)}") from error
+        raise LoraError(f"{escaped(path.name)} cannot be read: {escaped(error)}") from error
 
 
 def _checked_header(path: Path) -> dict[str, str]:
     """Check the whole header against the file; returns its metadata."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise LoraError(f"{shown(path.name)} is not a file.")
+        raise LoraError(f"{escaped(path.name)} is not a file.")
     with open(path, "rb") as file:
         start = file.read(8)
         if len(start) < 8:
@@ -77,7 +77,7 @@ def _checked_header(path: Path) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _broken(path, "its metadata is not a table of texts")
     if len(entries) > TENSOR_LIMIT:
-        raise LoraError(f"{shown(path.name)} holds {len(entries)} tensors; at most {TENSOR_LIMIT} are read. It is no LoRA.")
+        raise LoraError(f"{escaped(path.name)} holds {len(entries)} tensors; at most {TENSOR_LIMIT} are read. It is no LoRA.")
     _check_layout(path, entries, status.st_size - 8 - length)
     return metadata
 
@@ -86,14 +86,14 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
     """Name the formats that people try instead; their first bytes, read as a length, are always enormous."""
     if start[:2] == b"PK" or start[0] == 0x80:
         raise LoraError(
-            f"{shown(path.name)} is an old PyTorch file (.pt, .ckpt), not a safetensors file. Such files can"
+            f"{escaped(path.name)} is an old PyTorch file (.pt, .ckpt), not a safetensors file. Such files can"
             " run code when opened, so they are not read here: convert it to safetensors first."
         )
     if start[:4] == b"GGUF":
-        raise LoraError(f"{shown(path.name)} is a GGUF file, not a LoRA in a safetensors file.")
+        raise LoraError(f"{escaped(path.name)} is a GGUF file, not a LoRA in a safetensors file.")
     if start[:1] in b"<{" or start.startswith(b"version "):
         raise LoraError(
-            f"{shown(path.name)} is text, not a safetensors file: perhaps a web page or a Git LFS pointer was"
+            f"{escaped(path.name)} is text, not a safetensors file: perhaps a web page or a Git LFS pointer was"
             " saved in its place. Download the file itself again."
         )
 
@@ -105,7 +105,7 @@ def _json_object(path: Path, text: bytes) -> dict[str, Any]:
         table: dict[str, Any] = {}
         for name, value in pairs:
             if name in table:
-                _broken(path, f"{shown(name)} is there twice")
+                _broken(path, f"{escaped(name)} is there twice")
             table[name] = value
         return table
 
@@ -114,7 +114,7 @@ def _json_object(path: Path, text: bytes) -> dict[str, Any]:
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
         if isinstance(error, LoraError):
             raise
-        _broken(path, f"its header is not JSON ({shown(error)})")
+        _broken(path, f"its header is not JSON ({escaped(error)})")
     if not isinstance(entries, dict):
         _broken(path, "its header is not a JSON object")
     return entries
@@ -126,9 +126,9 @@ def _check_layout(path: Path, entries: dict[str, Any], available: int) -> None:
     position = 0
     for begin, end, name in spans:
         if begin < position:
-            _broken(path, f"tensor {shown(name)} overlaps another")
+            _broken(path, f"tensor {escaped(name)} overlaps another")
         if begin > position:
-            _broken(path, f"there is a gap before tensor {shown(name)}")
+            _broken(path, f"there is a gap before tensor {escaped(name)}")
         position = end
     if position > available:
         _truncated(path, f"its tensors need {position} bytes, {available} are there")
@@ -139,18 +139,18 @@ def _check_layout(path: Path, entries: dict[str, Any], available: int) -> None:
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
     """Where a tensor's bytes begin and end."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        _broken(path, f"the entry of tensor {shown(name)} is malformed")
+        _broken(path, f"the entry of tensor {escaped(name)} is malformed")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _SIZES:
-        _broken(path, f"tensor {shown(name)} has the unknown type {shown(dtype)}")
+        _broken(path, f"tensor {escaped(name)} has the unknown type {escaped(dtype)}")
     if not _counts(shape) or len(shape) > DIMENSION_LIMIT:
-        _broken(path, f"tensor {shown(name)} has the impossible shape {shown(shape)}")
+        _broken(path, f"tensor {escaped(name)} has the impossible shape {escaped(shape)}")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _broken(path, f"tensor {shown(name)} has the impossible offsets {shown(offsets)}")
+        _broken(path, f"tensor {escaped(name)} has the impossible offsets {escaped(offsets)}")
     size = math.prod(shape) * _SIZES[dtype]
     if offsets[1] - offsets[0] != size:
         held = offsets[1] - offsets[0]
-        _broken(path, f"tensor {shown(name)} of shape {shape} needs {size} bytes, its offsets hold {held}")
+        _broken(path, f"tensor {escaped(name)} of shape {shape} needs {size} bytes, its offsets hold {held}")
     return offsets[0], offsets[1]
 
 
@@ -160,8 +160,8 @@ def _counts(value: Any) -> bool:
 
 
 def _broken(path: Path, what: str) -> NoReturn:
-    raise LoraError(f"{shown(path.name)} is not a valid safetensors file: {what}. Download or save it again.")
+    raise LoraError(f"{escaped(path.name)} is not a valid safetensors file: {what}. Download or save it again.")
 
 
 def _truncated(path: Path, what: str) -> NoReturn:
-    raise LoraError(f"{shown(path.name)} is truncated: {what}. Download or copy it again.")
+    raise LoraError(f"{escaped(path.name)} is truncated: {what}. Download or copy it again.")

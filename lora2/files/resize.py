@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..method.allocation import allocate
 from ..method.factors import Factors
-from ..method.svd import allocate, singular_order
+from ..method.svd import decompose
 from ..util.errors import LoraError
+from ..util.text import escaped
 from .document import LoraDocument, fold_scale
-from .keys import shown
 from .metadata import with_info
-from .rank_info import KEY, Info, LayerInfo
+from .rank_info import KEY, LayerInfo, RankInfo
 
 # What a cut makes untrue. diffusers refuses its own key beside the alphas that a cut layer gets.
 STALE_KEYS = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata")
@@ -23,7 +24,7 @@ ALPHA_BYTES = 4
 
 
 @dataclass(frozen=True)
-class CutResult:
+class ResizeResult:
     """The LoRA that is left, and what that is of the whole one.
 
     ranks by prefix, before and after; parameters and bytes of all tensors; uncut: what could not be cut, and
@@ -61,7 +62,7 @@ class _Layer:
 
     def order(self) -> tuple[Factors, Tensor]:
         if self._order is None:
-            self._order = singular_order(self.factors)
+            self._order = decompose(self.factors)
         return self._order
 
     def keep_first(self, rank: int) -> None:
@@ -85,13 +86,13 @@ class _Layer:
             self.keep_strongest(rank)
 
 
-def cut(
+def resize(
     doc: LoraDocument,
     share: float = 1.0,
     max_rank: int = 0,
     megabytes: float = 0.0,
     between: Callable[[], None] = lambda: None,
-) -> CutResult:
+) -> ResizeResult:
     """Cut every plain layer: first to a share, then to a maximal rank, then all together to a size.
 
     share: over 0 and up to 1. A layer whose positions are in order of importance keeps the fewest that hold
@@ -117,7 +118,7 @@ def cut(
         _fit(layers, doc, megabytes, between)
     after = _document(doc, layers)
     tensors_before, tensors_after = doc.state_dict(), after.state_dict()
-    return CutResult(
+    return ResizeResult(
         document=after,
         ranks_before={prefix: factors.rank for prefix, factors in doc.layers.items()},
         ranks_after={prefix: factors.rank for prefix, factors in after.layers.items()},
@@ -149,7 +150,7 @@ def _check(share: float, max_rank: int, megabytes: float) -> None:
         raise LoraError(f"The size is {megabytes} MB. Give a number over 0, or 0 for no limit.")
 
 
-def _rate(info: Info | None, prefix: str) -> float | None:
+def _rate(info: RankInfo | None, prefix: str) -> float | None:
     """ν of a layer whose positions are in order of importance, else None."""
     entry = None if info is None else info["layers"].get(prefix)
     return entry["nu"] if entry is not None and entry["order"] == "importance" else None
@@ -209,7 +210,7 @@ def _document(doc: LoraDocument, layers: Mapping[str, _Layer]) -> LoraDocument:
         return doc
     for prefix, layer in changed.items():
         if not all(bool(torch.isfinite(t).all()) for t in (layer.factors.up, layer.factors.down)):
-            raise LoraError(f"Layer {shown(prefix)} is too strong to be cut in its own type. Load all of it.")
+            raise LoraError(f"Layer {escaped(prefix)} is too strong to be cut in its own type. Load all of it.")
     after = replace(
         doc,
         layers={prefix: layer.factors for prefix, layer in layers.items()},

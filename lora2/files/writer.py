@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..util.errors import LoraError
-from .keys import shown
+from ..util.text import escaped
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -57,7 +57,7 @@ def header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     offset = 0
     for name, tensor in in_file_order(tensors):
         if tensor.dtype not in DTYPE_NAMES:
-            raise LoraError(f"{shown(name)} cannot be saved: {tensor.dtype} is not a type that LoRA files hold.")
+            raise LoraError(f"{escaped(name)} cannot be saved: {tensor.dtype} is not a type that LoRA files hold.")
         end = offset + tensor.numel() * tensor.element_size()
         entries[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
@@ -87,7 +87,7 @@ def write_new(folder: Path, stem: str, tensors: Mapping[str, Tensor], metadata: 
     cannot be written, or the stem is no plain name; nothing is left behind then.
     """
     if stem in ("", ".", "..") or any(character in stem for character in "/\\:\0"):
-        raise LoraError(f"'{shown(stem)}' is not a file name. Give a name without folders, such as my_lora.")
+        raise LoraError(f"'{escaped(stem)}' is not a file name. Give a name without folders, such as my_lora.")
     return write_whole(folder, tensors, metadata, lambda temporary: _publish(temporary, folder, stem))
 
 
@@ -185,7 +185,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _explain(error: OSError, folder: Path, size: int, what: str) -> str:
     """What went wrong with the disk, and what to do."""
-    where = f"the folder {shown(folder.name)} ({size / 1e6:.1f} MB to write)"
+    where = f"the folder {escaped(folder.name)} ({size / 1e6:.1f} MB to write)"
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
         return f"The disk is full: the {what} was not saved in {where}. Free some space or change the folder."
     if error.errno == errno.EFBIG:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ..util.errors import LoraError
 from .factors import Factors
-from .orders import singular_orders
-from .svd import allocate
+from .svd import decompose_layers
 
 
-def next_pressure(pressure: float, ratio: float, last: float) -> float:
+def next_multiplier(pressure: float, ratio: float, last: float) -> float:
     """The budget's multiplier for a size of `ratio` times the budget, `last` times it before; within 1e-6 … 1e6.
 
     Proportional and differential in r = ln ratio, so that it eases off while the size is already coming down.
@@ -23,7 +22,7 @@ def next_pressure(pressure: float, ratio: float, last: float) -> float:
     return min(1e6, max(1e-6, pressure * math.exp(0.5 * r + 2 * (r - before))))
 
 
-def next_size(size: int, target: int, left: int) -> int:
+def next_cut_size(size: int, target: int, left: int) -> int:
     """The parameters to cut to now, with `left` cuts to come: in equal ratios, the last cut meets the target."""
     return target if not left else max(target, round(size * (target / size) ** (1 / (left + 1))))
 
@@ -56,7 +55,7 @@ def scaled_ranks(
     return ranks
 
 
-def fit(
+def cut_to_budget(
     factors: Mapping[str, Factors],
     budget: int,
     min_rank: int = 1,
@@ -72,13 +71,13 @@ def fit(
     others beside.
     device: a GPU that may help. Raises LoraError on NaN or infinity in factors, and where a weight is negative or not a number.
     """
-    orders = singular_orders(factors, device)
+    orders = decompose_layers(factors, device)
     costs = {name: factors[name].cost for name in orders}
-    ranks = split({name: order.sigma for name, order in orders.items()}, costs, budget, min_rank, weights, unused)
+    ranks = allocate_ranks({name: order.sigma for name, order in orders.items()}, costs, budget, min_rank, weights, unused)
     return {name: order.head(ranks[name]) for name, order in orders.items()}
 
 
-def split(
+def allocate_ranks(
     sigmas: Mapping[str, Tensor],
     costs: Mapping[str, int],
     budget: int,
@@ -86,7 +85,7 @@ def split(
     weights: Mapping[str, float] | None = None,
     unused: int = 0,
 ) -> dict[str, int]:
-    """The ranks that `fit` cuts layers to, from their singular values and the parameters of their positions."""
+    """The ranks that `cut_to_budget` cuts layers to, from their singular values and the parameters of their positions."""
     floor = {name: min(min_rank, len(sigma)) for name, sigma in sigmas.items()}
     counted = {name: amplitude(name, weights or {}) * sigma for name, sigma in sigmas.items()}
 
@@ -116,3 +115,42 @@ def amplitude(layer: str, weights: Mapping[str, float]) -> float:
     if not 0 <= weight < math.inf:
         raise LoraError(f"Layer {layer} has the weight {weight} in the split of the size; it has to be 0 or more.")
     return math.sqrt(weight)
+
+
+def allocate(
+    sigmas: Mapping[str, Tensor], costs: Mapping[str, int], budget: int, max_rank: int | None = None
+) -> dict[str, int]:
+    """Ranks for all layers together, so that the energy kept, Σ σ², is large and Σ rank · cost ≤ budget.
+
+    sigmas: per layer σ (rank,), non-increasing. costs: per layer the price of one unit of rank, in the unit
+    of the budget (parameters or bytes). max_rank: an upper limit for every layer.
+
+    Positions are taken in the order of σ² / cost, over all layers; where one does not fit any more, its layer
+    is closed and cheaper ones go on, so what is left over is less than one unit of any layer that could still
+    grow. Every result is a prefix of its layer's positions. Equal ratios go to the lower position, then to
+    the layer that comes first in `sigmas`. Raises LoraError on NaN or infinite σ.
+    """
+    names = list(sigmas)
+    lengths = [len(sigmas[name]) if max_rank is None else min(len(sigmas[name]), max_rank) for name in names]
+    ranks = dict.fromkeys(names, 0)
+    if not any(lengths):
+        return ranks
+    # One row per position and one column per layer: a stable sort of the rows then breaks ties as promised.
+    table = torch.full((len(names), max(lengths)), -1.0, dtype=torch.float64)
+    for row, name, length in zip(table, names, lengths, strict=True):
+        row[:length] = sigmas[name][:length].double().cpu().square() / costs[name]
+    if not bool(torch.isfinite(table).all()):
+        raise LoraError("A layer's singular values hold NaN or infinity, so no budget can be split over them.")
+    flat = table.T.reshape(-1)
+    order = torch.argsort(flat, descending=True, stable=True)[: sum(lengths)]
+    layer = order % len(names)
+    price = torch.tensor([costs[name] for name in names], dtype=torch.int64)[layer]
+    taken = torch.zeros(len(names), dtype=torch.int64)
+    while len(price):
+        fits = int((price.cumsum(0) <= budget).sum())
+        taken += torch.bincount(layer[:fits], minlength=len(names))
+        budget -= int(price[:fits].sum())
+        layer, price = layer[fits:], price[fits:]
+        # The first position left does not fit, so each turn closes one price for good.
+        layer, price = layer[price <= budget], price[price <= budget]
+    return {name: int(count) for name, count in zip(names, taken, strict=True)}

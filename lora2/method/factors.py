@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -54,3 +55,13 @@ class Factors:
 def float32(factors: Factors) -> Factors:
     """The same factors in float32."""
     return Factors(factors.up.float(), factors.down.float(), factors.alpha)
+
+
+def full_rank(shape: tuple[int, ...]) -> int:
+    """min(d_out, d_in · kernel) of a weight's shape."""
+    return min(shape[0], math.prod(shape[1:]))
+
+
+def cost(shape: tuple[int, ...]) -> int:
+    """d_out + d_in · kernel of a weight's shape: the parameters of one position."""
+    return shape[0] + math.prod(shape[1:])

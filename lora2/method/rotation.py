@@ -16,7 +16,7 @@ from torch import Tensor
 from .svd import float64
 
 
-def mixing(rank: int) -> Tensor:
+def rotation_matrix(rank: int) -> Tensor:
     """Q (rank, rank), orthogonal and symmetric, float64: Q_jk = (cos x + sin x) / √rank, x = 2π j k / rank.
 
     The discrete Hartley transform (Bracewell, J. Opt. Soc. Am. 73, 1983), all of whose entries are of one size on average.
@@ -27,7 +27,7 @@ def mixing(rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def mix(rows: Tensor, device: torch.device) -> Tensor:
+def rotate(rows: Tensor, device: torch.device) -> Tensor:
     """Q times rows (rank, …), in their type, worked out in float64 on this device; (Q up)ᵀ (Q down) is upᵀ down."""
     flat = float64(rows.to(device)).flatten(1)
-    return (mixing(len(rows)).to(flat) @ flat).to(rows).reshape(rows.shape)
+    return (rotation_matrix(len(rows)).to(flat) @ flat).to(rows).reshape(rows.shape)

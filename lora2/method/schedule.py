@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Generator, Tensor
-
 LAST_SHARE = 0.1
 """Where the cosine ends, as a share of the learning rate: the last steps should still count."""
 
@@ -31,8 +28,3 @@ def size_factor(size: int, target: int) -> float:
     return min(1.0, math.sqrt(target / max(size, 1)))
 
 
-def sample_times(count: int, sampling: str, generator: Generator) -> Tensor:
-    """`count` times in (0, 1), 0 clean and 1 noise: uniform, or logit-normal (Esser et al., arXiv:2403.03206, §3.1)."""
-    if sampling == "logit-normal":
-        return torch.sigmoid(torch.randn(count, generator=generator))
-    return torch.rand(count, generator=generator).clamp(1e-4, 1 - 1e-4)

@@ -6,7 +6,7 @@ import torch
 
 from ..adapters.network import AdaptiveNetwork
 
-MOST = 1e30
+MAX_SENSITIVITY = 1e30
 """Beyond it a layer has hardly any energy to weigh."""
 
 
@@ -35,4 +35,4 @@ def sensitivities(network: AdaptiveNetwork, optimizer: torch.optim.Optimizer) ->
     (over, under) = table.tolist()
     if not bool(torch.isfinite(table).all()) or not any(w > 0 for w in over):
         return None
-    return {name: min(w / e, MOST) if e > 0 else 1.0 for name, w, e in zip(network.names, over, under, strict=True)}
+    return {name: min(w / e, MAX_SENSITIVITY) if e > 0 else 1.0 for name, w, e in zip(network.names, over, under, strict=True)}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 SAMPLES = 32
 """On which losses are compared, the same for all sizes."""
 
-TOGETHER = 4
+BATCH_SIZE = 4
 """Of them run at once, where memory allows: nothing is kept for a backward pass."""
 
 HALVINGS = 6
@@ -18,7 +18,7 @@ FINER = 3
 """Halvings of the last step's logarithm: what is found lies within a tenth, 2^(1/8), of the smallest size."""
 
 
-def smallest(loss: Callable[[int], float], least: int, most: int, share: float) -> int | None:
+def smallest_sufficient_size(loss: Callable[[int], float], least: int, most: int, share: float) -> int | None:
     """The smallest size whose loss is at most none − share · (none − best); None where no size lowers the loss.
 
     loss: of a size in parameters, 0 or least … most; not a number where it has none. none: loss(0). best: the lowest that was

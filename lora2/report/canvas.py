@@ -9,7 +9,7 @@ from typing import cast
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .colors import CARD, INK, Colour
+from .colors import CARD, INK, Color
 
 _SMOOTH = 2  # drawn at twice the size and averaged: Pillow's shapes have no smooth edges of their own
 _PLAIN = {"\u2013": "-", "\u2014": "-", "\u2212": "-", "\u00d7": "x", "\u00b5": "u", "\u2192": "->"}
@@ -49,7 +49,7 @@ def _length(text: str, pixels: int) -> float:
 class Canvas:
     """A card of width × height units, scaled to a picture `pixels` wide. Origin top left."""
 
-    def __init__(self, width: float, height: float, pixels: int, card: Colour = CARD) -> None:
+    def __init__(self, width: float, height: float, pixels: int, card: Color = CARD) -> None:
         self.width, self.height = width, height
         self.scale = _SMOOTH * pixels / width
         self._size = (pixels, max(1, round(height * pixels / width)))
@@ -60,7 +60,7 @@ class Canvas:
         """The finished picture, RGB."""
         return self._image.reduce(_SMOOTH)
 
-    def box(self, x: float, y: float, width: float, height: float, fill: Colour, radius: float = 0.0) -> None:
+    def box(self, x: float, y: float, width: float, height: float, fill: Color, radius: float = 0.0) -> None:
         """A filled rectangle; at least one pixel wide, so that nothing that exists is invisible."""
         left, top = round(x * self.scale), round(y * self.scale)
         right = max(left + 1, round((x + width) * self.scale)) - 1
@@ -71,7 +71,7 @@ class Canvas:
         else:
             self._draw.rectangle((left, top, right, bottom), fill)
 
-    def line(self, points: Sequence[tuple[float, float]], fill: Colour, width: float) -> None:
+    def line(self, points: Sequence[tuple[float, float]], fill: Color, width: float) -> None:
         """A line through the points; a dot where there is one only."""
         scaled = [(x * self.scale, y * self.scale) for x, y in points]
         if len(scaled) > 1:
@@ -79,7 +79,7 @@ class Canvas:
         elif scaled:
             self.disc(*points[0], width, fill)
 
-    def disc(self, x: float, y: float, radius: float, fill: Colour) -> None:
+    def disc(self, x: float, y: float, radius: float, fill: Color) -> None:
         """A filled circle."""
         x, y, r = x * self.scale, y * self.scale, radius * self.scale
         self._draw.ellipse((x - r, y - r, x + r, y + r), fill)
@@ -104,7 +104,7 @@ class Canvas:
         y: float,
         text: str,
         size: float,
-        fill: Colour = INK,
+        fill: Color = INK,
         anchor: str = "ls",
         strong: bool = False,
     ) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-CARD: Colour = (22, 23, 29)
-PLATE: Colour = (33, 35, 43)  # an empty cell, the track of a bar
-RULE: Colour = (52, 55, 66)
-INK: Colour = (238, 239, 243)
-QUIET: Colour = (160, 165, 178)
-ACCENT: Colour = (255, 178, 92)
-CALM: Colour = (108, 196, 190)
+CARD: Color = (22, 23, 29)
+PLATE: Color = (33, 35, 43)  # an empty cell, the track of a bar
+RULE: Color = (52, 55, 66)
+INK: Color = (238, 239, 243)
+QUIET: Color = (160, 165, 178)
+ACCENT: Color = (255, 178, 92)
+CALM: Color = (108, 196, 190)
 
 # Lightness, chroma and hue (degrees) in OKLCh from low to high rank. Lightness rises evenly, so that the
 # order is seen in grey and with any colour vision; hue goes from indigo through rose to straw.
@@ -26,7 +26,7 @@ _STOPS = (
 )
 
 
-def oklch(lightness: float, chroma: float, hue: float) -> Colour:
+def oklch(lightness: float, chroma: float, hue: float) -> Color:
     """The sRGB of an OKLCh colour (Ottosson 2020), clipped to the gamut."""
     a, b = chroma * math.cos(math.radians(hue)), chroma * math.sin(math.radians(hue))
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
@@ -45,7 +45,7 @@ def _srgb(linear: float) -> int:
 
 
 @lru_cache(maxsize=1)
-def ramp() -> tuple[Colour, ...]:
+def ramp() -> tuple[Color, ...]:
     """The scale in 256 steps, low to high."""
     colours = []
     for step in range(256):
@@ -57,7 +57,7 @@ def ramp() -> tuple[Colour, ...]:
     return tuple(colours)
 
 
-def luminance(colour: Colour) -> float:
+def luminance(colour: Color) -> float:
     """Relative luminance of WCAG 2, 0 to 1."""
     red, green, blue = (_linear(channel / 255) for channel in colour)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -67,7 +67,7 @@ def _linear(channel: float) -> float:
     return channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
 
 
-def ink_on(colour: Colour) -> Colour:
+def ink_on(colour: Color) -> Color:
     """Black or white, whichever has more contrast on this colour: at least 4.5 on any."""
     return (0, 0, 0) if luminance(colour) > 0.179 else (255, 255, 255)
 
@@ -92,6 +92,6 @@ class RankScale:
         """0 at the low end, 1 at the high end."""
         return min(max((math.log2(max(rank, 1e-9)) - self.low) / (self.high - self.low), 0.0), 1.0)
 
-    def colour(self, rank: float) -> Colour:
+    def color(self, rank: float) -> Color:
         """The colour of a rank; the plate's for a layer without any."""
         return ramp()[round(255 * self.at(rank))] if rank > 0 else PLATE

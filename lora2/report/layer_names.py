@@ -84,7 +84,7 @@ _LEAVES = ("q", "k", "v", "qkv", "kv", "o", "in", "gate", "up", "down", "out", "
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerName:
     """Where a layer sits.
 
     part: 'UNet', 'text encoder 2', or ''. stage, number: the block, 'down' and '1.0'. unit: the transformer
@@ -118,7 +118,7 @@ class Place:
 
 
 @lru_cache(maxsize=16384)
-def place(name: str) -> Place:
+def parse_layer_name(name: str) -> LayerName:
     """The place of a layer, from its key without suffix, in the style of kohya, diffusers, ComfyUI or PEFT.
 
     A name that fits no known style is split at its first number: words before it are the block, words after
@@ -136,7 +136,7 @@ def place(name: str) -> Place:
         part = family
     known = stage if stage in _STAGES else "?"
     order = (part_at, _STAGES.index(known), stage if known == "?" else "", *indices)
-    return Place(part, clean(stage, 24), number, unit, clean(group, 24), clean(leaf, 24), order)
+    return LayerName(part, clean(stage, 24), number, unit, clean(group, 24), clean(leaf, 24), order)
 
 
 def _part(name: str) -> tuple[int, str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .layer_names import Place, place
+from .layer_names import LayerName, parse_layer_name
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -38,14 +38,14 @@ class LayerRank:
         return self.d_in + self.d_out
 
     @property
-    def place(self) -> Place:
+    def layer_name(self) -> LayerName:
         """Where it sits, for sorting and drawing."""
-        return place(self.name)
+        return parse_layer_name(self.name)
 
     @property
     def order(self) -> tuple[object, ...]:
         """Sorts layers as the network runs."""
-        where = self.place
+        where = self.layer_name
         return (where.order, where.unit or 0, where.row_order, self.name)
 
 

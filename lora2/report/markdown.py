@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..util.text import escape_markdown, size
+from ..util.text import escape_markdown, format_size
 from .layer_rank import LayerRank, grouped, mean_rank, range_words, stored_rank, used_rank
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ def _summary(report: RankReport) -> str:
     rows = [
         ("layers", str(len(report.layers))),
         ("rank", f"{report.mean_rank:.1f} on average, {report.min_rank} to {report.max_rank}"),
-        ("size", f"{size(report.bytes)}, {report.dtype}"),
+        ("size", f"{format_size(report.bytes)}, {report.dtype}"),
     ]
     if report.mean_energy_rank is not None:
         rows.insert(2, ("rank in use", f"{report.mean_energy_rank:.1f} on average hold 99 % of the energy"))
     if report.other_tensors:
-        words = f"{report.other_tensors} of {size(report.other_bytes)}, no plain LoRA pairs"
+        words = f"{report.other_tensors} of {format_size(report.other_bytes)}, no plain LoRA pairs"
         rows.append(("other tensors", words))
     lines = [f"## {escape_markdown(report.title)}", "", _row(["", ""]), _row(["---", "---"])]
     return "\n".join(lines + [_row(row) for row in [*rows, *report.facts]])
@@ -46,7 +46,7 @@ def _rank_tables(report: RankReport) -> Iterator[str]:
 
 def _rank_table(title: str, layers: list[LayerRank], value: Callable[[LayerRank], int]) -> str:
     """A row per block, a column per projection."""
-    order = {layer.projection: layer.place.row_order for layer in layers}
+    order = {layer.projection: layer.layer_name.row_order for layer in layers}
     columns = sorted(order, key=lambda projection: order[projection])
     shown = columns[:_MOST_COLUMNS]
     blocks = grouped(layers, lambda layer: layer.block)
@@ -65,7 +65,7 @@ def _size_table(report: RankReport) -> str:
     rows = [(number, f"every layer at rank {rank}") for rank, number in report.uniform_bytes.items()]
     rows.append((report.bytes, "this LoRA"))
     lines = ["### Size against one rank for every layer", "", _row(["ranks", "size"]), _row(["---", "---:"])]
-    return "\n".join(lines + [_row([words, size(number)]) for number, words in sorted(rows)])
+    return "\n".join(lines + [_row([words, format_size(number)]) for number, words in sorted(rows)])
 
 
 def _row(cells: Sequence[str]) -> str:

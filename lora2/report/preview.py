@@ -9,21 +9,21 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
-from ..util.text import size, three_digits
+from ..util.text import format_size, three_digits
 from .canvas import Canvas
-from .colors import ACCENT, CALM, CARD, INK, QUIET, RULE, Colour, RankScale
-from .layer_names import place
-from .rank_map import RankMap, Spot, Style, arrange, mean
+from .colors import ACCENT, CALM, CARD, INK, QUIET, RULE, Color, RankScale
+from .layer_names import parse_layer_name
+from .rank_map import Cell, RankMap, Style, lay_out, mean
 from .rank_map_drawing import draw
 
 _WIDTH, _EDGE = 768.0, 28.0
 _INNER = _WIDTH - 2 * _EDGE
 _LOSS_TOP, _LOSS_HEIGHT = 96.0, 190.0
 _STRIP = Style(15, 2, 5, 60, 16, 0, most_rows=12, most_lines=12, most_height=420)
-_RAW: Colour = (110, 86, 66)
+_RAW: Color = (110, 86, 66)
 
 
-def live_picture(
+def preview_picture(
     losses: Sequence[float],
     steps: int,
     ranks: Mapping[str, int],
@@ -41,8 +41,8 @@ def live_picture(
     unit of rank, which give the size (numbers of number_bytes bytes) and weigh the mean. cuts: the steps before
     which layers were cut.
     """
-    spots = [Spot(place(name), rank, max(1, (costs or {}).get(name, 1))) for name, rank in ranks.items()]
-    chart = arrange(spots, _INNER, Canvas(_WIDTH, 1, int(_WIDTH)), (_STRIP,)) if spots else None
+    spots = [Cell(parse_layer_name(name), rank, max(1, (costs or {}).get(name, 1))) for name, rank in ranks.items()]
+    chart = lay_out(spots, _INNER, Canvas(_WIDTH, 1, int(_WIDTH)), (_STRIP,)) if spots else None
     top = _LOSS_TOP + _LOSS_HEIGHT + 44
     canvas = Canvas(_WIDTH, top + 66 + chart.height + _EDGE if chart else top + 8, width)
     values = np.asarray(losses, dtype=np.float64).reshape(-1)
@@ -154,7 +154,7 @@ def _runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float
     return [run for run in runs if run]
 
 
-def _ranks(canvas: Canvas, chart: RankMap, spots: Sequence[Spot], y: float, number_bytes: int) -> None:
+def _ranks(canvas: Canvas, chart: RankMap, spots: Sequence[Cell], y: float, number_bytes: int) -> None:
     """Mean, range and size in words, and the strip of all layers."""
     values = [spot.value for spot in spots]
     low, high = round(min(values)), round(max(values))
@@ -164,7 +164,7 @@ def _ranks(canvas: Canvas, chart: RankMap, spots: Sequence[Spot], y: float, numb
     canvas.text(_EDGE + canvas.text_width(number, 34) + 12, y + 28, words, 20, QUIET)
     words = "1 layer" if len(spots) == 1 else f"{len(spots)} layers"
     if number_bytes:
-        words += f", {size(sum(spot.value * spot.cost for spot in spots) * number_bytes)}"
+        words += f", {format_size(sum(spot.value * spot.cost for spot in spots) * number_bytes)}"
     canvas.text(_WIDTH - _EDGE, y + 28, words, 20, QUIET, "rs")
     # A fixed low end: colours of one run can be compared from step to step.
     draw(chart, canvas, _EDGE, y + 52, _INNER, RankScale(0, max(6, math.ceil(math.log2(max(high, 1))))))

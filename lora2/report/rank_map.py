@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .canvas import Canvas
-from .layer_names import OUTSIDE, Place
+from .layer_names import OUTSIDE, LayerName
 from .layer_rank import grouped
 
 _MOST_STAGES, _MOST_PARTS = 12, 6
@@ -22,17 +22,17 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Spot:
+class Cell:
     """One layer on the map: its place, its rank, its parameters per unit of rank."""
 
-    place: Place
+    layer_name: LayerName
     value: float
     cost: int
 
     @property
     def row(self) -> Row:
         """Its projection."""
-        group, leaf = self.place.group, self.place.leaf
+        group, leaf = self.layer_name.group, self.layer_name.leaf
         return Row(group, leaf) if group else Row(leaf, "")
 
 
@@ -66,7 +66,7 @@ class Column:
 
     stage: str
     number: str
-    cells: dict[Row, list[Spot]]
+    cells: dict[Row, list[Cell]]
 
     @property
     def bands(self) -> int:
@@ -118,8 +118,8 @@ class RankMap:
         return "A number is the mean of the layers below it, one band each." if shown else ""
 
 
-def arrange(
-    spots: Sequence[Spot], width: float, canvas: Canvas, styles: Sequence[Style] = (ROOMY, COMPACT)
+def lay_out(
+    spots: Sequence[Cell], width: float, canvas: Canvas, styles: Sequence[Style] = (ROOMY, COMPACT)
 ) -> RankMap:
     """Lay the layers out on a width, in the first style that is not too high; the last one leaves panels out.
 
@@ -135,7 +135,7 @@ def arrange(
     return chart
 
 
-def _arrange(spots: Sequence[Spot], width: float, canvas: Canvas, style: Style) -> RankMap:
+def _arrange(spots: Sequence[Cell], width: float, canvas: Canvas, style: Style) -> RankMap:
     tables = [(title, columns, _rows(columns, style.most_rows)) for title, columns in _tables(spots)]
     # Panels of blocks share the width of their labels, so that they stand in one grid.
     shared = [row for _, columns, rows in tables if not _outside(columns) for row in rows]
@@ -162,18 +162,18 @@ def _labels(rows: Sequence[Row], width: float, canvas: Canvas, style: Style) -> 
     return groups, max(whole, groups + leaves + 0.5 * style.label) + 0.6 * style.label
 
 
-def _tables(spots: Sequence[Spot]) -> list[tuple[str, list[Column]]]:
+def _tables(spots: Sequence[Cell]) -> list[tuple[str, list[Column]]]:
     """(title, columns) of every panel: stages of one part that have the same projections share a panel."""
-    spots = sorted(spots, key=lambda s: (s.place.order, s.place.unit or 0))
+    spots = sorted(spots, key=lambda s: (s.layer_name.order, s.layer_name.unit or 0))
     tables: list[tuple[str, list[Column]]] = []
-    parts = grouped(_bounded(spots), lambda s: s.place.part)
+    parts = grouped(_bounded(spots), lambda s: s.layer_name.part)
     for part, members in parts.items():
         title = part if len(parts) > 1 else ""
-        stages = grouped(members, lambda s: s.place.stage)
+        stages = grouped(members, lambda s: s.layer_name.stage)
         outer = [spot for stage in OUTSIDE for spot in stages.pop(stage, [])]
         open_rows: set[Row] = set()
         for stage in stages.values():
-            columns = [_column(block) for block in grouped(stage, lambda s: s.place.number).values()]
+            columns = [_column(block) for block in grouped(stage, lambda s: s.layer_name.number).values()]
             rows = {s.row for s in stage}
             if open_rows and 2 * len(rows & open_rows) >= len(rows | open_rows):
                 tables[-1][1].extend(columns)
@@ -183,29 +183,29 @@ def _tables(spots: Sequence[Spot]) -> list[tuple[str, list[Column]]]:
                 open_rows, title = rows, ""  # the part's title stands over its first panel
         if outer:
             tables.append(
-                (title, [_column(block) for block in grouped(outer, lambda s: s.place.stage).values()])
+                (title, [_column(block) for block in grouped(outer, lambda s: s.layer_name.stage).values()])
             )
     return tables
 
 
-def _bounded(spots: Sequence[Spot]) -> list[Spot]:
+def _bounded(spots: Sequence[Cell]) -> list[Cell]:
     """The same layers with few parts and stages: names that nobody knows must not make a thousand panels."""
-    parts = list(dict.fromkeys(s.place.part for s in spots))
-    stages = {s.place.stage for s in spots}
+    parts = list(dict.fromkeys(s.layer_name.part for s in spots))
+    stages = {s.layer_name.stage for s in spots}
     kept = set(parts[:_MOST_PARTS]) if len(parts) > _MOST_PARTS else set(parts)
     out = []
     for spot in spots:
-        where = spot.place
+        where = spot.layer_name
         if where.part not in kept:
             where = replace(where, part="other parts")
         if len(stages) > _MOST_STAGES and where.order[2]:
             where = replace(where, stage="other", number="")
-        out.append(spot if where is spot.place else replace(spot, place=where))
+        out.append(spot if where is spot.layer_name else replace(spot, layer_name=where))
     return out
 
 
-def _column(spots: Sequence[Spot]) -> Column:
-    where = spots[0].place
+def _column(spots: Sequence[Cell]) -> Column:
+    where = spots[0].layer_name
     return Column(where.stage, where.number, grouped(spots, lambda s: s.row))
 
 
@@ -215,7 +215,7 @@ def _rows(columns: Sequence[Column], most: int) -> list[Row]:
     for index, column in enumerate(columns):
         for row, cell in column.cells.items():
             # Outside the blocks, what runs first stands first; inside, every column has the same rows.
-            order.setdefault(row, (index if column.stage in OUTSIDE else 0, cell[0].place.row_order))
+            order.setdefault(row, (index if column.stage in OUTSIDE else 0, cell[0].layer_name.row_order))
     rows = sorted(order, key=lambda row: order[row])
     if len(rows) <= most:
         return rows
@@ -224,7 +224,7 @@ def _rows(columns: Sequence[Column], most: int) -> list[Row]:
         merged = [*merged[: most - 1], Row("more", "")]
     known = set(merged)
     for column in columns:
-        cells: dict[Row, list[Spot]] = {}
+        cells: dict[Row, list[Cell]] = {}
         for row, cell in column.cells.items():
             into = Row(row.group, "")
             cells.setdefault(into if into in known else merged[-1], []).extend(cell)
@@ -249,14 +249,14 @@ def _lines(columns: list[Column], rows: int, width: float, style: Style) -> list
 def _merge(columns: Sequence[Column]) -> Column:
     if len(columns) == 1:
         return columns[0]
-    cells: dict[Row, list[Spot]] = {}
+    cells: dict[Row, list[Cell]] = {}
     for column in columns:
         for row, cell in column.cells.items():
             cells.setdefault(row, []).extend(cell)
     return Column(columns[0].stage, f"{columns[0].number}-{columns[-1].number}", cells)
 
 
-def mean(spots: Iterable[Spot]) -> float:
+def mean(spots: Iterable[Cell]) -> float:
     """Mean value weighted by cost."""
     spots = list(spots)
     weight = sum(s.cost for s in spots)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from .canvas import Canvas
 from .colors import INK, PLATE, QUIET, RULE, RankScale, ink_on
 from .layer_rank import grouped
-from .rank_map import Column, Panel, RankMap, Spot, Style, head, mean, tops
+from .rank_map import Cell, Column, Panel, RankMap, Style, head, mean, tops
 
 _SHORT = {"middle": "mid"}
 _MEAN = 0.72  # of a cell's height, where bands follow below
@@ -99,14 +99,14 @@ def _draw_heads(
 
 
 def _draw_cell(
-    canvas: Canvas, spots: Sequence[Spot], x: float, y: float, width: float, style: Style, scale: RankScale
+    canvas: Canvas, spots: Sequence[Cell], x: float, y: float, width: float, style: Style, scale: RankScale
 ) -> None:
     """One layer fills its cell; of several, the mean rank stands over a band for each."""
     if not spots:
         canvas.box(x, y + style.row / 2 - 1, width, 2, PLATE)
         return
     value = mean(spots)
-    fill = scale.colour(value)
+    fill = scale.color(value)
     upper = style.row if len(spots) == 1 else _MEAN * style.row if style.numbers else 0.0
     if upper:
         canvas.box(x, y, width, upper if len(spots) == 1 else upper - 2, fill)
@@ -115,7 +115,7 @@ def _draw_cell(
         for band in range(bands):
             part = spots[band * len(spots) // bands : (band + 1) * len(spots) // bands]
             start, end = x + width * band / bands, x + width * (band + 1) / bands
-            canvas.box(start, y + upper, end - start, style.row - upper, scale.colour(mean(part)))
+            canvas.box(start, y + upper, end - start, style.row - upper, scale.color(mean(part)))
     text = f"{value:.1f}".removesuffix(".0") if value < 9.95 else f"{value:.0f}"
     for size in (style.numbers, 0.8 * style.numbers):
         if size and canvas.text_width(text, size) <= width - 4:

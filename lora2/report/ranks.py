@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..method.effective import energy_rank
 from ..method.factors import Factors
+from ..method.svd import energy_rank
 from ..util.errors import LoraError
 from ..util.text import clean
-from .layer_names import place
+from .layer_names import parse_layer_name
 from .layer_rank import LayerRank, mean_rank, used_rank
 from .markdown import markdown
 
@@ -116,7 +116,7 @@ class RankReport:
         return markdown(self)
 
 
-def build(
+def build_report(
     doc: LoraDocument, title: str, energy: bool = False, between: Callable[[], None] = lambda: None
 ) -> RankReport:
     """The report of a LoRA document.
@@ -158,7 +158,7 @@ def build(
 
 
 def _layer(name: str, factors: Factors, entry: Mapping[str, object], energy: bool) -> LayerRank:
-    where = place(name)
+    where = parse_layer_name(name)
     nu = entry.get("nu")
     return LayerRank(
         name=clean(name, 300),
@@ -181,7 +181,7 @@ def _left_out(name: str, entry: Mapping[str, object]) -> LayerRank | None:
         return None
     if not all(isinstance(n, int) and 0 < n < 2**24 for n in shape):
         return None
-    where = place(name)
+    where = parse_layer_name(name)
     return LayerRank(
         clean(name, 300), where.part, where.block, where.projection, 0, math.prod(shape[1:]), shape[0], 0
     )

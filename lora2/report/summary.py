@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from PIL import Image
 
-from ..util.text import size, three_digits
+from ..util.text import format_size, three_digits
 from .canvas import Canvas
 from .colors import ACCENT, INK, QUIET, RULE, RankScale, ramp
 from .layer_rank import mean_rank, stored_rank, used_rank
-from .preview import live_picture
-from .rank_map import RankMap, Spot, arrange
+from .rank_map import Cell, RankMap, lay_out
 from .rank_map_drawing import draw
 from .ranks import RankReport
-
-__all__ = ["live_picture", "rank_picture"]
 
 _WIDTH = 1024.0
 _EDGE = 40.0
@@ -30,8 +27,8 @@ def rank_picture(report: RankReport, width: int = 1024, in_use: bool = False) ->
     ranks = [value(layer) for layer in report.layers]
     scale = RankScale.around(min((r for r in ranks if r), default=1), max(ranks))
     measure = Canvas(_WIDTH, 1, int(_WIDTH))
-    spots = [Spot(layer.place, value(layer), layer.cost) for layer in report.layers]
-    chart = arrange(spots, _INNER, measure)
+    spots = [Cell(layer.layer_name, value(layer), layer.cost) for layer in report.layers]
+    chart = lay_out(spots, _INNER, measure)
     tops = _tops(chart, report)
     canvas = Canvas(_WIDTH, tops["end"], width)
     _title(canvas, report, ranks, mean_rank(report.layers, value), in_use)
@@ -63,7 +60,7 @@ def _title(canvas: Canvas, report: RankReport, ranks: list[int], mean: float, in
     low, high = min(ranks), max(ranks)
     tiles = [
         (str(len(ranks)), "layer" if len(ranks) == 1 else "layers"),
-        (size(report.bytes), report.dtype),
+        (format_size(report.bytes), report.dtype),
     ]
     if low == high:
         tiles.insert(0, (str(low), "rank of every layer" if len(ranks) > 1 else "rank"))
@@ -117,5 +114,5 @@ def _sizes(canvas: Canvas, report: RankReport, y: float) -> None:
         canvas.text(_EDGE, y + _BAR / 2, words, 22, ink, "lm", strong=own)
         wide = max(3.0, room * number / longest)
         canvas.box(left, y + 6, wide, _BAR - 12, ACCENT if own else RULE, 4)
-        canvas.text(left + wide + 12, y + _BAR / 2, size(number), 22, ink, "lm", strong=own)
+        canvas.text(left + wide + 12, y + _BAR / 2, format_size(number), 22, ink, "lm", strong=own)
         y += _BAR

@@ -10,9 +10,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from ..adapters.network import AdaptiveNetwork
-from ..config import Settings
-from ..files.keys import shown
+from ..config import TrainingConfig
 from ..util.errors import LoraError
+from ..util.text import escaped
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -42,18 +42,18 @@ def bad_layers(names: Sequence[str], norms: Sequence[float]) -> list[str]:
     return [name for name, pair in zip(names, pairs, strict=False) if not all(map(math.isfinite, pair))]
 
 
-def in_words(layers: Sequence[str], of: int) -> str:
+def describe_layers(layers: Sequence[str], of: int) -> str:
     """Some layers' names, and how many there are."""
     if not layers:
         return "in no layer's gradient"
     if len(layers) == of > MOST_NAMED:
         return f"in all {of} layers"
-    named = ", ".join(shown(name) for name in layers[:MOST_NAMED])
+    named = ", ".join(escaped(name) for name in layers[:MOST_NAMED])
     more = len(layers) - MOST_NAMED
     return f"in {named}" + (f" and {more} more of {of} layers" if more > 0 else "")
 
 
-class LossWatch:
+class LossTracker:
     """Says once when the loss has exploded."""
 
     def __init__(self) -> None:
@@ -83,12 +83,12 @@ class LossWatch:
         )
 
 
-class Judge:
+class Monitor:
     """Takes in the result of every step: counts it, skips it, or stops the run."""
 
-    def __init__(self, network: AdaptiveNetwork, settings: Settings, say: Callable[[str], None]) -> None:
-        self.network, self.settings, self.say = network, settings, say
-        self.watch = LossWatch()
+    def __init__(self, network: AdaptiveNetwork, config: TrainingConfig, say: Callable[[str], None]) -> None:
+        self.network, self.config, self.say = network, config, say
+        self.watch = LossTracker()
         self._in_a_row = self._skipped = 0
 
     def __call__(self, progress: Progress, loss: float, taken: bool, norms: Sequence[float], final: bool) -> None:
@@ -99,7 +99,7 @@ class Judge:
             progress.step += 1
             if words := self.watch.note(progress.step, loss):
                 self.say(words)
-        elif self.settings.on_bad_step == "skip":
+        elif self.config.on_bad_step == "skip":
             self._skip(progress, self._fault(progress.step + 1, loss, norms), final)
         elif final:
             raise Diverged(f"{self._fault(progress.step + 1, loss, norms)}, and the step was not taken: {self._advice}")
@@ -131,10 +131,10 @@ class Judge:
         """What is wrong with a step, and in which layers."""
         names = self.network.names
         what = "gradients are no longer numbers" if math.isfinite(loss) else f"loss became {loss}"
-        words = f"The {what} at step {step} ({in_words(bad_layers(names, norms), len(names))})"
-        broken = self.network.broken()
-        return words + (f", the factors themselves are no longer numbers {in_words(broken, len(names))}" if broken else "")
+        words = f"The {what} at step {step} ({describe_layers(bad_layers(names, norms), len(names))})"
+        broken = self.network.nonfinite_layers()
+        return words + (f", the factors themselves are no longer numbers {describe_layers(broken, len(names))}" if broken else "")
 
     @property
     def _advice(self) -> str:
-        return f"lower the learning rate (now {self.settings.learning_rate:g}), check the latents, or train in bf16 or fp32."
+        return f"lower the learning rate (now {self.config.learning_rate:g}), check the latents, or train in bf16 or fp32."

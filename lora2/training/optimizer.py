@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.network import AdaptiveNetwork
-from ..checkpoints.state import State, damaged
-from ..config import Settings
-from ..files.keys import shown
+from ..checkpoints.state import State, raise_corrupted
+from ..config import TrainingConfig
 from ..util.errors import LoraError
+from ..util.text import escaped
 
 BETAS = (0.9, 0.99)
 """A run has hundreds of steps, not millions: β₂ = 0.999 would remember the start for all of it."""
@@ -37,19 +37,19 @@ class Optimizer:
     moments are the same memory: `prepare` sees to that whenever either has changed.
     """
 
-    def __init__(self, network: AdaptiveNetwork, settings: Settings) -> None:
+    def __init__(self, network: AdaptiveNetwork, config: TrainingConfig) -> None:
         self.network = network
-        self.settings = settings
+        self.config = config
         self.fused = network.device.type in FUSED
         self._capturable = network.device.type in CAPTURABLE
-        self.inner = self._make(network.parameters(), settings.optimizer, settings.learning_rate, settings.weight_decay)
+        self.inner = self._make(network.parameters(), config.optimizer, config.learning_rate, config.weight_decay)
         self._whole = self.inner
         self._parts: list[tuple[torch.nn.Parameter, str, Tensor]] = []
-        self.theta = None if network.settled else self._make([network.theta], "adam", settings.rank_learning_rate, 0.0)
+        self.theta = None if network.pruned else self._make([network.theta], "adam", config.rank_learning_rate, 0.0)
         self._hold = torch.zeros((), device=network.device)
         self.norms = torch.zeros(0, device=network.device)
         """Of the gradients last taken, in the order of the network's parameters."""
-        self.half_taken = False
+        self.partially_applied = False
         """While a step that has begun to change parameters is not complete: it cannot be made again."""
 
     def _make(self, parameters: list[torch.nn.Parameter], kind: str, rate: float, decay: float) -> torch.optim.Optimizer:
@@ -70,11 +70,11 @@ class Optimizer:
             for name, value in optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
-        return State(moments, {"kind": self.settings.optimizer})
+        return State(moments, {"kind": self.config.optimizer})
 
     def restore(self, state: State) -> None:
         """Take moments and counters of an optimizer over a network of the same shapes. Raises LoraError where they do not fit."""
-        names = _remembered(self.settings.optimizer)
+        names = _remembered(self.config.optimizer)
         if _remembered(str(state.facts.get("kind"))) != names:
             raise LoraError("The training state was made with another optimizer. Choose the one that it was made with.")
         if not state.tensors:
@@ -86,7 +86,7 @@ class Optimizer:
     def _restored(self, state: State, key: str, name: str, parameter: torch.nn.Parameter) -> Tensor:
         value = state.tensor(key, () if name == "step" else parameter.shape)
         if name != "momentum_buffer" and bool((value < 0).any()) and name != "exp_avg":
-            damaged(f"{shown(key)} is negative")
+            raise_corrupted(f"{escaped(key)} is negative")
         waits = name == "step" and not (self.fused or self._capturable)
         return value.to("cpu" if waits else parameter.device, copy=True)
 
@@ -109,13 +109,13 @@ class Optimizer:
 
     def prepare(self, rate: float, ranks_move: bool) -> None:
         """Set what the next `take` goes by."""
-        self.half_taken = False
+        self.partially_applied = False
         self._lay_out()
         for group in (*self.inner.param_groups, *self._whole.param_groups):
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.settings.learning_rate * rate)
+                group["lr"].fill_(self.config.learning_rate * rate)
             else:
-                group["lr"] = self.settings.learning_rate * rate
+                group["lr"] = self.config.learning_rate * rate
         self._hold.fill_(0.0 if ranks_move else 1.0)
 
     @torch.no_grad()
@@ -129,16 +129,16 @@ class Optimizer:
         same = all(a is b for a, b in zip(trained, network.trained(), strict=False))
         if same and self._whole is not self.inner and all(state[p].get(k) is part for p, k, part in self._parts):
             return
-        settings = self.settings
+        config = self.config
         self._whole, self._parts = self.inner, []  # frees the old layout, block by block
-        whole = self._make(network.trained(), settings.optimizer, settings.learning_rate, settings.weight_decay)
+        whole = self._make(network.trained(), config.optimizer, config.learning_rate, config.weight_decay)
         for block in network.blocks():
             parameters = [parameter for _, parameter in block.members]
             step = next((state[p]["step"] for p in parameters if "step" in state.get(p, {})), None)
             held: dict[str, Tensor] = {}
-            if settings.optimizer != "sgd":
+            if config.optimizer != "sgd":
                 held["step"] = torch.zeros((), device=network.device if self.fused else "cpu") if step is None else step.clone()
-            for key in MOMENTS[settings.optimizer]:
+            for key in MOMENTS[config.optimizer]:
                 held[key] = torch.zeros_like(block.master, requires_grad=False)
                 for parameter, part in zip(parameters, block.factors(held[key]), strict=True):
                     old = state[parameter].get(key)
@@ -162,14 +162,14 @@ class Optimizer:
         norm = torch.linalg.vector_norm(self.norms)
         taken = torch.isfinite(norm) & torch.isfinite(loss)
         skip = (~taken).to(torch.float32)
-        excess = (norm / self.settings.clip_norm).clamp(min=1.0) if self.settings.clip_norm > 0 else torch.ones_like(norm)
+        excess = (norm / self.config.clip_norm).clamp(min=1.0) if self.config.clip_norm > 0 else torch.ones_like(norm)
         self._move(self._whole, [p.grad for p in self.network.trained() if p.grad is not None], excess, skip)
-        self.half_taken = True
+        self.partially_applied = True
         written = self.network.theta.grad
         if self.theta is not None and written is not None:
             self._move(self.theta, [written], torch.ones_like(norm), torch.maximum(skip, self._hold))
         self.network.clear_gradients()
-        self.half_taken = False
+        self.partially_applied = False
         return taken
 
     def _move(self, optimizer: torch.optim.Optimizer, gradients: list[Tensor], excess: Tensor, skip: Tensor) -> None:
@@ -178,7 +178,7 @@ class Optimizer:
             optimizer.grad_scale, optimizer.found_inf = excess.float(), skip.float()  # type: ignore[attr-defined]
             optimizer.step()
         elif not bool(skip):
-            self.half_taken = True
+            self.partially_applied = True
             torch._foreach_div_(gradients, excess)
             optimizer.step()
 

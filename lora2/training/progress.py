@@ -11,7 +11,7 @@ class Progress:
     """Where a run is.
 
     losses: one per finished step, NaN for one that was skipped. ranks: by layer, as of the last time the arrays followed
-    them. cuts: the steps before which layers were cut. settled: whether the ranks are final. changes: what was changed on the
+    them. cuts: the steps before which layers were cut. pruned: whether the ranks are final. changes: what was changed on the
     way since memory ran out, in words.
     """
 
@@ -20,7 +20,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)
-    settled: bool = False
+    pruned: bool = False
     seconds: float = 0.0
     changes: list[str] = field(default_factory=list)
 
@@ -36,5 +36,5 @@ class Progress:
 
     @property
     def phase(self) -> str:
-        """The phase: "adapting" until layers are cut for the first time, "settling" until the last, then "settled"."""
-        return "settled" if self.settled else "settling" if self.cuts else "adapting"
+        """The phase: "adapting" until layers are cut for the first time, "settling" until the last, then "pruned"."""
+        return "pruned" if self.pruned else "settling" if self.cuts else "adapting"

@@ -15,22 +15,25 @@ from torch import Tensor
 
 from ..adapters.network import AdaptiveNetwork
 from ..checkpoints.network_state import restore, state_of
-from ..checkpoints.state import MOST_STEPS, State, damaged
-from ..config import Settings
+from ..checkpoints.state import MAX_STEPS, State, raise_corrupted
+from ..config import TrainingConfig
 from ..method import schedule, sensitivity
 from ..method import size_search as enough
-from ..method.allocation import next_size
+from ..method.allocation import next_cut_size
+from ..method.attention_entropy import EntropyProbe
 from ..method.factors import Factors
-from ..method.losses import EntropyProbe, denoising_loss
+from ..method.losses import denoising_loss
 from ..util.errors import LoraError
-from ..util.memory import OutOfMemory, advice, attempt, release
-from .batches import Batch, Samples
+from ..util.memory import OutOfMemory, free_cached_memory, try_allocating
+from .batches import Batch, Batches
+from .cuda_graph import step_runner
 from .denoiser import Denoiser
-from .monitor import Diverged, Judge
+from .monitor import Diverged, Monitor
 from .optimizer import Optimizer
+from .out_of_memory import advice
 from .progress import Progress
-from .step import Result, engine_for
-from .warm_start import Started, start_from
+from .step import StepResult
+from .warm_start import WarmStart, warm_start
 
 log = logging.getLogger("lora2")
 
@@ -39,7 +42,7 @@ T = TypeVar("T")
 STEPS_AHEAD = 1
 """Steps that a GPU may be given before the last one's loss is read: a cancel waits for them."""
 
-MOST_PARAMETERS = 1 << 40
+MAX_PARAMETERS = 1 << 40
 """More than any adapter has: what a state may claim."""
 
 
@@ -51,25 +54,25 @@ class Trainer:
         network: AdaptiveNetwork,
         denoiser: Denoiser,
         latents: Sequence[Tensor],
-        settings: Settings,
+        config: TrainingConfig,
         entropy: EntropyProbe | None = None,
         graphs: bool = True,
         say: Callable[[str], None] = log.info,
     ) -> None:
         self.network = network
         self.denoiser = denoiser
-        self.settings = settings = settings.for_pictures(len(latents))
-        self.entropy = entropy if settings.entropy_weight > 0 else None
-        self.samples = Samples(latents, denoiser, settings, settings.batch_size, (settings.seed + 1, settings.seed + 2))
-        self.optimizer = Optimizer(network, settings)
-        self.engine = engine_for(network, lambda part: self.loss(part.clean, part.noise, part.sigma, part.conditioning), graphs)
-        self.progress = Progress(settings.steps, ranks=network.ranks())
+        self.config = config = config.resolved_for(len(latents))
+        self.entropy = entropy if config.entropy_weight > 0 else None
+        self.samples = Batches(latents, denoiser, config, config.batch_size, (config.seed + 1, config.seed + 2))
+        self.optimizer = Optimizer(network, config)
+        self.engine = step_runner(network, lambda part: self.loss(part.clean, part.noise, part.sigma, part.conditioning), graphs)
+        self.progress = Progress(config.steps, ranks=network.ranks())
         self._size = network.size()
         self._issued = 0
-        self._pending: list[Result] = []
+        self._pending: list[StepResult] = []
         self._ahead = STEPS_AHEAD if network.device.type == "cuda" else 0
         self._say = say
-        self._judge = Judge(network, settings, say)
+        self._judge = Monitor(network, config, say)
         self._on_step: Callable[[Progress], None] | None = None
         self._torn = self._rested = False
         self._marks: deque[tuple[int, State]] = deque(maxlen=STEPS_AHEAD + 2)
@@ -94,13 +97,13 @@ class Trainer:
             if self.entropy is not None:
                 stack.enter_context(self.entropy.attached())
             stack.callback(self.engine.forget)
-            stack.callback(self.network.forget_gradients)
+            stack.callback(self.network.drop_gradients)
             stack.callback(self._collect, 0, False)
-            while self._issued < self.settings.steps:
+            while self._issued < self.config.steps:
                 self._cut_if_due()
                 self._rest_if_due()
                 self._step()
-                last = self._issued == self.settings.steps
+                last = self._issued == self.config.steps
                 due = on_state is not None and state_every > 0 and self._issued % state_every == 0 and not last
                 self._collect(0 if last or due else self._ahead)
                 self.progress.seconds = max(self.progress.seconds, time.monotonic() - start)  # a clock may jump back
@@ -111,21 +114,21 @@ class Trainer:
         return self.progress
 
     def _step(self) -> None:
-        settings, step = self.settings, self._issued
+        config, step = self.config, self._issued
         drawn: list[Batch] = []  # once: an attempt that failed is made again with the same samples
-        moves = settings.ranks_move(step) and not self._rested
+        moves = config.ranks_adapt(step) and not self._rested
         self._marks.append((step, self.samples.state()))
         result = self._relieved(
             lambda: self.engine.step(
-                self.samples.parts(drawn, settings.accumulation), self.optimizer, self._rate(step), moves
+                self.samples.parts(drawn, config.accumulation), self.optimizer, self._rate(step), moves
             ),
             self._less,
         )
-        self._pending.append(Result(result))
+        self._pending.append(StepResult(result))
         self._issued += 1
-        if self._issued == settings.steps:
+        if self._issued == config.steps:
             self._note_ranks()  # without a sync: arrays that grew now would never be trained
-        elif self._issued % settings.sync_every == 0:
+        elif self._issued % config.sync_every == 0:
             self._sync()
 
     def _sync(self) -> None:
@@ -157,11 +160,11 @@ class Trainer:
 
         change: makes one and says what, None where there is none left. Raises OutOfMemory then.
         """
-        while not (done := attempt(work)):
-            words = None if self.optimizer.half_taken else change()
+        while not (done := try_allocating(work)):
+            words = None if self.optimizer.partially_applied else change()
             self._let_go()
             if words is None:
-                raise OutOfMemory(f"Memory ran out at step {self._issued + 1}. {advice(self.settings, self.progress.changes)}")
+                raise OutOfMemory(f"Memory ran out at step {self._issued + 1}. {advice(self.config, self.progress.changes)}")
             if words:
                 self.progress.changes.append(words)
                 self._say(f"Memory ran out at step {self._issued + 1}: {words}, and the step is made again.")
@@ -172,12 +175,12 @@ class Trainer:
         if self.entropy is not None:
             self.entropy.forget()
         self.engine.forget()
-        self.network.forget_gradients()
-        release()
+        self.network.drop_gradients()
+        free_cached_memory()
 
     def _less(self) -> str | None:
         """Make a step need less memory, with the same samples, noise and loss; in words what was changed."""
-        if self.settings.on_out_of_memory == "stop":
+        if self.config.on_out_of_memory == "stop":
             return None
         if words := self.denoiser.save_memory():
             return words
@@ -196,30 +199,30 @@ class Trainer:
 
     def _rate(self, step: int) -> float:
         """The learning rate's share now; in the paper's form it does not depend on the size, which has no end to be told by."""
-        settings = self.settings
-        factor = schedule.learning_rate_factor(step, settings.steps, settings.warmup, settings.schedule)
-        return factor * schedule.size_factor(self._size, self.network.budget) if settings.cut_steps else factor
+        config = self.config
+        factor = schedule.learning_rate_factor(step, config.steps, config.warmup, config.schedule)
+        return factor * schedule.size_factor(self._size, self.network.budget) if config.cut_steps else factor
 
     def _cut_if_due(self) -> None:
         """Cut the layers where a step for it has come; the last cut meets the budget."""
-        progress, network, steps = self.progress, self.network, self.settings.cut_steps
+        progress, network, steps = self.progress, self.network, self.config.cut_steps
         made = progress.cuts[-1] if progress.cuts else -1
         left = sum(step > self._issued for step in steps)
         # The last one also where it has passed unseen: a run may go on with fewer steps than it began with.
         due = any(made < step <= self._issued for step in steps) or (bool(steps) and not left)
-        if progress.settled or not due:
+        if progress.pruned or not due:
             return
         self._collect(0)
         self.engine.forget()
         with self._changing():
             self._relieved(lambda: network.sync(self.optimizer.inner), self._graphs_dropped())
-            size, weights = next_size(network.size(), network.budget, left), self.sensitivities()
-            choose = None if left or self.settings.enough == 1 else self._enough
-            self._relieved(lambda: network.settle(size, weights, choose), self._graphs_dropped())
-            self.optimizer = Optimizer(network, self.settings)
+            size, weights = next_cut_size(network.size(), network.budget, left), self.sensitivities()
+            choose = None if left or self.config.keep_share == 1 else self._enough
+            self._relieved(lambda: network.prune(size, weights, choose), self._graphs_dropped())
+            self.optimizer = Optimizer(network, self.config)
             self._size = network.size()
             progress.cuts.append(self._issued)
-            progress.settled = not left
+            progress.pruned = not left
         self._note_ranks()
 
     def _enough(self, show: Callable[[int], None], least: int, most: int) -> int:
@@ -227,12 +230,12 @@ class Trainer:
 
         `most` where that cannot be found out; the run says why.
         """
-        settings, own = self.settings, self.samples
-        seeds = settings.seed + 3, settings.seed + 4
-        samples = Samples(own.data.latents, self.denoiser, settings, enough.TOGETHER, seeds)
-        batches = [samples.draw() for _ in range(enough.SAMPLES // enough.TOGETHER)]
-        if own.most < settings.batch_size:
-            samples.most = min(enough.TOGETHER, own.most)
+        config, own = self.config, self.samples
+        seeds = config.seed + 3, config.seed + 4
+        samples = Batches(own.data.latents, self.denoiser, config, enough.BATCH_SIZE, seeds)
+        batches = [samples.draw() for _ in range(enough.SAMPLES // enough.BATCH_SIZE)]
+        if own.most < config.batch_size:
+            samples.most = min(enough.BATCH_SIZE, own.most)
         trouble = "training had not lowered the loss by the last cut"
 
         @torch.no_grad()
@@ -245,7 +248,7 @@ class Trainer:
             nonlocal trouble
             if self._on_step is not None:
                 self._on_step(self.progress)  # it takes a while: a person may want to stop it
-            while not (done := attempt(lambda: measured(size))):
+            while not (done := try_allocating(lambda: measured(size))):
                 self._let_go()
                 if samples.largest <= 1:
                     trouble = "memory ran out while sizes were compared"
@@ -255,7 +258,7 @@ class Trainer:
                 trouble = "the loss was not a number while sizes were compared"
             return done[0]
 
-        found = enough.smallest(loss, least, most, settings.enough)
+        found = enough.smallest_sufficient_size(loss, least, most, config.keep_share)
         if found is None:
             self._say(f"settle_keep cannot be used, and the target is filled: {trouble}.")
             return most
@@ -268,7 +271,7 @@ class Trainer:
 
     def _rest_if_due(self) -> None:
         """In the paper's form, the moment from which ranks stand still."""
-        if self._issued >= self.settings.rest_step and self.settings.settle_at >= 1 and not self._rested:
+        if self._issued >= self.config.rest_step and self.config.settle_at >= 1 and not self._rested:
             self._collect(0)
             with self._changing():
                 if self._relieved(lambda: self.network.rest(self.optimizer.inner), self._graphs_dropped()):
@@ -283,27 +286,27 @@ class Trainer:
         factors half changed, and Diverged as `run` does.
         """
         self._collect(0)
-        if self._torn or self.optimizer.half_taken:
+        if self._torn or self.optimizer.partially_applied:
             raise LoraError("The error came while the factors were changing, so there is no state to go on from.")
         progress = self.progress
         drawing = next((mark for step, mark in self._marks if step == progress.step), None)
         facts = {
             "step": progress.step,
             "cuts": list(progress.cuts),
-            "settled": progress.settled,
+            "settled": progress.pruned,
             "size": self._size,
             "seconds": progress.seconds,
             "changes": list(progress.changes),
             "most": self.samples.most,
             "rested": self._rested,
-            "sync_due": progress.step == self.settings.steps and progress.step % self.settings.sync_every == 0,
+            "sync_due": progress.step == self.config.steps and progress.step % self.config.sync_every == 0,
         }
         return State.joined(
             run=State({"losses": torch.tensor(progress.losses, dtype=torch.float64)}, facts),
             network=state_of(self.network),
             optimizer=self.optimizer.state(),
             drawing=drawing or self.samples.state(),
-            settings=State({}, self.settings.to_dict()),
+            config=State({}, self.config.to_dict()),
         )
 
     def restore(self, state: State) -> None:
@@ -313,26 +316,26 @@ class Trainer:
         use then.
         """
         run = state.part("run")
-        step = run.whole("step", 1, MOST_STEPS)
-        if step >= self.settings.steps:
+        step = run.whole("step", 1, MAX_STEPS)
+        if step >= self.config.steps:
             raise LoraError(
                 f"This training state has {step} steps behind it already. To go on, set steps above {step}: it counts from "
                 "the start of the run."
             )
         losses = run.tensor("losses", (step,), torch.float64, finite=False)
         restore(self.network, state.part("network"))
-        self.optimizer = Optimizer(self.network, self.settings)
+        self.optimizer = Optimizer(self.network, self.config)
         self.optimizer.restore(state.part("optimizer"))
         self.samples.restore(state.part("drawing"))
-        cuts = run.items("cuts", int) if self.network.settled else []
-        if sorted(set(cuts)) != cuts or not all(0 <= cut <= step for cut in cuts) or self.network.settled != bool(cuts):
-            damaged("its cuts are out of bounds")
-        self._size, settled = run.whole("size", 1, MOST_PARAMETERS), run.flag("settled")
+        cuts = run.items("cuts", int) if self.network.pruned else []
+        if sorted(set(cuts)) != cuts or not all(0 <= cut <= step for cut in cuts) or self.network.pruned != bool(cuts):
+            raise_corrupted("its cuts are out of bounds")
+        self._size, settled = run.whole("size", 1, MAX_PARAMETERS), run.flag("settled")
         seconds, changes = run.number("seconds", 0, 1e12), list(run.items("changes", str))
-        self.progress = Progress(self.settings.steps, step, losses.tolist(), {}, list(cuts), settled, seconds, changes)
+        self.progress = Progress(self.config.steps, step, losses.tolist(), {}, list(cuts), settled, seconds, changes)
         self._judge.remember(self.progress.losses)
         self._rested = run.flag("rested")
-        self.samples.most = min(self.samples.most, run.whole("most", 1, MOST_STEPS))
+        self.samples.most = min(self.samples.most, run.whole("most", 1, MAX_STEPS))
         self._issued = step
         self._marks.clear()
         self.engine.forget()
@@ -340,11 +343,11 @@ class Trainer:
             self._sync()
         self._note_ranks()
 
-    def start_from(self, factors: Mapping[str, Factors]) -> Started:
+    def warm_start(self, factors: Mapping[str, Factors]) -> WarmStart:
         """Begin with factors by layer instead of from nothing (start.py), before the first step."""
-        started = start_from(self.network, factors)
+        started = warm_start(self.network, factors)
         self._size = self.network.size()
-        self.optimizer = Optimizer(self.network, self.settings)
+        self.optimizer = Optimizer(self.network, self.config)
         self.engine.forget()
         self._note_ranks()
         return started
@@ -354,11 +357,11 @@ class Trainer:
 
     def loss(self, clean: Tensor, noise: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         """The denoising loss plus λ_e times the entropy of cross-attention."""
-        denoiser, settings = self.denoiser, self.settings
+        denoiser, config = self.denoiser, self.config
         if self.entropy is not None:
             self.entropy.forget()
         noisy = denoiser.add_noise(sigma, noise, clean)
         predicted = denoiser.denoise(noisy, sigma, conditioning)
-        loss = denoising_loss(predicted, clean, sigma, denoiser.prediction, settings.min_snr_gamma, denoiser.sigma_data)
+        loss = denoising_loss(predicted, clean, sigma, denoiser.prediction, config.min_snr_gamma, denoiser.sigma_data)
         entropy = self.entropy.take() if self.entropy is not None else None
-        return loss if entropy is None else loss + settings.entropy_weight * entropy
+        return loss if entropy is None else loss + config.entropy_weight * entropy

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-from ..config import Settings
 from .errors import LoraError
 
 T = TypeVar("T")
@@ -21,7 +20,7 @@ class OutOfMemory(LoraError):
     """Memory ran out, and nothing is left that could be changed. What was learned is still there."""
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out: torch's own kind, a library's by its words, or one on the way out of such."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
         return True
@@ -29,37 +28,28 @@ def out_of_memory(error: BaseException) -> bool:
         return False
     if any(words in str(error).lower() for words in _WORDS):
         return True
-    return error.__context__ is not None and out_of_memory(error.__context__)  # a recording that cannot be ended well, say
+    return error.__context__ is not None and is_out_of_memory(error.__context__)  # a recording that cannot be ended well, say
 
 
-def release() -> None:
+def free_cached_memory() -> None:
     """Give back what nobody refers to any more: cycles first, which hold tensors too, then the allocator's cache."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def attempt(work: Callable[[], T]) -> list[T]:
+def try_allocating(work: Callable[[], T]) -> list[T]:
     """What `work` gives, or nothing where memory ran out: the error ends here, and with it what it held."""
     try:
         return [work()]
     except Exception as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return []
 
 
-def on_device(device: torch.device, work: Callable[[torch.device], T]) -> T:
+def on_device_or_cpu(device: torch.device, work: Callable[[torch.device], T]) -> T:
     """What `work` gives on this device; on the CPU where its memory runs out."""
-    done = attempt(lambda: work(device))
+    done = try_allocating(lambda: work(device))
     return done[0] if done else work(torch.device("cpu"))
 
 
-def advice(settings: Settings, changes: Sequence[str]) -> str:
-    """What a person can change. changes: what a run has changed by itself, in words."""
-    if settings.on_out_of_memory == "stop":
-        return (
-            "Turn checkpointing on, lower batch_size (and raise accumulation), train on smaller pictures, adapt fewer layers, "
-            "or set on_out_of_memory to retry with less."
-        )
-    done = f", beside what was done by itself ({'; '.join(changes)})" if changes else ""
-    return f"Train on smaller pictures, adapt fewer layers, lower initial_rank, or turn checkpointing on if it is off{done}."

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ..files.keys import shown
 from .errors import LoraError
+from .text import escaped
 
 
-def strict_json(text: str, most: int, deepest: int, refuse: Callable[[str], NoReturn], has: str = "it has") -> Any:
+def load_json(text: str, most: int, deepest: int, refuse: Callable[[str], NoReturn], has: str = "it has") -> Any:
     """The value of a JSON text of at most `most` characters, `deepest` levels of nesting and finite numbers.
 
     refuse: raises the LoraError for what is wrong, which it is told in words. has: how they begin where the text is too long.
@@ -23,7 +23,7 @@ def strict_json(text: str, most: int, deepest: int, refuse: Callable[[str], NoRe
     except LoraError:
         raise
     except (RecursionError, ValueError) as error:
-        refuse(shown(error))
+        refuse(escaped(error))
     _check_values(value, deepest, refuse)
     return value
 

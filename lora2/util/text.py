@@ -13,12 +13,12 @@ _LINKS = re.compile(r"(?i)(www)\.|:(?=//)|(mailto|xmpp):|@")
 def clean(text: object, limit: int = 120) -> str:
     """One line of at most `limit` characters without control, direction or invisible characters."""
     # Cut before the work as well: a header may hold megabytes under one key.
-    shown = str(text)[: 4 * limit]
-    if not (shown.isascii() and shown.isprintable()):
-        shown = "".join(
-            " " if c.isspace() else c for c in shown if c.isspace() or unicodedata.category(c)[0] not in "CZ"
+    escaped = str(text)[: 4 * limit]
+    if not (escaped.isascii() and escaped.isprintable()):
+        escaped = "".join(
+            " " if c.isspace() else c for c in escaped if c.isspace() or unicodedata.category(c)[0] not in "CZ"
         )
-    line = " ".join(shown.split())
+    line = " ".join(escaped.split())
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
 
@@ -37,7 +37,7 @@ def _break_link(match: re.Match[str]) -> str:
     return "&#64;" if match.group() == "@" else "&#58;"
 
 
-def size(number_of_bytes: float) -> str:
+def format_size(number_of_bytes: float) -> str:
     """Bytes in words: '940 B', '61.3 KB', '4.2 MB', '1.38 GB' (decimal units, three digits)."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         # 0.9995 of a unit would round up to '1000' of the smaller one.
@@ -52,3 +52,14 @@ def three_digits(value: float) -> str:
         return f"{value:.0f}"
     text = f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
     return text.rstrip("0").rstrip(".")
+
+
+MAX_ESCAPED_LENGTH = 160
+
+
+def escaped(name: object) -> str:
+    """A foreign name made safe for a message: invisible characters escaped, long names shortened."""
+    text = str(name)
+    if len(text) > MAX_ESCAPED_LENGTH:
+        text = f"{text[: MAX_ESCAPED_LENGTH // 2]}…{text[-MAX_ESCAPED_LENGTH // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

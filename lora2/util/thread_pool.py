@@ -11,15 +11,15 @@ import torch
 
 T = TypeVar("T")
 
-MOST_WORKERS = 16
+MAX_WORKERS = 16
 
 
 def workers() -> int:
     """How many pieces are worked on at once: as many as torch uses cores."""
-    return min(torch.get_num_threads(), MOST_WORKERS)
+    return min(torch.get_num_threads(), MAX_WORKERS)
 
 
-def shared_out(works: Iterable[Callable[[], T]]) -> list[T]:
+def run_parallel(works: Iterable[Callable[[], T]]) -> list[T]:
     """What these give, in their order.
 
     Each keeps one core busy: torch would use all of them for every small operation, and wait longer for them than they work.

@@ -15,10 +15,11 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor, nn
 
 from ...lora2.files.document import LoraDocument, parse
-from ...lora2.files.families import family_in, family_of_width, text_width
-from ...lora2.files.keys import STYLES, shown, stems
+from ...lora2.files.families import describe_family, family_of_width, text_width
+from ...lora2.files.keys import KEY_STYLES, stems
 from ...lora2.method.factors import Factors
 from ...lora2.util.errors import LoraError
+from ...lora2.util.text import escaped
 
 log = logging.getLogger("lora2")
 
@@ -26,7 +27,7 @@ NAMED = 5
 """How many layers a message names."""
 
 
-_HALVES = tuple(suffix for pair in STYLES.values() for suffix in pair)
+_HALVES = tuple(suffix for pair in KEY_STYLES.values() for suffix in pair)
 
 
 def is_model(value: Any) -> bool:
@@ -56,7 +57,7 @@ class Match:
         said = [f"{len(self.fitting)} of {total} layers loaded"]
         for reason, names in self.others.items():
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            said.append(f"{len(names)} {reason}: {', '.join(shown(n) for n in names[:NAMED])}{more}")
+            said.append(f"{len(names)} {reason}: {', '.join(escaped(n) for n in names[:NAMED])}{more}")
         return "; ".join(said) + "."
 
 
@@ -68,11 +69,11 @@ def match(document: LoraDocument, model: Any, clip: Any) -> Match:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
         modules.append(clip.cond_stage_model)
     shapes = {name: tuple(p.shape) for module in modules for name, p in module.named_parameters()}
-    document = renamed(document)
+    document = with_host_names(document)
     fitting: list[str] = []
     others: dict[str, list[str]] = {}
     for name in (*document.layers, *other_layers(document)):
-        reason = misfit(name, keys, shapes, document.layers.get(name), clip)
+        reason = mismatch_reason(name, keys, shapes, document.layers.get(name), clip)
         (others.setdefault(reason, []) if reason else fitting).append(name)
     result = Match(fitting, others, keys)
     width = text_width(document.layers)
@@ -80,13 +81,13 @@ def match(document: LoraDocument, model: Any, clip: Any) -> Match:
     foreign = width is not None and isinstance(own_width, int) and width != own_width
     if foreign or not fitting:
         raise LoraError(
-            f"This LoRA was made for {family_in(document)} and does not fit this model, which is {_family_of(model)}: "
+            f"This LoRA was made for {describe_family(document)} and does not fit this model, which is {_family_of(model)}: "
             f"{result.words()} Connect the model that the LoRA belongs to."
         )
     return result
 
 
-def renamed(document: LoraDocument) -> LoraDocument:
+def with_host_names(document: LoraDocument) -> LoraDocument:
     """The document under the names that the host gives to layers of some trainers."""
     tensors = document.state_dict()
     converted = comfy.lora_convert.convert_lora(dict(tensors))
@@ -97,7 +98,7 @@ def other_layers(document: LoraDocument) -> list[str]:
     """Layers of other kinds, such as LoKr or pairs of whole numbers, by prefix; tensors that belong to nothing, by key."""
     pairs = {
         prefix + suffix: prefix
-        for up, down in STYLES.values()
+        for up, down in KEY_STYLES.values()
         for prefix in (key.removesuffix(up) for key in document.other if key.endswith(up))
         if prefix + down in document.other
         for suffix in (up, down, ".alpha")
@@ -106,7 +107,7 @@ def other_layers(document: LoraDocument) -> list[str]:
     return [name for name in dict.fromkeys(names) if not any(stem in document.layers for stem in stems(name))]
 
 
-def misfit(
+def mismatch_reason(
     name: str, keys: dict[str, Any], shapes: dict[str, tuple[int, ...]], factors: Factors | None, clip: Any
 ) -> str:
     """Why the host will not apply a layer; empty when it will."""
@@ -143,7 +144,7 @@ def _size(shape: tuple[int, ...] | None) -> tuple[int, int] | None:
     return shape[0], inside
 
 
-def apply(
+def apply_lora(
     model: Any,
     clip: Any,
     tensors: dict[str, Tensor],

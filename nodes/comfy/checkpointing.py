@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...lora2.adapters.attach import forward_changed
+from ...lora2.adapters.attach import replaced_forward
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -46,7 +46,7 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
         _choose_attention()
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(forward_changed(block, _recomputed))
+            stack.enter_context(replaced_forward(block, _recomputed))
         yield
 
 
@@ -81,7 +81,7 @@ def _cloned(value: Any) -> Any:
 
 
 @contextmanager
-def inputs_of_norms_kept(model: nn.Module) -> Iterator[None]:
+def norm_inputs_copied(model: nn.Module) -> Iterator[None]:
     """While inside, normalisation layers save a copy of their input for the backward pass.
 
     The host's transformers add to their residual stream in place, which would change what a norm saved. (Its UNet does not.)

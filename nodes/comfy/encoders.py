@@ -9,9 +9,9 @@ import comfy.model_management as management
 import torch
 from torch import Tensor
 
-from ...lora2.files.keys import shown
 from ...lora2.report.similarity import CLIP_I, DINO
 from ...lora2.util.errors import LoraError
+from ...lora2.util.text import escaped
 
 BATCH = 16
 """Pictures that an encoder gets at once."""
@@ -32,7 +32,7 @@ def metric_of(encoder: Any) -> str:
     kind = getattr(encoder, "model_type", type(encoder).__name__)
     if kind not in KINDS:
         raise LoraError(
-            f"An encoder of kind {shown(kind)} does not give one vector per picture that these metrics are defined for. Load a "
+            f"An encoder of kind {escaped(kind)} does not give one vector per picture that these metrics are defined for. Load a "
             "CLIP vision model (for CLIP-I and CLIP-T) or a DINOv2 model (for DINO) with Load CLIP Vision."
         )
     return KINDS[kind]

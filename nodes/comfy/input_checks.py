@@ -10,16 +10,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...lora2.files.keys import shown
 from ...lora2.util.errors import LoraError
+from ...lora2.util.text import escaped
 from .apply_lora import is_clip, is_model
-from .versions import misfit
+from .versions import incompatibility
 
 TEXT_LIMIT = 10_000
 """Characters of a text input: more than any name or any list of patterns needs."""
 
 
-def guarded(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+def checked_inputs(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
     """A node's `execute` behind a check of everything it is given.
 
     The widgets check what a person types; over the API, and through links from nodes that give anything, every input can
@@ -30,11 +30,11 @@ def guarded(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
     def checked(cls: Any, **given: Any) -> io.NodeOutput:
         try:
             schema = cls.define_schema()
-            return execute(cls, **fitting(schema.inputs, given, schema.is_input_list))
+            return execute(cls, **check_inputs(schema.inputs, given, schema.is_input_list))
         except LoraError:
             raise
         except Exception as error:
-            words = misfit(error)
+            words = incompatibility(error)
             if words is None:
                 raise
             raise LoraError(words) from error
@@ -42,7 +42,7 @@ def guarded(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
     return checked
 
 
-def fitting(inputs: Sequence[io.Input], given: Mapping[str, Any], lists: bool) -> dict[str, Any]:
+def check_inputs(inputs: Sequence[io.Input], given: Mapping[str, Any], lists: bool) -> dict[str, Any]:
     """The values given, each checked against its input; those left open are left out, for the defaults of `execute`.
 
     lists: every value is a list of values, as nodes get them that take whole lists. Raises LoraError.
@@ -80,7 +80,7 @@ def _check(known: Any, value: Any) -> None:
         low, high = getattr(known, "min", None), getattr(known, "max", None)
         low, high = -math.inf if low is None else low, math.inf if high is None else high
         if not low <= value <= high:  # nor does NaN
-            raise LoraError(f"{known.id} = {shown(value)} must lie between {low} and {high}.")
+            raise LoraError(f"{known.id} = {escaped(value)} must lie between {low} and {high}.")
 
 
 def _anything(_: Any) -> bool:
@@ -121,9 +121,9 @@ def _described(value: Any) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, (bool, int, float)):
-        return f"the {'value' if isinstance(value, bool) else 'number'} {shown(value)}"
+        return f"the {'value' if isinstance(value, bool) else 'number'} {escaped(value)}"
     if isinstance(value, str):
-        return f"the text '{shown(value)}'"
+        return f"the text '{escaped(value)}'"
     if isinstance(value, (list, tuple)):
         return "a list"
-    return "a table" if isinstance(value, dict) else f"a {shown(type(value).__name__)}"
+    return "a table" if isinstance(value, dict) else f"a {escaped(type(value).__name__)}"

@@ -10,12 +10,12 @@ import comfy.ops
 import comfy.utils
 from torch import nn
 
-from ...lora2.adapters.attach import plain_linear
+from ...lora2.adapters.attach import is_plain_linear
 from ...lora2.adapters.layer import adaptable
-from ...lora2.config import TARGETS
-from ...lora2.files.keys import shown
+from ...lora2.config import LAYER_CHOICES
 from ...lora2.method.losses import V
 from ...lora2.util.errors import LoraError
+from ...lora2.util.text import escaped
 
 PREFIX = "diffusion_model."
 
@@ -46,14 +46,14 @@ def family_of(model: nn.Module, prediction: str) -> str:
     return "sd2_v" if family == "sd2" and prediction == V else family
 
 
-def plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether a layer, as it is loaded now, computes x Wᵀ + bias from its own weight and bias, cast to x's type, and no more.
 
     Not where the host changes the weight on the way (patches, bypass), pages it, or has a kernel of its own for it.
     """
     own = comfy.ops.disable_weight_init.Linear
     if not isinstance(module, own):
-        return plain_linear(module)
+        return is_plain_linear(module)
     kind = type(module)
     usual = kind.forward is own.forward and kind.forward_comfy_cast_weights is own.forward_comfy_cast_weights
     changed = module.weight_function or module.bias_function or hasattr(module, "_v") or "forward" in vars(module)
@@ -82,7 +82,7 @@ def select_layers(
             matching = fnmatch.filter(everything, pattern)
             if not matching:
                 raise LoraError(
-                    f"The pattern '{shown(pattern)}' matches no layer. Layer paths look like {next(iter(everything))!r}; "
+                    f"The pattern '{escaped(pattern)}' matches no layer. Layer paths look like {next(iter(everything))!r}; "
                     "use * for any part, for example *attn2*."
                 )
             action(matching)
@@ -93,11 +93,11 @@ def select_layers(
 
 def _meant(name: str, module: nn.Module, target: str) -> bool:
     linear = hasattr(module, "in_features")
-    if target == TARGETS[0]:
+    if target == LAYER_CHOICES[0]:
         return linear and bool(_ATTENTION.search(name) or _FUSED.search(name))
-    if target == TARGETS[1]:
+    if target == LAYER_CHOICES[1]:
         return linear and bool(_ATTENTION.search(name) or _FUSED.search(name) or _FEED_FORWARD.search(name))
-    return linear if target == TARGETS[2] else True
+    return linear if target == LAYER_CHOICES[2] else True
 
 
 def file_prefixes(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, str], str]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import folder_paths
 
-from ...lora2.files.keys import shown
 from ...lora2.util.errors import LoraError
+from ...lora2.util.text import escaped
 
 _SUFFIXES = (".safetensors", ".sft")
 
@@ -28,14 +28,14 @@ def lora_path(name: str) -> Path:
     parts = PureWindowsPath(name).parts  # both kinds of slash, and drive letters, on every system
     if not name or "\0" in name or ".." in parts or PureWindowsPath(name).anchor or PurePosixPath(name).is_absolute():
         raise LoraError(
-            f"{shown(name)!r} is not the name of a file inside ComfyUI's LoRA folders. Choose one from the list."
+            f"{escaped(name)!r} is not the name of a file inside ComfyUI's LoRA folders. Choose one from the list."
         )
     if not name.lower().endswith(_SUFFIXES):
-        raise LoraError(f"{shown(name)} is not a safetensors file, and only those are read. Convert it first.")
+        raise LoraError(f"{escaped(name)} is not a safetensors file, and only those are read. Convert it first.")
     path = folder_paths.get_full_path("loras", name)
     if path is None:
         raise LoraError(
-            f"{shown(name)} is not in ComfyUI's LoRA folders any more. Refresh the page (R) and choose again."
+            f"{escaped(name)} is not in ComfyUI's LoRA folders any more. Refresh the page (R) and choose again."
         )
     return Path(path)
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from ...lora2.method.losses import EPSILON, FLOW, X0, V
 from ...lora2.training.denoiser import EMPTY_CAPTION
 from ...lora2.util.errors import LoraError
-from .checkpointing import checkpointed, inputs_of_norms_kept, repeated_blocks
+from .checkpointing import checkpointed, norm_inputs_copied, repeated_blocks
 from .dataset import Caption, caption_entries, check_caption
-from .versions import misfit
-from .weights import trainable_weights, waiting, waiting_pinned
+from .versions import incompatibility
+from .weights import offloaded_weights, offloaded_weights_pinned, trainable_weights
 
 log = logging.getLogger("lora2")
 
@@ -116,14 +116,14 @@ class HostModel:
         checkpoint = self._checkpoint(checkpointing, memory)
         was_training = comfy.model_management.in_training
         with ExitStack() as stack:
-            stack.enter_context(waiting_pinned(self.patcher))
+            stack.enter_context(offloaded_weights_pinned(self.patcher))
             stack.enter_context(trainable_weights(self.model, self.device))
             if checkpoint:
                 stack.enter_context(checkpointed(repeated_blocks(self.model.diffusion_model)))
             elif checkpointing == "auto":
                 self._may_checkpoint = stack
             if "num_res_blocks" not in self.model.model_config.unet_config:
-                stack.enter_context(inputs_of_norms_kept(self.model.diffusion_model))
+                stack.enter_context(norm_inputs_copied(self.model.diffusion_model))
             stack.callback(self._release, was_training)
             comfy.model_management.in_training = True
             self.patcher.pre_run()
@@ -138,7 +138,7 @@ class HostModel:
         self.patcher.cleanup()
 
     def _checkpoint(self, choice: str, memory: float) -> bool:
-        away = sum(weight.nbytes for weight in waiting(self.model, self.device).values())
+        away = sum(weight.nbytes for weight in offloaded_weights(self.model, self.device).values())
         much = away > MUCH_AWAY * self.patcher.model_size()
         if much:
             log.info("LoRA²: %.1f GB of the model's weights wait in the CPU's memory; steps take longer for it.", away / 1e9)
@@ -189,7 +189,7 @@ class HostModel:
                 self.model.extra_conds, conds, torch.zeros_like(sample), self.device, "positive", latent_image=sample
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if misfit(error):
+            if incompatibility(error):
                 raise
             raise LoraError(f"A caption does not suit this model ({type(error).__name__}: {error}). {_ENCODE}") from error
         model_conds = encoded[0]["model_conds"]

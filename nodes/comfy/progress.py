@@ -17,7 +17,7 @@ _LINKS = re.compile(r"\[(?=\[)|www(?=\.)|__(?=LNK)", re.IGNORECASE)
 log = logging.getLogger("lora2")
 
 
-def teller(node_id: str | None) -> Callable[[str], None]:
+def status_sender(node_id: str | None) -> Callable[[str], None]:
     """A function that writes into the log and onto the node."""
 
     def say(words: str) -> None:
@@ -41,6 +41,6 @@ def inert(words: str) -> str:
     return _LINKS.sub(r"\g<0> ", words)
 
 
-def show(picture: Image.Image) -> None:
+def send_preview(picture: Image.Image) -> None:
     """Leave a picture in the node that runs: the frontend goes on showing the last live one, over the node's output."""
     comfy.utils.ProgressBar(1).update_absolute(1, 1, ("JPEG", picture, max(picture.size)))

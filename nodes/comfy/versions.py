@@ -31,7 +31,7 @@ def host_version() -> str:
     return str(__version__)
 
 
-def misfit(error: BaseException) -> str | None:
+def incompatibility(error: BaseException) -> str | None:
     """What to say where a node met a ComfyUI that is not as it was; None for any other error.
 
     Only where the error arose in the nodes themselves or in their bridge: what comes from deeper inside speaks for itself.
@@ -39,10 +39,10 @@ def misfit(error: BaseException) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     if not isinstance(error, _MISFITS) or not frames or not _is_ours(frames[-1].filename):
         return None
-    return words(error)
+    return incompatibility_message(error)
 
 
-def words(error: BaseException) -> str:
+def incompatibility_message(error: BaseException) -> str:
     """One sentence with both versions, what is wrong, and what to do."""
     what = _PATH.sub("", str(error)).rstrip(".")
     return (

@@ -32,7 +32,7 @@ def trainable_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
             for name, original in slots.items():
                 if original is None:
                     continue
-                alias = ordinary(original)
+                alias = plain_tensor(original)
                 small = slots is module._buffers and alias.nbytes <= SMALL_BUFFER
                 if small and alias.device.type != device.type:
                     alias = alias.to(device)
@@ -42,7 +42,7 @@ def trainable_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
         for slots, name, _, alias in swapped:
             slots[name] = alias
         for adapter, weights in bypasses:
-            adapter.weights = tuple(ordinary(w) if isinstance(w, Tensor) else w for w in weights)
+            adapter.weights = tuple(plain_tensor(w) if isinstance(w, Tensor) else w for w in weights)
         with _copies_of_their_own():
             yield
     finally:
@@ -70,13 +70,13 @@ def _copies_of_their_own() -> Iterator[None]:
             management.NUM_STREAMS = usual
 
 
-def waiting(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+def offloaded_weights(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """A loaded model's weights that are elsewhere than on its device, by key: they are copied there when they are needed."""
     return {key: p for key, p in model.named_parameters() if p.device.type != device.type}
 
 
 @contextmanager
-def waiting_pinned(patcher: Any) -> Iterator[None]:
+def offloaded_weights_pinned(patcher: Any) -> Iterator[None]:
     """While inside, what waits in the CPU's memory is pinned: copies are faster then, and can be recorded (lora2/training/step.py).
 
     The host pins what it leaves there, but not anew when such a model is loaded again; and as soon as any patcher of a model is
@@ -87,7 +87,7 @@ def waiting_pinned(patcher: Any) -> Iterator[None]:
     if not isinstance(listed, set) or not hasattr(patcher, "pin_weight_to_device"):
         yield
         return
-    for key in waiting(patcher.model, patcher.load_device):
+    for key in offloaded_weights(patcher.model, patcher.load_device):
         patcher.pin_weight_to_device(key)
     kept = set(listed)
     listed.clear()
@@ -106,7 +106,7 @@ def bypass_adapters(module: nn.Module) -> Iterator[Any]:
         forward = hook.original_forward
 
 
-def ordinary(tensor: Tensor) -> Tensor:
+def plain_tensor(tensor: Tensor) -> Tensor:
     """The same memory as a tensor that autograd may save; a copy only for tensor kinds that have no plain storage."""
     with torch.no_grad():
         if type(tensor) not in (Tensor, nn.Parameter):

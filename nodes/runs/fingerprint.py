@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...lora2.adapters.layer import module_shape
-from ...lora2.checkpoints.fingerprint import SAMPLES, Origin, Prints, digest_of, plain
+from ...lora2.checkpoints.fingerprint import SAMPLES, Digests, Fingerprint, digest_of, plain
 from ..comfy.dataset import Caption
 from ..comfy.layers import PREFIX, family_of
 from ..comfy.model import HostModel
@@ -21,34 +21,34 @@ PATCH_SAMPLES = 64
 """Numbers of each tensor of an applied LoRA that are looked at."""
 
 
-def origin_of(
+def fingerprint_of(
     host: HostModel,
     layers: Mapping[str, nn.Module],
     images: Sequence[Tensor],
     captions: Sequence[Caption],
     empty: Caption | None,
-) -> Origin:
+) -> Fingerprint:
     """The origin of a run on these layers, latents as they came and captions. empty: what a dropped caption becomes, if any is.
 
     Call while the model is loaded. Weights are looked at as they were before other LoRAs were applied; those have a digest.
     """
-    pictures, told = prints_of(images, captions)
+    pictures, told = digests_of(images, captions)
     weights = {name: _original(host.patcher, name, module) for name, module in layers.items()}
-    return Origin(
+    return Fingerprint(
         family=f"{family_of(host.model, host.prediction)} ({host.prediction})",
         layers=list(layers),
         types=[str(getattr(w, "dtype", "")) for w in weights.values()],
-        weights=Prints.of((_readable(weights[name], module) for name, module in layers.items()), SAMPLES),
+        weights=Digests.of((_readable(weights[name], module) for name, module in layers.items()), SAMPLES),
         patches=_patches(host.patcher),
         pictures=pictures,
         captions=told,
-        empty=Prints.of([_caption(empty)] if empty is not None else [], TEXT_SAMPLES),
+        empty=Digests.of([_caption(empty)] if empty is not None else [], TEXT_SAMPLES),
     )
 
 
-def prints_of(images: Sequence[Tensor], captions: Sequence[Caption]) -> tuple[Prints, Prints]:
+def digests_of(images: Sequence[Tensor], captions: Sequence[Caption]) -> tuple[Digests, Digests]:
     """Fingerprints of latents as they came, and of captions."""
-    return Prints.of(([image], "") for image in images), Prints.of((_caption(c) for c in captions), TEXT_SAMPLES)
+    return Digests.of(([image], "") for image in images), Digests.of((_caption(c) for c in captions), TEXT_SAMPLES)
 
 
 def _original(patcher: Any, name: str, module: nn.Module) -> Any:

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...lora2.adapters.layer import capacity_for, cost, full_rank, module_shape
-from ...lora2.checkpoints.fingerprint import Origin
-from ...lora2.checkpoints.rules import compare, merged, settings_of
+from ...lora2.adapters.layer import module_shape, round_up_capacity
+from ...lora2.checkpoints.fingerprint import Fingerprint
+from ...lora2.checkpoints.rules import compare_configs, config_from, merge_configs
 from ...lora2.checkpoints.state import State, read_state
-from ...lora2.config import Settings
-from ...lora2.files.keys import shown
-from ...lora2.method.factors import Factors
+from ...lora2.config import TrainingConfig
+from ...lora2.method.factors import Factors, cost, full_rank
 from ...lora2.training.trainer import Trainer
-from ...lora2.training.warm_start import factors_of
+from ...lora2.training.warm_start import factors_from_state
 from ...lora2.util.errors import LoraError
+from ...lora2.util.text import escaped
 from ..comfy.apply_lora import NAMED
 from ..comfy.dataset import Caption
-from .fingerprint import prints_of
-from .states import LoraSource, StateSource
-from .warm_start import Borrowed, factors_for
+from .fingerprint import digests_of
+from .states import CheckpointSource, LoraSource
+from .warm_start import WarmStartFactors, factors_for
 
 REFUSE, FACTORS = "refuse", "start from its factors"
 ON_DIFFERENCE = (REFUSE, FACTORS)
@@ -33,99 +33,99 @@ _FILE_SLACK = 1 << 26
 
 
 @dataclass(frozen=True)
-class Past:
+class SavedRun:
     """A training state that a run may go on from: what to call it, all that it holds, and what its run was made of."""
 
     name: str
     state: State
-    origin: Origin
+    origin: Fingerprint
     words: list[str] = field(default_factory=list)
 
     def in_order(self, images: list[Tensor], captions: list[Caption]) -> tuple[list[Tensor], list[Caption]]:
-        """The same pictures and captions in the order of the state's run, which `words` then say; others as they are.
+        """The same pictures and captions in the order of the state's run, which `incompatibility_message` then say; others as they are.
 
         A folder lists its files in an order of its own, on another disk in another one.
         """
-        order = self.origin.order(*prints_of(images, captions))
+        order = self.origin.order(*digests_of(images, captions))
         if order is None or order == sorted(order):
             return images, captions
         self.words.append("The pictures come in another order than in the state's run: they are taken in the order of that run.")
         return [images[i] for i in order], [captions[i] for i in order]
 
 
-def opened(source: StateSource | LoraSource | None, layers: Mapping[str, nn.Module]) -> Past | LoraSource | None:
+def open_source(source: CheckpointSource | LoraSource | None, layers: Mapping[str, nn.Module]) -> SavedRun | LoraSource | None:
     """The same source with a state read whole; raises LoraError where it is damaged."""
-    if not isinstance(source, StateSource):
+    if not isinstance(source, CheckpointSource):
         return source
     state = read_state(source.path, _most_bytes(layers))
-    return Past(source.name, state, Origin.restored(state.part("origin")))
+    return SavedRun(source.name, state, Fingerprint.restored(state.part("origin")))
 
 
 @dataclass
-class Beginning:
+class RunStart:
     """What a run begins with: a state to go on from, or factors to start from, or neither; and what to say of it.
 
     settings: those to train with. words: sentences for the person at the graph.
     """
 
-    settings: Settings
+    config: TrainingConfig
     state: State | None = None
-    borrowed: Borrowed | None = None
+    borrowed: WarmStartFactors | None = None
     name: str = ""
     words: list[str] = field(default_factory=list)
 
     def apply(self, trainer: Trainer) -> None:
-        """Bring a new trainer there; `words` then tell what came of it."""
+        """Bring a new trainer there; `incompatibility_message` then tell what came of it."""
         if self.state is not None:
             trainer.restore(self.state)
             step = trainer.progress.step
-            self.words.insert(0, f"Goes on after step {step} of {shown(self.name)}.")
+            self.words.insert(0, f"Goes on after step {step} of {escaped(self.name)}.")
         elif self.borrowed is not None:
             self.words[:0] = _start(trainer, self.borrowed, self.name)
         self.state = None  # it may be large
 
 
-def beginning(
-    source: Past | LoraSource | None,
+def decide_start(
+    source: SavedRun | LoraSource | None,
     on_difference: str,
-    settings: Settings,
+    config: TrainingConfig,
     model: Any,
     layers: Mapping[str, nn.Module],
-    origin: Callable[[], Origin],
+    origin: Callable[[], Fingerprint],
     about: Mapping[str, str],
-) -> Beginning:
+) -> RunStart:
     """Decide how a run begins; raises LoraError where its state belongs to another run and that is to be refused.
 
     about: what the run is computed with; where a state's differs, its steps are not the same bit for bit, which is said.
     """
     if source is None:
-        return Beginning(settings)
+        return RunStart(config)
     if isinstance(source, LoraSource):
-        return Beginning(settings, borrowed=factors_for(source.document, model, layers), name=source.name)
-    state, old = source.state, settings_of(source.state.facts)
+        return RunStart(config, borrowed=factors_for(source.document, model, layers), name=source.name)
+    state, old = source.state, config_from(source.state.facts)
     network = state.part("network")
     wrong, rounded = origin().against(source.origin)
-    unfit, changed = compare(settings, old, network.flag("settled"), state.part("run").flag("rested"))
+    unfit, changed = compare_configs(config, old, network.flag("settled"), state.part("run").flag("rested"))
     wrong += unfit
     if not wrong:
         words = [*source.words, *(f"From here on {c}." for c in changed)]
         rounded += _computed_otherwise(state.part("about"), about)
         if rounded:
             words.append(f"Its steps are close to those of an unbroken run but not the same bit for bit: {'; '.join(rounded)}.")
-        return Beginning(merged(settings, old), state=state, name=source.name, words=words)
+        return RunStart(merge_configs(config, old), state=state, name=source.name, words=words)
     if on_difference == REFUSE:
         raise LoraError(
-            f"The training state {shown(source.name)} is of another run: {'; '.join(wrong)}. Set it as it was, or set "
+            f"The training state {escaped(source.name)} is of another run: {'; '.join(wrong)}. Set it as it was, or set "
             f"on_difference to '{FACTORS}' for a new run that starts with what the state had learned."
         )
-    borrowed = _of_state(factors_of(network, old.q), layers)
+    borrowed = _of_state(factors_from_state(network, old.q), layers)
     words = [f"A new run, since {'; '.join(wrong)}.", *source.words]
-    return Beginning(settings, borrowed=borrowed, name=source.name, words=words)
+    return RunStart(config, borrowed=borrowed, name=source.name, words=words)
 
 
-def _start(trainer: Trainer, borrowed: Borrowed, name: str) -> list[str]:
-    started = trainer.start_from(borrowed.factors)
-    words = [f"Starts from {shown(name)}: {len(started.taken)} of {len(trainer.network.names)} layers taken."]
+def _start(trainer: Trainer, borrowed: WarmStartFactors, name: str) -> list[str]:
+    started = trainer.warm_start(borrowed.factors)
+    words = [f"Starts from {escaped(name)}: {len(started.taken)} of {len(trainer.network.names)} layers taken."]
     if started.cut:
         words.append(f"{_named(started.cut)} cut to max_rank.")
     if started.fresh:
@@ -135,12 +135,12 @@ def _start(trainer: Trainer, borrowed: Borrowed, name: str) -> list[str]:
 
 def _named(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{len(names)} ({', '.join(shown(n) for n in names[:NAMED])}{more})"
+    return f"{len(names)} ({', '.join(escaped(n) for n in names[:NAMED])}{more})"
 
 
-def _of_state(factors: Mapping[str, Factors], layers: Mapping[str, nn.Module]) -> Borrowed:
+def _of_state(factors: Mapping[str, Factors], layers: Mapping[str, nn.Module]) -> WarmStartFactors:
     """A state's factors for the layers that are trained now; raises LoraError where there are none."""
-    borrowed = Borrowed({})
+    borrowed = WarmStartFactors({})
     for name, found in factors.items():
         if name not in layers:
             borrowed.leave(name, "not trained here")
@@ -161,10 +161,10 @@ def about_run(device: torch.device, compute: torch.dtype) -> dict[str, str]:
 def _computed_otherwise(before: State, now: Mapping[str, str]) -> list[str]:
     kinds = {"torch": "PyTorch", "device": "the device", "type": "the number type"}
     other = {key: then for key in kinds if (then := before.text(key)) != now[key]}
-    return [f"{kinds[key]} is {now[key]}, it was {shown(then)}" for key, then in other.items()]
+    return [f"{kinds[key]} is {now[key]}, it was {escaped(then)}" for key, then in other.items()]
 
 
 def _most_bytes(layers: Mapping[str, nn.Module]) -> int:
     """What a state of these layers takes at most, in bytes: factors and two moments in float32 at full rank; at least 1 GiB."""
     shapes = [module_shape(m) for m in layers.values()]
-    return max(1 << 30, 12 * sum(capacity_for(full_rank(s)) * cost(s) for s in shapes) + _FILE_SLACK)
+    return max(1 << 30, 12 * sum(round_up_capacity(full_rank(s)) * cost(s) for s in shapes) + _FILE_SLACK)

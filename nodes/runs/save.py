@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,21 +16,20 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 
-from ...lora2.adapters.layer import full_rank
-from ...lora2.config import TARGETS
-from ...lora2.files.document import LoraStateDict, to_state_dict
-from ...lora2.files.keys import shown
+from ...lora2.config import LAYER_CHOICES
+from ...lora2.files.document import LoraStateDict, to_state_dict, write_new
 from ...lora2.files.metadata import LayerInfo, build, layer_info, with_info
 from ...lora2.files.rank_info import Order
 from ...lora2.files.writer import header
-from ...lora2.method.factors import Factors
+from ...lora2.method.factors import Factors, full_rank
 from ...lora2.util.errors import LoraError
+from ...lora2.util.text import escaped
 
 log = logging.getLogger("lora2")
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-MOST_NAME_BYTES = 200
+MAX_NAME_BYTES = 200
 """Disks allow 255 for one name; a number and an ending come after ours."""
 
 LONG_NUMBER = 12345.678901234567
@@ -40,7 +39,7 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)\s*(\.|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Place:
+class SaveTarget:
     """A folder inside the host's LoRA folder, and the file's name without number and ending."""
 
     folder: Path
@@ -55,7 +54,7 @@ class Place:
 _RESERVED = '<>"|?*'
 
 
-def place_for(name: str) -> Place:
+def save_target(name: str) -> SaveTarget:
     """The place that a save name such as "subjects/mug" means; raises LoraError when it leaves the LoRA folder."""
     root = Path(folder_paths.get_folder_paths("loras")[0])
     parts = Path(name.replace("\\", "/").removesuffix(".safetensors"))
@@ -68,11 +67,11 @@ def place_for(name: str) -> Place:
         _refuse(name, f"holds one of {' '.join(_RESERVED)}, which Windows does not allow in names")
     if any(_DEVICE.match(part) for part in parts.parts):
         _refuse(name, "is the name of a device on Windows")
-    if any(len(part.encode()) > MOST_NAME_BYTES for part in parts.parts) or len(name.encode()) > 5 * MOST_NAME_BYTES:
-        _refuse(name, f"is too long: at most {MOST_NAME_BYTES} bytes fit between slashes")
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in parts.parts) or len(name.encode()) > 5 * MAX_NAME_BYTES:
+        _refuse(name, f"is too long: at most {MAX_NAME_BYTES} bytes fit between slashes")
     if not inside(folder, root):
         _refuse(name, "leads through a link to a folder outside ComfyUI's LoRA folder")
-    return Place(folder, stem, root)
+    return SaveTarget(folder, stem, root)
 
 
 def inside(folder: Path, root: Path) -> bool:
@@ -84,29 +83,29 @@ def inside(folder: Path, root: Path) -> bool:
 
 
 def _refuse(name: str, why: str) -> NoReturn:
-    raise LoraError(f"save_name '{shown(name)}' {why}. Use a plain name, with a subfolder if you like: subjects/mug.")
+    raise LoraError(f"save_name '{escaped(name)}' {why}. Use a plain name, with a subfolder if you like: subjects/mug.")
 
 
-def room(place: Place) -> int:
+def free_bytes(place: SaveTarget) -> int:
     """Bytes that are free on the disk of a place."""
     return shutil.disk_usage(_existing(place)).free
 
 
-def _existing(place: Place) -> Path:
+def _existing(place: SaveTarget) -> Path:
     return next(p for p in (place.folder, *place.folder.parents) if p.exists())
 
 
-def check_place(place: Place, most_bytes: int) -> None:
+def check_target(place: SaveTarget, most_bytes: int) -> None:
     """Raise LoraError before training when the file could not be written in its place, or would not fit on the disk."""
     existing = _existing(place)
     if not existing.is_dir():
-        raise LoraError(f"{shown(existing.name)} in ComfyUI's LoRA folder is a file, not a folder. Choose another save_name.")
+        raise LoraError(f"{escaped(existing.name)} in ComfyUI's LoRA folder is a file, not a folder. Choose another save_name.")
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise LoraError(
-            f"ComfyUI may not write into its LoRA folder ({shown(existing.name)}). Allow it, or choose a save_name with "
+            f"ComfyUI may not write into its LoRA folder ({escaped(existing.name)}). Allow it, or choose a save_name with "
             "another subfolder."
         )
-    free = room(place)
+    free = free_bytes(place)
     if free < most_bytes + (1 << 20):
         raise LoraError(
             f"The disk of ComfyUI's LoRA folder has {free / 1e6:.1f} MB free, but the LoRA may need {most_bytes / 1e6:.1f} MB. "
@@ -119,7 +118,7 @@ ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
-class FileInfo:
+class LoraFile:
     """What stays the same about a run's file: its names, keys and origin."""
 
     prefixes: Mapping[str, str]
@@ -150,7 +149,7 @@ class FileInfo:
             {}, name=stem, family=self.family, layers={}, training={}, resolution=(99999, 99999), prediction="epsilon"
         )
         counts = dict.fromkeys(("file_overhead", "layer_overhead", "bytes_per_parameter", "pictures", "steps_done"), 10**9)
-        extra = dict(training, **counts, layers=max(TARGETS, key=len), last_loss=-LONG_NUMBER / 1e300, seconds=LONG_NUMBER)
+        extra = dict(training, **counts, layers=max(LAYER_CHOICES, key=len), last_loss=-LONG_NUMBER / 1e300, seconds=LONG_NUMBER)
         full_metadata = with_info(tensors, fixed, {"format": 1, "layers": info, "training": extra})
         return len(header(tensors, full_metadata)) + 4 * len(shapes) + 64
 
@@ -200,3 +199,48 @@ class FileInfo:
             about_run=not args.disable_metadata,
         )
         return LoraStateDict(tensors, metadata)
+
+
+_kept: list[tuple[SaveTarget, LoraStateDict]] = []
+
+
+PROMISE = (
+    "It is kept in memory until ComfyUI ends: free some space and press Run again, and it is written before anything else."
+)
+
+
+def hold_unsaved(place: SaveTarget, lora: LoraStateDict) -> None:
+    """Hold an adapter that could not be written."""
+    _kept.append((place, lora))
+
+
+def write_unsaved(say: Callable[[str], None]) -> None:
+    """Write what is held, in the order in which it was trained; what cannot be written yet stays."""
+    for item in list(_kept):
+        place, lora = item
+        try:
+            path = write_new(place.folder, place.stem, lora, lora.metadata)
+        except LoraError as error:
+            say(f"{place.stem}, trained before, could still not be written. {error} {PROMISE}")
+            return
+        _kept.remove(item)
+        say(f"Saved as {place.name_of(path)}: trained before, when the disk did not take it.")
+
+
+def save_lora(place: SaveTarget, lora: LoraStateDict) -> Path:
+    """Write the adapter under a new name in its place, or, where that fails, in the host's output folder.
+
+    Raises LoraError in the second case, and where that fails too: then the adapter is held.
+    """
+    try:
+        return write_new(place.folder, place.stem, lora, lora.metadata)
+    except LoraError as error:
+        spare = Path(folder_paths.get_output_directory()) / "loras"
+        try:
+            path = write_new(spare, place.stem, lora, lora.metadata)
+        except LoraError:
+            hold_unsaved(place, lora)
+            raise LoraError(f"{error} {PROMISE}") from None
+        raise LoraError(
+            f"{error} It was saved as output/loras/{path.name} instead; move it to your LoRA folder."
+        ) from None

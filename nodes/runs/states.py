@@ -9,10 +9,10 @@ import folder_paths
 
 from ...lora2.checkpoints.directory import states_below, states_in
 from ...lora2.files.document import LoraDocument, read
-from ...lora2.files.keys import shown
 from ...lora2.util.errors import LoraError
+from ...lora2.util.text import escaped
 from ..comfy.lora_paths import lora_names, lora_path
-from .save import Place, inside
+from .save import SaveTarget, inside
 
 NOTHING, NEWEST = "nothing", "newest state"
 STATE, LORA = "state: ", "LoRA: "
@@ -22,7 +22,7 @@ FOLDER = "lora2_states"
 
 
 @dataclass(frozen=True)
-class StateSource:
+class CheckpointSource:
     """A training state to continue: its file, what to call it."""
 
     path: Path
@@ -42,7 +42,7 @@ def states_root() -> Path:
     return Path(folder_paths.get_output_directory()) / FOLDER
 
 
-def states_folder(place: Place) -> Path:
+def states_folder(place: SaveTarget) -> Path:
     """Where the states of a save name lie; raises LoraError where a link leads out of the folder of states."""
     root = states_root()
     folder = root / place.folder.relative_to(place.root) / place.stem
@@ -62,7 +62,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(states_root()).as_posix()
 
 
-def trouble_with(choice: object) -> str:
+def why_unavailable(choice: object) -> str:
     """Why nothing can be continued from a choice, in a sentence; empty when it can."""
     if choice in (NOTHING, NEWEST):
         return ""
@@ -75,12 +75,12 @@ def trouble_with(choice: object) -> str:
             return ""
     except LoraError as error:
         return str(error)
-    return f"continue_from = {shown(choice)} must be one of '{NOTHING}', '{NEWEST}', '{STATE}…' and '{LORA}…' from the list."
+    return f"continue_from = {escaped(choice)} must be one of '{NOTHING}', '{NEWEST}', '{STATE}…' and '{LORA}…' from the list."
 
 
-def chosen(choice: str, place: Place) -> StateSource | LoraSource | None:
+def resolve_source(choice: str, place: SaveTarget) -> CheckpointSource | LoraSource | None:
     """What a choice means now, None for nothing; raises LoraError where it is not there or cannot be read."""
-    trouble = trouble_with(choice)
+    trouble = why_unavailable(choice)
     if trouble:
         raise LoraError(trouble)
     if choice == NOTHING:
@@ -92,12 +92,12 @@ def chosen(choice: str, place: Place) -> StateSource | LoraSource | None:
         states = states_in(states_folder(place))
         if not states:
             raise LoraError(
-                f"There is no training state of save_name '{shown(place.stem)}' yet. Choose '{NOTHING}' in continue_from."
+                f"There is no training state of save_name '{escaped(place.stem)}' yet. Choose '{NOTHING}' in continue_from."
             )
         path = states[0].path
     else:
         path = _state_path(choice.removeprefix(STATE))
-    return StateSource(path, name_of(path))
+    return CheckpointSource(path, name_of(path))
 
 
 def _state_path(name: str) -> Path:
@@ -105,7 +105,7 @@ def _state_path(name: str) -> Path:
     path = next((s.path for s in states_below(states_root()) if name_of(s.path) == name), None)
     if path is None:
         raise LoraError(
-            f"The training state {shown(name)} is not there any more: a run keeps its last states only. Refresh the page (R) "
+            f"The training state {escaped(name)} is not there any more: a run keeps its last states only. Refresh the page (R) "
             f"and choose again, or choose '{NEWEST}'."
         )
     return path

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from ...lora2.adapters.layer import module_shape
 from ...lora2.files.document import LoraDocument
-from ...lora2.files.families import family_in, text_width
-from ...lora2.files.keys import shown
+from ...lora2.files.families import describe_family, text_width
 from ...lora2.method.factors import Factors
 from ...lora2.util.errors import LoraError
-from ..comfy.apply_lora import NAMED, misfit, other_layers, renamed
+from ...lora2.util.text import escaped
+from ..comfy.apply_lora import NAMED, mismatch_reason, other_layers, with_host_names
 from ..comfy.layers import PREFIX
 
 _NOT_TRAINED = "not trained here"
 
 
 @dataclass
-class Borrowed:
+class WarmStartFactors:
     """Factors by layer, and names of what is not taken, by reason."""
 
     factors: dict[str, Factors]
@@ -34,7 +34,7 @@ class Borrowed:
         said = []
         for reason, names in self.left.items():
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            said.append(f"{len(names)} not taken ({reason}): {', '.join(shown(n) for n in names[:NAMED])}{more}.")
+            said.append(f"{len(names)} not taken ({reason}): {', '.join(escaped(n) for n in names[:NAMED])}{more}.")
         return " ".join(said)
 
     def leave(self, name: str, reason: str) -> None:
@@ -42,22 +42,22 @@ class Borrowed:
         self.left.setdefault(reason, []).append(name)
 
 
-def factors_for(document: LoraDocument, model: Any, layers: Mapping[str, nn.Module]) -> Borrowed:
+def factors_for(document: LoraDocument, model: Any, layers: Mapping[str, nn.Module]) -> WarmStartFactors:
     """The plain layers of a file that belong to layers trained here; raises LoraError where none does.
 
     Parts of a fused projection (q, k and v in files of other trainers) are put together: their ranks add up.
     """
-    document = renamed(document)
+    document = with_host_names(document)
     keys = _with_peft_names(comfy.lora.model_lora_keys_unet(model, {}))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    borrowed = Borrowed({})
+    borrowed = WarmStartFactors({})
     for name in other_layers(document):
         borrowed.leave(name, "no plain LoRA layer")
     for name, factors in document.layers.items():
         if name.startswith(("lora_te", "text_encoder")):
             borrowed.leave(name, "text encoder, which is not trained")
             continue
-        reason = misfit(name, keys, shapes, factors, None)
+        reason = mismatch_reason(name, keys, shapes, factors, None)
         if reason:
             borrowed.leave(name, reason)
             continue
@@ -77,7 +77,7 @@ def factors_for(document: LoraDocument, model: Any, layers: Mapping[str, nn.Modu
     if foreign or not borrowed.factors:
         what = "does not fit this model" if foreign else "holds nothing for the layers that are trained here"
         raise LoraError(
-            f"This LoRA was made for {family_in(document)} and {what}. {borrowed.words()} Choose another file, the model that it "
+            f"This LoRA was made for {describe_family(document)} and {what}. {borrowed.words()} Choose another file, the model that it "
             "belongs to, or other layers."
         )
     return borrowed
