@@ -289,7 +289,13 @@ def our_step(
     The mean counts recording steps anew after arrays were resized.
     """
     watch = Watch()
-    told = {"target_rank": rank, "initial_rank": rank, "settle_at": 1.0, "steps": steps, "batch_size": len(sample.latent)}
+    told = {
+        "target_rank": rank,
+        "initial_rank": rank,
+        "settle_at": 1.0,
+        "steps": steps,
+        "batch_size": len(sample.latent),
+    }
     train(patcher, sample.dataset(), watch, graphs, **{**told, **changes})
     times = [ms for _, ms in watch.steps(max(4, steps // 5))]
     more = {

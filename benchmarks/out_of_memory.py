@@ -169,7 +169,9 @@ def main() -> None:
 
     models.import_comfy()
     if not torch.cuda.is_available():
-        raise SystemExit("This needs a CUDA device: on a CPU, tests/test_memory.py and tests/test_faults.py simulate it.")
+        raise SystemExit(
+            "This needs a CUDA device: on a CPU, tests/test_memory.py and tests/test_faults.py simulate it."
+        )
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {SIDE} × {SIDE} latents, batch {BATCH}")
     for choices in ({}, {"checkpointing": "off"}, {"on_out_of_memory": "stop"}):
         print(f"\n{choices or 'default settings'}")

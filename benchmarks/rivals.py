@@ -101,7 +101,9 @@ def trainlora_step(patcher: Any, sample: models.Sample, rank: int, steps: int = 
     finally:
         host.ProgressBar = original
     times = [1e3 * (b - a) for a, b in itertools.pairwise(stamps)][2:]
-    return Figures(statistics.median(times), peak(), statistics.mean(times), {"adapter_parameters": sum(map(_count, trained))})
+    return Figures(
+        statistics.median(times), peak(), statistics.mean(times), {"adapter_parameters": sum(map(_count, trained))}
+    )
 
 
 def _count(tensor: Any) -> int:

@@ -155,7 +155,9 @@ def everything(bench: Bench) -> None:
     """The same step on all layers, as TrainLoraNode adapts them."""
     if cuda():
         patcher, sample = bench.sdxl, models.sample_for("sdxl", 128, 128)
-        bench.ours(MAIN, "ours-all-layers", "limit", patcher, sample, steps=60, rank=64, layers="all linear + convolution")
+        bench.ours(
+            MAIN, "ours-all-layers", "limit", patcher, sample, steps=60, rank=64, layers="all linear + convolution"
+        )
 
 
 TURNS = 5
@@ -183,7 +185,9 @@ def _small_step(bench: Bench, work: str, patcher: Any, sample: models.Sample) ->
 def trainlora(bench: Bench) -> None:
     """ComfyUI's own trainer on the same work."""
     if cuda():
-        bench.table.add(MAIN, "trainlora", rivals.trainlora_step(bench.sdxl, models.sample_for("sdxl", 128, 128), 64), "limit")
+        bench.table.add(
+            MAIN, "trainlora", rivals.trainlora_step(bench.sdxl, models.sample_for("sdxl", 128, 128), 64), "limit"
+        )
 
 
 def peft(bench: Bench) -> None:
@@ -206,9 +210,19 @@ def batch(bench: Bench) -> None:
 def buckets(bench: Bench) -> None:
     """Three shapes in one run, each over its own limit, after its first visits."""
     if cuda():
-        patcher, base, shapes, scale = bench.sdxl, models.sample_for("sdxl", 128, 128), ((128, 128), (104, 152), (152, 104)), 8
+        patcher, base, shapes, scale = (
+            bench.sdxl,
+            models.sample_for("sdxl", 128, 128),
+            ((128, 128), (104, 152), (152, 104)),
+            8,
+        )
     else:
-        patcher, base, shapes, scale = models.small("sd15"), models.sample_for("sd15", 8, 8), ((8, 8), (8, 12), (12, 8)), 8
+        patcher, base, shapes, scale = (
+            models.small("sd15"),
+            models.sample_for("sd15", 8, 8),
+            ((8, 8), (8, 12), (12, 8)),
+            8,
+        )
     name = "SDXL" if cuda() else "small sd15"
     samples = [base.sized(*shape) for shape in shapes]
     limits = [frozen_step(patcher, sample, cuda()) for sample in samples]

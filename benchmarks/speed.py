@@ -87,8 +87,12 @@ def main() -> None:
     """Measure, print, write."""
     usual = [name for name in sections.SECTIONS if name != "profile"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md; on a GPU the repository's own by default")
-    parser.add_argument("--only", nargs="+", choices=list(sections.SECTIONS), default=usual, help="sections to run, in order")
+    parser.add_argument(
+        "--out", type=Path, help="folder for speed.json and speed.md; on a GPU the repository's own by default"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(sections.SECTIONS), default=usual, help="sections to run, in order"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="give up after this time what is not done")
     parser.add_argument("--merge", type=Path, help="take the rows of this file into the repository; measure nothing")
     told = parser.parse_args()

@@ -80,10 +80,19 @@ def page(rows: Sequence[Row]) -> str:
     for work in dict.fromkeys(row["work"] for row in rows):
         mine = [row for row in rows if row["work"] == work]
         first = mine[0]
-        lines += [f"## {work}", "", f"{first['device']}, torch {first['torch']}, ComfyUI {first['comfyui']}, {first['date']}", ""]
+        lines += [
+            f"## {work}",
+            "",
+            f"{first['device']}, torch {first['torch']}, ComfyUI {first['comfyui']}, {first['date']}",
+            "",
+        ]
         lines += ["| what | ms | mean | ratio | peak GiB | more |", "| --- | --- | --- | --- | --- | --- |"]
         for row in mine:
-            cells = [row["name"], *(_shown(row.get(k)) for k in ("ms", "mean_ms", "limit_ratio", "peak_gib")), _more(row)]
+            cells = [
+                row["name"],
+                *(_shown(row.get(k)) for k in ("ms", "mean_ms", "limit_ratio", "peak_gib")),
+                _more(row),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -127,11 +136,15 @@ def _means(rows: Sequence[Row], works: dict[str, str]) -> list[str]:
     for head, work in works.items():
         row = next((r for r in rows if r["work"] == work and r["name"] == "ours"), None)
         if row and "mean_ms" in row:
-            said.append(f"{row['mean_ms']:.0f} ms at {head}" + (f" over {row['steps']} steps" if "steps" in row else ""))
+            said.append(
+                f"{row['mean_ms']:.0f} ms at {head}" + (f" over {row['steps']} steps" if "steps" in row else "")
+            )
     if not said:
         return []
     first = next(r for r in rows if r["work"] in works.values())
-    notes = {head: next((r["note"] for r in rows if r["work"] == work and "note" in r), None) for head, work in works.items()}
+    notes = {
+        head: next((r["note"] for r in rows if r["work"] == work and "note" in r), None) for head, work in works.items()
+    }
     return [
         f"Median steps, on one {first['device']}, torch {first['torch']}, {first['date']}. While ranks move, the step has to be",
         f"recorded anew now and then; counting that, the mean was {' and '.join(said)}.",

@@ -12,8 +12,13 @@ from typing import Any
 from playwright.sync_api import Page, sync_playwright
 
 QUIET = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 )
 READY = "window.app?.canvas && window.app.graph && !!window.LiteGraph?.registered_node_types['KSampler']"
 
@@ -75,8 +80,11 @@ def wait_for_end(page: Page, seconds: float = 300) -> str:
 def quiet_settings(base: Path, **more: Any) -> None:
     """Settings of the user `default` in a base directory: no greeting, no floating panels."""
     settings = {
-        "Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False,
-        "Comfy.Graph.CanvasMenu": False, **more,
+        "Comfy.TutorialCompleted": True,
+        "Comfy.Minimap.Visible": False,
+        "Comfy.Graph.CanvasInfo": False,
+        "Comfy.Graph.CanvasMenu": False,
+        **more,
     }
     path = base / "user" / "default" / "comfy.settings.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,10 +26,21 @@ Config = dict[str, Any]
 def _unet(context: int, levels: list[int], down: list[int], up: list[int], **more: Any) -> Config:
     """Residual blocks a level, all of 320 channels; transformer depths on the way down and up."""
     return {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "legacy": False,
-        "num_res_blocks": levels, "channel_mult": [1] * len(levels), "context_dim": context,
-        "transformer_depth": down, "transformer_depth_output": up, "transformer_depth_middle": 1,
-        "use_spatial_transformer": True, "use_linear_in_transformer": True, "num_head_channels": 64, **more,
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "legacy": False,
+        "num_res_blocks": levels,
+        "channel_mult": [1] * len(levels),
+        "context_dim": context,
+        "transformer_depth": down,
+        "transformer_depth_output": up,
+        "transformer_depth_middle": 1,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": True,
+        "num_head_channels": 64,
+        **more,
     }
 
 
@@ -44,9 +55,21 @@ FAMILIES: dict[str, Config] = {
     "sdxl": _unet(2048, [2, 2, 2], [0, 0, 2, 2, 10, 10], [0, 0, 0, 1, 0, 0, 1, 0, 0], **SIZE_EMBEDDED),
     "koala": _unet(2048, [1, 1, 1], [0, 2, 5], [0, 0, 1, 0, 1, 0], **SIZE_EMBEDDED),
     "flux": {
-        "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 128,
-        "mlp_ratio": 4.0, "num_heads": 1, "depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56],
-        "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [],
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 768,
+        "context_in_dim": 4096,
+        "hidden_size": 128,
+        "mlp_ratio": 4.0,
+        "num_heads": 1,
+        "depth": 2,
+        "depth_single_blocks": 2,
+        "axes_dim": [16, 56, 56],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": True,
+        "txt_ids_dims": [],
     },
 }
 V_PREDICTION_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"

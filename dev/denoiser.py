@@ -82,7 +82,9 @@ def gains() -> tuple[Tensor, Tensor]:
     weight = power + sigma**2
     moments = torch.stack([(weight * blur**n).sum((1, 2)) for n in range(3)])
     target = torch.stack([power.sum(), (power * blur).sum()])
-    matrix = torch.stack([torch.stack([moments[0], moments[1]]), torch.stack([moments[1], moments[2]])]).permute(2, 0, 1)
+    matrix = torch.stack([torch.stack([moments[0], moments[1]]), torch.stack([moments[1], moments[2]])]).permute(
+        2, 0, 1
+    )
     a, b = torch.linalg.solve(matrix, target.expand(STEPS, 2)).T
     scale = (1 + sigmas() ** 2).sqrt() / sigmas()  # x = x̃ √(1 + σ²), ε̂ = (x − x̂0) / σ
     return (1 - a) * scale, b * scale

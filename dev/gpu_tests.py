@@ -43,7 +43,9 @@ class Record:
 
     def pytest_runtest_logfinish(self) -> None:
         """After every test."""
-        self.path.write_text(json.dumps({**self.about, "tests": list(self.tests.values())}, indent=1) + "\n", encoding="utf-8")
+        self.path.write_text(
+            json.dumps({**self.about, "tests": list(self.tests.values())}, indent=1) + "\n", encoding="utf-8"
+        )
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """One phase of one test: the worst outcome counts."""

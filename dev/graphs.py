@@ -11,7 +11,12 @@ MODELS = [{"name": CHECKPOINT, "url": CHECKPOINT_URL, "directory": "checkpoints"
 SAVED = "lora2/adaptive_00001.safetensors"  # what the training template saves first
 PROMPT = "a photo of sks mug on the beach"
 SAMPLER = {
-    "seed": 1, "control_after_generate": "fixed", "steps": 25, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras",
+    "seed": 1,
+    "control_after_generate": "fixed",
+    "steps": 25,
+    "cfg": 7.0,
+    "sampler_name": "dpmpp_2m",
+    "scheduler": "karras",
 }
 BLUE, ORANGE, GREEN = "#3f5159", "#8a6d3b", "#4a6b4f"
 
@@ -85,15 +90,30 @@ The LoRA is saved in `models/loras/lora2`, under a new name each time. Any LoRA 
         "checkpoint": _checkpoint(0, 410),
         "folder": Node("LoadImageTextDataSetFromFolder", 0, 600, 380, 78, {"folder": "my_subject"}),
         "scale": Node(
-            "ImageScale", 0, 760, 380, 130,
-            {"upscale_method": "lanczos", "width": 512, "height": 512, "crop": "center"}, {"image": "folder.images"},
+            "ImageScale",
+            0,
+            760,
+            380,
+            130,
+            {"upscale_method": "lanczos", "width": 512, "height": 512, "crop": "center"},
+            {"image": "folder.images"},
         ),
         "dataset": Node(
-            "MakeTrainingDataset", 0, 960, 380, 86, {},
+            "MakeTrainingDataset",
+            0,
+            960,
+            380,
+            86,
+            {},
             {"images": "scale.IMAGE", "vae": "checkpoint.VAE", "clip": "checkpoint.CLIP", "texts": "folder.texts"},
         ),
         "train": Node(
-            "LoRA2_TrainAdaptiveLora", 460, 40, 440, 1200, {},
+            "LoRA2_TrainAdaptiveLora",
+            460,
+            40,
+            440,
+            1200,
+            {},
             {"model": "checkpoint.MODEL", "latents": "dataset.latents", "conditioning": "dataset.conditioning"},
         ),
         "positive": _text(980, 40, 130, PROMPT, "Prompt: use the words of your captions"),
@@ -131,7 +151,12 @@ Lower one of them to load less of it: a smaller LoRA, cut at once, without train
         ),
         "checkpoint": _checkpoint(0, 340),
         "load": Node(
-            "LoRA2_LoadAdaptiveLora", 0, 520, 380, 310, {"lora_name": SAVED},
+            "LoRA2_LoadAdaptiveLora",
+            0,
+            520,
+            380,
+            310,
+            {"lora_name": SAVED},
             {"model": "checkpoint.MODEL", "clip": "checkpoint.CLIP"},
         ),
         "positive": _text(460, 40, 130, PROMPT, "Prompt"),

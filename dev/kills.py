@@ -123,7 +123,8 @@ class Direct:
         shapes = ((8, 8), (8, 8), (8, 12))
         self.latents = [{"samples": torch.randn(1, 16, h, w, generator=g)} for h, w in shapes]
         self.captions = [
-            [[torch.randn(1, 7, 4096, generator=g), {"pooled_output": torch.randn(1, 768, generator=g)}]] for _ in shapes
+            [[torch.randn(1, 7, 4096, generator=g), {"pooled_output": torch.randn(1, 768, generator=g)}]]
+            for _ in shapes
         ]
 
     def train(self, name: str, seed: int, continue_from: str, report: Callable[[int], None], **changes: Any) -> Path:
@@ -150,7 +151,9 @@ class Direct:
         live.__call__ = call
         try:
             with torch.inference_mode():
-                trained = session.train(self.model, self.latents, self.captions, settings.TrainingConfig(**values), request)
+                trained = session.train(
+                    self.model, self.latents, self.captions, settings.TrainingConfig(**values), request
+                )
         finally:
             live.__call__ = real
         return Path(trained.path)
@@ -196,7 +199,9 @@ class Direct:
         _, status = os.waitpid(child, 0)
         last = max((int(line) for line in told.split() if line != b"w"), default=0)
         done = os.WIFEXITED(status)
-        require(not done or os.WEXITSTATUS(status) == 0, f"the run failed: {(self.base / 'child.log').read_text()[-2000:]}")
+        require(
+            not done or os.WEXITSTATUS(status) == 0, f"the run failed: {(self.base / 'child.log').read_text()[-2000:]}"
+        )
         return last, done
 
 

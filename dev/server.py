@@ -21,8 +21,16 @@ from dev import host
 
 PACK = "lora2-adaptive"
 FOLDERS = (
-    "custom_nodes", "input", "output", "temp", "user",
-    "models/checkpoints", "models/diffusion_models", "models/loras", "models/vae", "models/text_encoders",
+    "custom_nodes",
+    "input",
+    "output",
+    "temp",
+    "user",
+    "models/checkpoints",
+    "models/diffusion_models",
+    "models/loras",
+    "models/vae",
+    "models/text_encoders",
 )
 
 
@@ -76,7 +84,10 @@ class ComfyServer:
         command += ["--disable-api-nodes", *([] if _has_cuda() else ["--cpu"]), *self.extra_args]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [str(part) for part in command], cwd=host.comfy_path(), stdout=log, stderr=subprocess.STDOUT,
+                [str(part) for part in command],
+                cwd=host.comfy_path(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 env=host.environment(),
             )
         try:

@@ -109,7 +109,11 @@ def pictures(server: ComfyServer) -> dict[str, Image.Image]:
     ranks = Image.open(demo.run(INSPECT, lora_name=name)[INSPECT][0])
     pair = side_by_side([*compared["Without the LoRA"], *compared["With the LoRA"]])
     mugs = side_by_side(shown)
-    return {TRAIN: stacked(mugs, live), LOAD: stacked(mugs, words("without", "with the LoRA"), pair), INSPECT: stacked(ranks)}
+    return {
+        TRAIN: stacked(mugs, live),
+        LOAD: stacked(mugs, words("without", "with the LoRA"), pair),
+        INSPECT: stacked(ranks),
+    }
 
 
 def words(*columns: str) -> Image.Image:

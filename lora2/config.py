@@ -120,7 +120,9 @@ class TrainingConfig:
             self._require(math.isfinite(value) and value >= 0, name, "must be zero or a positive number")
         decay = self.weight_decay
         told = math.isfinite(decay) and (decay >= 0 or decay == AUTO_WEIGHT_DECAY)
-        self._require(told, "weight_decay", "must be zero or a positive number, or -1 to choose it by the number of pictures")
+        self._require(
+            told, "weight_decay", "must be zero or a positive number, or -1 to choose it by the number of pictures"
+        )
         words = f"times learning_rate = {escaped(self.learning_rate)} must be at most 1: a step would take more than there is"
         self._require(decay * self.learning_rate <= 1, "weight_decay", words)
         for name in ("rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"):
@@ -203,16 +205,16 @@ class TrainingConfig:
             return self
         if self.optimizer != "adamw":
             return replace(self, weight_decay=0.0)  # the others have none: it would be said in the file, and not be so
-        return replace(self, weight_decay=min(DECAY_OF_A_PICTURE / max(count, 1), MOST_DECAY, MOST_SHRINK / self.learning_rate))
+        return replace(
+            self, weight_decay=min(DECAY_OF_A_PICTURE / max(count, 1), MOST_DECAY, MOST_SHRINK / self.learning_rate)
+        )
 
     def with_file_format(self, overhead: int, bytes_per_parameter: int, of_a_layer: int = 0) -> TrainingConfig:
         """The same settings for a file with this many bytes beside the factors, and this many per parameter.
 
         of_a_layer: of the bytes beside the factors, those that are not there without one of the layers.
         """
-        return replace(
-            self, file_overhead=overhead, bytes_per_parameter=bytes_per_parameter, layer_overhead=of_a_layer
-        )
+        return replace(self, file_overhead=overhead, bytes_per_parameter=bytes_per_parameter, layer_overhead=of_a_layer)
 
     def budget(self, costs: Sequence[int], limits: Sequence[int]) -> int:
         """How many parameters layers of these costs and largest ranks may have together once settled.
@@ -231,7 +233,11 @@ class TrainingConfig:
         floor = self.min_adapting_rank if self.settle_at >= 1 else self.min_rank
         least = max(sum(c * min(floor, limit) for c, limit in zip(costs, limits, strict=True)), min(costs))
         if budget < least:
-            what = f"rank {floor} on all {len(costs)} layers, which needs" if floor else "rank 1 on a single layer, which needs"
+            what = (
+                f"rank {floor} on all {len(costs)} layers, which needs"
+                if floor
+                else "rank 1 on a single layer, which needs"
+            )
             raise LoraError(
                 f"budget_mb = {self.budget_mb:g} is smaller than {what} {self._megabytes(least)} MB. Raise budget_mb, or adapt "
                 "fewer layers."

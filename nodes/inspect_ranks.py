@@ -96,18 +96,14 @@ class InspectRanks(io.ComfyNode):
 
     @classmethod
     @checked_inputs
-    def execute(
-        cls, lora_name: str, show: str = STORED, lora: Mapping[str, Tensor] | None = None
-    ) -> io.NodeOutput:
+    def execute(cls, lora_name: str, show: str = STORED, lora: Mapping[str, Tensor] | None = None) -> io.NodeOutput:
         """Read, measure, draw. Raises LoraError where there is no LoRA to show."""
         if show not in (STORED, IN_USE):
             raise LoraError(f"show = {escaped(show)} must be {STORED} or {IN_USE}.")
         document, title = _document(lora_name, lora)
         report = build_report(document, title, energy=show == IN_USE, between=stop_if_cancelled)
         image = rank_image(report, in_use=show == IN_USE)
-        return io.NodeOutput(
-            image, report.to_markdown(), report, report.to_json(), ui=ui.PreviewImage(image, cls=cls)
-        )
+        return io.NodeOutput(image, report.to_markdown(), report, report.to_json(), ui=ui.PreviewImage(image, cls=cls))
 
 
 def _document(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[lora_format.LoraDocument, str]:
@@ -115,13 +111,9 @@ def _document(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[lora_f
     if lora_name != CONNECTED:
         return lora_format.read(files.lora_path(lora_name)), files.lora_title(lora_name)
     if lora is None:
-        raise LoraError(
-            "There is no LoRA to inspect. Choose a file in lora_name, or connect a LoRA to the input lora."
-        )
+        raise LoraError("There is no LoRA to inspect. Choose a file in lora_name, or connect a LoRA to the input lora.")
     document = lora_format.parse(lora)
-    return document, document.metadata.get("ss_output_name") or document.metadata.get(
-        "modelspec.title"
-    ) or "LoRA"
+    return document, document.metadata.get("ss_output_name") or document.metadata.get("modelspec.title") or "LoRA"
 
 
 NODES = [InspectRanks]

@@ -122,7 +122,9 @@ class LoadAdaptiveLora(io.ComfyNode):
         matched = loading.match(document, model, clip)
         result = resize(document, share, max_rank, megabytes, stop_if_cancelled)
         tensors = result.document.state_dict()
-        changed = loading.apply_lora(model, clip, dict(tensors), strength_model, strength_clip, tensors.metadata, matched.keys)
+        changed = loading.apply_lora(
+            model, clip, dict(tensors), strength_model, strength_clip, tensors.metadata, matched.keys
+        )
         status_sender(cls.hidden.unique_id)(" ".join([matched.words(), *_cut_words(result), *document.notes]))
         return io.NodeOutput(*changed, _ranks(result.document, files.lora_title(lora_name)))
 

@@ -40,12 +40,22 @@ class ScorePictures(io.ComfyNode):
                 "Measures how well generated pictures keep a subject (CLIP-I, DINO) and follow their prompt (CLIP-T), with "
                 "encoders that you load. To compare LoRAs, score the same prompts and seeds for each."
             ),
-            search_aliases=["clip score", "clip-i", "clip-t", "dino score", "dreambooth metrics", "evaluate lora", "similarity"],
+            search_aliases=[
+                "clip score",
+                "clip-i",
+                "clip-t",
+                "dino score",
+                "dreambooth metrics",
+                "evaluate lora",
+                "similarity",
+            ],
             is_input_list=True,
             is_output_node=True,
             inputs=[
                 io.Image.Input("images", tooltip="The generated pictures: a batch, or a list of any sizes."),
-                io.Image.Input("references", tooltip="Real pictures of the subject. Best those that were not trained on."),
+                io.Image.Input(
+                    "references", tooltip="Real pictures of the subject. Best those that were not trained on."
+                ),
                 io.ClipVision.Input(
                     "encoder",
                     tooltip="From Load CLIP Vision. A CLIP vision model gives CLIP-I, and CLIP-T with a text encoder; a DINOv2 "
@@ -59,7 +69,9 @@ class ScorePictures(io.ComfyNode):
                     "kind in the place of a made-up word.",
                 ),
                 io.ClipVision.Input(
-                    "second_encoder", optional=True, tooltip="An encoder of the other kind, to have CLIP-I and DINO together."
+                    "second_encoder",
+                    optional=True,
+                    tooltip="An encoder of the other kind, to have CLIP-I and DINO together.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -72,9 +84,13 @@ class ScorePictures(io.ComfyNode):
                 io.Float.Output(
                     display_name="clip_i", tooltip="CLIP-I: mean cosine of all pairs of picture and reference, by CLIP."
                 ),
-                io.Float.Output(display_name="dino", tooltip="DINO: mean cosine of all pairs of picture and reference, by DINO."),
+                io.Float.Output(
+                    display_name="dino", tooltip="DINO: mean cosine of all pairs of picture and reference, by DINO."
+                ),
                 io.Float.Output(display_name="clip_t", tooltip="CLIP-T: mean cosine of every picture and its prompt."),
-                io.String.Output(display_name="data", tooltip="Everything as JSON: the means, and every picture's own figures."),
+                io.String.Output(
+                    display_name="data", tooltip="Everything as JSON: the means, and every picture's own figures."
+                ),
             ],
         )
 
@@ -117,17 +133,19 @@ def _by_metric(encoders: list[Any]) -> dict[str, Any]:
     return found
 
 
-def _scores(
-    images: list[Tensor], references: list[Tensor], encoders: dict[str, Any], clip: Any, prompt: str
-) -> Scores:
+def _scores(images: list[Tensor], references: list[Tensor], encoders: dict[str, Any], clip: Any, prompt: str) -> Scores:
     """Every metric that the encoders allow."""
     pictures = _count(images, "images")
     others = _count(references, "references")
     prompts = prompts_of(prompt, pictures)
     if clip is not None and not prompts:
-        raise LoraError("A text encoder is connected to clip, but prompt is empty. Write the prompt, or disconnect clip.")
+        raise LoraError(
+            "A text encoder is connected to clip, but prompt is empty. Write the prompt, or disconnect clip."
+        )
     if clip is not None and CLIP_I not in encoders:
-        raise LoraError("CLIP-T needs a CLIP vision model, and there is only a DINO model. Connect one, or disconnect clip.")
+        raise LoraError(
+            "CLIP-T needs a CLIP vision model, and there is only a DINO model. Connect one, or disconnect clip."
+        )
     measured: list[tuple[str, Tensor]] = []
     for metric, encoder in encoders.items():
         vectors = picture_vectors(encoder, images)

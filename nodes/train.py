@@ -92,7 +92,13 @@ class TrainAdaptiveLora(io.ComfyNode):
             **{name: values.pop(name) for name in REQUESTED if name in values},
         )
         trained = train(
-            model, latents, conditioning, TrainingConfig(**values), request, empty_caption, status_sender(cls.hidden.unique_id)
+            model,
+            latents,
+            conditioning,
+            TrainingConfig(**values),
+            request,
+            empty_caption,
+            status_sender(cls.hidden.unique_id),
         )
         report = build_report(parse(trained.lora, trained.lora.metadata), trained.path.stem)
         send_preview(rank_picture(report))

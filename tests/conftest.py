@@ -110,4 +110,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """One plain line."""
     if count := config.stash.get(NEEDS_GPU, 0):
-        terminalreporter.write_line(f"{count} tests need a GPU and did not run: `make test-gpu` on a machine that has one.")
+        terminalreporter.write_line(
+            f"{count} tests need a GPU and did not run: `make test-gpu` on a machine that has one."
+        )

@@ -44,13 +44,18 @@ def record(job: Job) -> dict[str, Any]:
     for step in (*job.marks, job.steps):
         size = target
         if "settle_keep" in dict(job.changes):
-            variant = job.subject.split()[-1]  # of a graded subject, "0" or "1": those of one number of parts differ a little
+            variant = job.subject.split()[
+                -1
+            ]  # of a graded subject, "0" or "1": those of one number of parts differ a little
             size = round((8 + parts(job.subject) / 50 + (0.1 * int(variant) if variant.isdigit() else 0.0)) * UNIT)
         if job.method == SETTLING and step < 0.45 * job.steps:
             size = 2 * target
         if job.method == PAPER and not held:
             size = (4 + job.rank) * UNIT
-        judged = {"loss": loss(job.method, size / UNIT, job, step), "drift": 0.05 + 1e-4 * step - 1e-3 * min(pulled(job), 1)}
+        judged = {
+            "loss": loss(job.method, size / UNIT, job, step),
+            "drift": 0.05 + 1e-4 * step - 1e-3 * min(pulled(job), 1),
+        }
         mark: dict[str, Any] = {**judged, "step": step, "parameters": size}
         for kind in job.more if size <= target else ():
             mark[kind] = dict(_cut(kind, job, step, mark["loss"]))
@@ -71,10 +76,16 @@ def _cut(kind: str, job: Job, step: int, whole: float) -> list[tuple[str, dict[s
     if kind in (comparison.RESIZED, comparison.ALLOCATED):
         sizes = comparison.CUT_RANKS
         losses = [loss(FIXED, 0.8 * size, job, step) for size in sizes]
-        return [(f"{s}", {"loss": one, "drift": 0.05, "parameters": s * UNIT - 10}) for s, one in zip(sizes, losses, strict=True)]
+        return [
+            (f"{s}", {"loss": one, "drift": 0.05, "parameters": s * UNIT - 10})
+            for s, one in zip(sizes, losses, strict=True)
+        ]
     slope = 0.4 if job.method == FIXED and kind == "shortened" else 0.1
     shares = (0.75, 0.5, 0.25)
-    return [(f"{s}", {"loss": whole * (1 + slope * (1 - s)), "drift": 0.05, "parameters": s * job.rank * UNIT}) for s in shares]
+    return [
+        (f"{s}", {"loss": whole * (1 + slope * (1 - s)), "drift": 0.05, "parameters": s * job.rank * UNIT})
+        for s in shares
+    ]
 
 
 class Made:

@@ -126,7 +126,9 @@ def updates(patched: Any) -> dict[str, Tensor]:
 
 def imported(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The pack in a folder, imported as ComfyUI does it, under a name of its own."""
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

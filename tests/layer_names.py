@@ -14,30 +14,14 @@ Layers = list[tuple[str, int, int]]
 # (stage, transformer blocks, width) of every attention module, in the order in which the UNet runs.
 UNETS: dict[str, list[tuple[str, int, int]]] = {
     "sd15": [
-        *(
-            (f"down_blocks_{i}_attentions_{j}", 1, d)
-            for i, d in ((0, 320), (1, 640), (2, 1280))
-            for j in (0, 1)
-        ),
+        *((f"down_blocks_{i}_attentions_{j}", 1, d) for i, d in ((0, 320), (1, 640), (2, 1280)) for j in (0, 1)),
         ("mid_block_attentions_0", 1, 1280),
-        *(
-            (f"up_blocks_{i}_attentions_{j}", 1, d)
-            for i, d in ((1, 1280), (2, 640), (3, 320))
-            for j in (0, 1, 2)
-        ),
+        *((f"up_blocks_{i}_attentions_{j}", 1, d) for i, d in ((1, 1280), (2, 640), (3, 320)) for j in (0, 1, 2)),
     ],
     "sdxl": [
-        *(
-            (f"down_blocks_{i}_attentions_{j}", n, d)
-            for i, n, d in ((1, 2, 640), (2, 10, 1280))
-            for j in (0, 1)
-        ),
+        *((f"down_blocks_{i}_attentions_{j}", n, d) for i, n, d in ((1, 2, 640), (2, 10, 1280)) for j in (0, 1)),
         ("mid_block_attentions_0", 10, 1280),
-        *(
-            (f"up_blocks_{i}_attentions_{j}", n, d)
-            for i, n, d in ((0, 10, 1280), (1, 2, 640))
-            for j in (0, 1, 2)
-        ),
+        *((f"up_blocks_{i}_attentions_{j}", n, d) for i, n, d in ((0, 10, 1280), (1, 2, 640)) for j in (0, 1, 2)),
     ],
     "koala": [
         *((f"down_blocks_{i}_attentions_0", n, d) for i, n, d in ((1, 2, 640), (2, 5, 1280))),
@@ -97,9 +81,7 @@ def experts(count: int) -> Layers:
     return [(f"model.layers.{i // 25}.experts.{i % 25}.w{i % 3}", 1024, 4096) for i in range(count)]
 
 
-def document(
-    layers: Layers, rank: int | Callable[[int], int], dtype: torch.dtype = torch.float16
-) -> LoraDocument:
+def document(layers: Layers, rank: int | Callable[[int], int], dtype: torch.dtype = torch.float16) -> LoraDocument:
     """A LoRA without data (meta tensors): one rank, or a rank by position."""
     found = {}
     for index, (name, d_in, d_out) in enumerate(layers):

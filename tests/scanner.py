@@ -30,8 +30,18 @@ REFUSED = {
     "shutil": {"os"},
     "safetensors": {"os", "sys"},
     "numpy": {
-        "load", "loadtxt", "genfromtxt", "fromfile", "memmap", "save", "savez", "savez_compressed", "savetxt", "lib",
-        "ctypeslib", "f2py"
+        "load",
+        "loadtxt",
+        "genfromtxt",
+        "fromfile",
+        "memmap",
+        "save",
+        "savez",
+        "savez_compressed",
+        "savetxt",
+        "lib",
+        "ctypeslib",
+        "f2py",
     },
     "logging": {"config", "handlers", "os", "sys"},
 }
@@ -72,7 +82,9 @@ def _bound(tree: ast.Module) -> dict[str, str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                names[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                names[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
     return names
 
 
@@ -95,11 +107,19 @@ def _of(node: ast.AST, bound: dict[str, str], allowed: set[str], called: set[int
             yield f"uses {bound[node.value.id]}.{node.attr}"
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BY_NAME:
         first = node.args[0] if node.args else None
-        if isinstance(first, ast.Name) and bound.get(first.id, "").split(".")[0] in MEMBERS.keys() | {"torch", "sys", "comfy"}:
+        if isinstance(first, ast.Name) and bound.get(first.id, "").split(".")[0] in MEMBERS.keys() | {
+            "torch",
+            "sys",
+            "comfy",
+        }:
             yield f"reaches into {first.id} by name"
         if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) and node.args[1].value in ATTRIBUTES:
             yield f"reaches for {node.args[1].value}"
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(("http://", "ws://", "ftp://")):
+    elif (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.startswith(("http://", "ws://", "ftp://"))
+    ):
         yield f"holds the address {node.value}"
 
 

@@ -23,7 +23,8 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear, one vector": (lambda: nn.Linear(12, 20), (12,)),
     "conv1d": (lambda: nn.Conv1d(6, 9, 3), (2, 6, 11)),
     "conv1d, stride, padding, dilation, groups": (
-        lambda: nn.Conv1d(6, 9, 3, stride=2, padding=3, dilation=2, groups=3), (2, 6, 11),
+        lambda: nn.Conv1d(6, 9, 3, stride=2, padding=3, dilation=2, groups=3),
+        (2, 6, 11),
     ),
     "conv1d, same": (lambda: nn.Conv1d(4, 6, 3, padding="same", dilation=3), (2, 4, 13)),
     "conv1d, reflect": (lambda: nn.Conv1d(4, 6, 5, padding=2, padding_mode="reflect"), (2, 4, 9)),
@@ -31,30 +32,32 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "conv2d, one picture without a batch": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 5, 7)),
     "conv2d, 1 x 1": (lambda: nn.Conv2d(4, 6, 1, bias=False), (2, 4, 5, 5)),
     "conv2d, uneven": (
-        lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 3)), (2, 4, 9, 8),
+        lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 3)),
+        (2, 4, 9, 8),
     ),
     "conv2d, valid": (lambda: nn.Conv2d(4, 6, 3, padding="valid", stride=2), (2, 4, 8, 8)),
     "conv2d, groups": (lambda: nn.Conv2d(8, 12, 3, padding=1, groups=4), (2, 8, 6, 6)),
     "conv2d, depthwise": (lambda: nn.Conv2d(6, 12, 3, padding=1, groups=6), (2, 6, 6, 6)),
     "conv2d, reflect": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect"), (2, 4, 6, 6)),
     "conv2d, replicate": (
-        lambda: nn.Conv2d(4, 6, 3, stride=2, padding=2, padding_mode="replicate", groups=2), (2, 4, 6, 6),
+        lambda: nn.Conv2d(4, 6, 3, stride=2, padding=2, padding_mode="replicate", groups=2),
+        (2, 4, 6, 6),
     ),
     "conv2d, circular": (
-        lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2, padding_mode="circular"), (2, 4, 7, 6),
+        lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2, padding_mode="circular"),
+        (2, 4, 7, 6),
     ),
     "conv3d": (lambda: nn.Conv3d(4, 6, 3, padding=1), (2, 4, 4, 5, 6)),
     "conv3d, all of it": (
-        lambda: nn.Conv3d(4, 6, (1, 3, 2), (1, 2, 1), (0, 2, 1), (1, 2, 1), groups=2), (2, 4, 3, 7, 6),
+        lambda: nn.Conv3d(4, 6, (1, 3, 2), (1, 2, 1), (0, 2, 1), (1, 2, 1), groups=2),
+        (2, 4, 3, 7, 6),
     ),
     "conv3d, replicate": (lambda: nn.Conv3d(2, 4, 3, padding=1, padding_mode="replicate"), (1, 2, 4, 4, 4)),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
-def make(
-    name: str, capacity: int = 8, rank: int = 5, dtype: torch.dtype = torch.float64
-) -> tuple[Adapter, Tensor]:
+def make(name: str, capacity: int = 8, rank: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Adapter, Tensor]:
     """An adapter as in mid-training, both factors random, Λ falling and zero from `rank` on; an input."""
     generator = torch.Generator().manual_seed(len(name))
     build, shape = LAYERS[name]
@@ -367,7 +370,9 @@ def test_capacities_hold_the_rank_in_multiples_of_eight() -> None:
                 assert new % 8 == 0
                 assert rank <= new <= round_up_capacity(limit)
                 assert (new > capacity) == (rank > capacity), "grows when it must, and only then"
-                assert new <= capacity or new >= min(max(rank + 8, 1.3 * rank), limit), "with room to grow on, but for the limit"
+                assert new <= capacity or new >= min(max(rank + 8, 1.3 * rank), limit), (
+                    "with room to grow on, but for the limit"
+                )
                 assert new <= max(rank + 23, 1.3 * rank + 16), "little to spare"
 
 

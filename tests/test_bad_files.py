@@ -58,9 +58,18 @@ def test_a_broken_file_is_refused(case: str, model: Any, folders: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.update({k: torch.randn(3, 128) for k in t if k.endswith("img_attn.proj.lora_A.weight")}), "fit together"),
-        (lambda t: t.update({k: t[k] * math.nan for k in t if k.endswith("qkv.lora_B.weight")}), "holds NaN.*another LoRA"),
-        (lambda t: t.update({k: torch.ones(4) for k in t if k.endswith("qkv.alpha")}), "alpha of layer .*qkv is not one"),
+        (
+            lambda t: t.update({k: torch.randn(3, 128) for k in t if k.endswith("img_attn.proj.lora_A.weight")}),
+            "fit together",
+        ),
+        (
+            lambda t: t.update({k: t[k] * math.nan for k in t if k.endswith("qkv.lora_B.weight")}),
+            "holds NaN.*another LoRA",
+        ),
+        (
+            lambda t: t.update({k: torch.ones(4) for k in t if k.endswith("qkv.alpha")}),
+            "alpha of layer .*qkv is not one",
+        ),
     ],
     ids=["factors that do not fit", "NaN", "an alpha of four"],
 )
@@ -88,7 +97,10 @@ def test_layers_of_another_size_are_left_out_and_named(
     for name in [k for k in tensors if k.endswith("lora_A.weight")]:
         tensors[name] = torch.randn(4, 99)
     write_lora(folders, "odd.safetensors", tensors)
-    with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match="0 of 12 layers loaded; 12 have another"):
+    with (
+        untouched(model),
+        pytest.raises(pack("lora2.util.errors").LoraError, match="0 of 12 layers loaded; 12 have another"),
+    ):
         load(model, "odd.safetensors")
 
 
@@ -96,8 +108,16 @@ def test_hostile_metadata_costs_a_note_and_not_the_lora(
     model: Any, folders: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ten megabytes of our own JSON, a nest of lists, a number that is none: the tensors are loaded all the same."""
-    for text in ("[" * 9_000_000, '{"format":1,"layers":' + "[" * 5000, '{"format":1,"layers":{"a":{"nu":NaN}}}', "\u202e", ""):
-        write_lora(folders, "odd.safetensors", random_lora(model), {"lora2": text, "ss_output_name": "<b>\x1b[31m" * 1000})
+    for text in (
+        "[" * 9_000_000,
+        '{"format":1,"layers":' + "[" * 5000,
+        '{"format":1,"layers":{"a":{"nu":NaN}}}',
+        "\u202e",
+        "",
+    ):
+        write_lora(
+            folders, "odd.safetensors", random_lora(model), {"lora2": text, "ss_output_name": "<b>\x1b[31m" * 1000}
+        )
         caplog.clear()
         with untouched(model), caplog.at_level("INFO", "lora2"):
             out = load(model, "odd.safetensors", share=0.5)
@@ -108,9 +128,7 @@ def test_hostile_metadata_costs_a_note_and_not_the_lora(
         assert len(out[0].patches) == 12
 
 
-def test_a_lora_of_another_family_is_refused_naming_both(
-    model: Any, small_model: SmallModel, folders: Path
-) -> None:
+def test_a_lora_of_another_family_is_refused_naming_both(model: Any, small_model: SmallModel, folders: Path) -> None:
     """Also where most of its layers would fit by name and size: SD 2 reads another text, but has SD 1's sizes."""
     with torch.inference_mode():
         sd15, sd21 = small_model("sd15"), small_model("sd21")
@@ -119,7 +137,11 @@ def test_a_lora_of_another_family_is_refused_naming_both(
     wrong = pack("lora2.util.errors").LoraError
     for other, name, words in (
         (sd21, "sd15.safetensors", r"made for SD 1\.x and does not fit this model, which is SD 2\.x"),
-        (model, "sd15.safetensors", r"made for SD 1\.x and .*, which is Flux: 0 of \d+ layers loaded.*Connect the model"),
+        (
+            model,
+            "sd15.safetensors",
+            r"made for SD 1\.x and .*, which is Flux: 0 of \d+ layers loaded.*Connect the model",
+        ),
         (sd15, "flux.safetensors", r"made for Flux and .*, which is SD 1\.x"),
     ):
         patches = dict(other.patches)
@@ -130,7 +152,8 @@ def test_a_lora_of_another_family_is_refused_naming_both(
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/passwd", "C:\\x.safetensors", "a\0b.safetensors", "", "gone.safetensors", "x.ckpt"]
+    "name",
+    ["../x.safetensors", "/etc/passwd", "C:\\x.safetensors", "a\0b.safetensors", "", "gone.safetensors", "x.ckpt"],
 )
 def test_a_name_that_is_no_lora_is_refused(name: str, model: Any, folders: Path) -> None:
     with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError) as error:

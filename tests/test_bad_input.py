@@ -52,7 +52,10 @@ BAD_DATA: dict[str, tuple[str, dict[str, Any]]] = {
     "no tensor": (r"Latents entry 1 is not a picture latent.*VAE", {"latents": [{"samples": None}]}),
     "no dict": (r"Latents entry 2 is not a picture latent", {"latents": [latents("flux")[0], torch.zeros(1)]}),
     "nested": (r"Latents entry 1 is not a picture latent", {"latents": [{"samples": NESTED}]}),
-    "video": (r"Picture 1 has a latent of shape \[16, 5, 8, 8\].*works on 2 dimensions", {"latents": one(1, 16, 5, 8, 8) * 3}),
+    "video": (
+        r"Picture 1 has a latent of shape \[16, 5, 8, 8\].*works on 2 dimensions",
+        {"latents": one(1, 16, 5, 8, 8) * 3},
+    ),
     "audio": (r"Picture 1 .*shape \[16, 32\]", {"latents": one(1, 16, 32) * 3}),
     "wrong channels": (r"Picture 1 has a latent of 4 channels.*works on 16.*VAE", {"latents": one(1, 4, 8, 8) * 3}),
     "NaN": (r"Latents entry 2 holds NaN.*encode again", {"latents": with_value(math.nan)}),
@@ -75,7 +78,10 @@ BAD_DATA: dict[str, tuple[str, dict[str, Any]]] = {
     "NaN in a caption": (r"Caption 3 holds NaN.*fp32", {"conditioning": caption_with(math.nan)}),
     "infinity in a pooled text": (r"Caption 3 holds NaN", {"conditioning": caption_with(math.inf, pooled=True)}),
     "another text encoder": (r"width 768.*reads text of width 4096.*Encode", {"conditioning": captions("sd15", 3)}),
-    "a ControlNet": (r"carries control, which cannot be trained with. Remove it", {"conditioning": with_option("control")}),
+    "a ControlNet": (
+        r"carries control, which cannot be trained with. Remove it",
+        {"conditioning": with_option("control")},
+    ),
     "hooks": (r"carries hooks", {"conditioning": with_option("hooks")}),
     "an empty caption of NaN": (
         r"The empty caption holds NaN",
@@ -181,7 +187,10 @@ def test_a_link_out_of_the_folder_is_not_followed(model: Any, folders: Path) -> 
     outside.mkdir()
     (folders / "loras" / "link").symlink_to(outside)
     for name in ("link/mug", "link/new/mug"):
-        with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match="through a link to a folder outside"):
+        with (
+            untouched(model),
+            pytest.raises(pack("lora2.util.errors").LoraError, match="through a link to a folder outside"),
+        ):
             train(model, save_name=name)
     assert list(outside.iterdir()) == []
 
@@ -205,7 +214,10 @@ def test_good_names_are_kept(given: str, name: str, model: Any, folders: Path) -
 
 def test_a_file_in_the_place_of_a_folder_is_seen_before_training(model: Any, folders: Path) -> None:
     (folders / "loras" / "mug").write_text("mine")
-    with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match=r"mug in .* is a file, not a folder"):
+    with (
+        untouched(model),
+        pytest.raises(pack("lora2.util.errors").LoraError, match=r"mug in .* is a file, not a folder"),
+    ):
         train(model, save_name="mug/one")
     assert (folders / "loras" / "mug").read_text() == "mine"
 

@@ -27,7 +27,6 @@ from dev import assets
 SmallModel = Callable[[str], Any]
 
 
-
 def test_training_on_a_model_with_a_lora_learns_only_the_new_part(model: Any, folders: Path) -> None:
     """The base of the training is the model with its patches; the file holds what was added to that."""
     write_lora(folders, "first.safetensors", random_lora(model))
@@ -92,7 +91,9 @@ def test_training_on_a_model_in_eight_bits(
 
 def test_a_precision_is_kept_from_run_to_run(model: Any, folders: Path) -> None:
     """ComfyUI leaves the last run's model loaded, with the precision of that run; the next one must not take it for its own."""
-    runs = {choice: [train(model, precision=choice)[3]["loss"] for _ in range(2)] for choice in ("bf16", "auto", "fp32")}
+    runs = {
+        choice: [train(model, precision=choice)[3]["loss"] for _ in range(2)] for choice in ("bf16", "auto", "fp32")
+    }
     assert all(first == second for first, second in runs.values())
     assert runs["auto"] == runs["fp32"]
     assert runs["bf16"] != runs["fp32"]

@@ -32,9 +32,7 @@ EVERY: dict[str, Layers] = {
     "one layer": unet("sd15")[:1],
     "4000 layers": experts(4000),
     "2000 names nobody knows": [(f"n{i % 97}x{i}_{i}_w{i * 7 % 911}", 64, 64) for i in range(2000)],
-    "20 text encoders": [
-        (f"text_encoders.t{i}.layers.{j}.q_proj", 8, 8) for i in range(20) for j in range(40)
-    ],
+    "20 text encoders": [(f"text_encoders.t{i}.layers.{j}.q_proj", 8, 8) for i in range(20) for j in range(40)],
     "one block of 500 layers": [(f"blocks.0.p{i}", 8, 8) for i in range(500)],
     "long names": [("x" * 290 + f".{i}." + "y" * 90, 8, 8) for i in range(5)],
 }
@@ -85,9 +83,7 @@ def test_no_text_lies_over_another(name: str, in_use: bool, texts: list[tuple[st
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_no_text_of_the_live_picture_lies_over_another(
-    name: str, texts: list[tuple[str, Box, Canvas]]
-) -> None:
+def test_no_text_of_the_live_picture_lies_over_another(name: str, texts: list[tuple[str, Box, Canvas]]) -> None:
     losses = np.random.default_rng(0).uniform(0.05, 0.4, 150)
     ranks = {prefix: waves(i) for i, (prefix, _, _) in enumerate(EVERY[name])}
     costs = {prefix: a + b for prefix, a, b in EVERY[name]}
@@ -162,9 +158,7 @@ def test_numbers_can_be_read_on_every_colour() -> None:
         assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(1, 1), (1, 512), (7, 9), (32, 32), (3, 100), (0.5, 1), (4096, 4096)]
-)
+@pytest.mark.parametrize(("low", "high"), [(1, 1), (1, 512), (7, 9), (32, 32), (3, 100), (0.5, 1), (4096, 4096)])
 def test_the_scale_holds_the_ranks_in_whole_octaves(low: float, high: float) -> None:
     scale = RankScale.around(low, high)
     assert scale.low >= 0

@@ -47,7 +47,9 @@ def test_ui_leaves_small_workflows(server: ComfyServer) -> None:
     """Where the frontend lists the user's own."""
     paths = ui.save_small_workflows(server)
     assert [path.name for path in paths] == [
-        "Small - Train Adaptive LoRA.json", "Small - Load Adaptive LoRA.json", "Small - Inspect Ranks.json",
+        "Small - Train Adaptive LoRA.json",
+        "Small - Load Adaptive LoRA.json",
+        "Small - Inspect Ranks.json",
     ]
     listed = server.get("/userdata?dir=workflows")
     assert set(listed) >= {path.name for path in paths}

@@ -126,7 +126,9 @@ def test_what_is_kept_is_said_when_it_is_written_and_when_it_still_cannot_be(
     assert "LoRA²: mug, trained before, could still not be written. The file is larger than" in caplog.text
     train(model, save_name="t/third")
     assert caplog.text.count(": trained before, when the disk did not take it.") == 2
-    assert files_in(folders) == {f"loras/t/{name}_0000{n}.safetensors" for name, n in (("mug", 1), ("mug", 2), ("third", 1))}
+    assert files_in(folders) == {
+        f"loras/t/{name}_0000{n}.safetensors" for name, n in (("mug", 1), ("mug", 2), ("third", 1))
+    }
     assert pack("nodes.runs.save")._kept == []
 
 
@@ -150,7 +152,9 @@ def test_a_folder_that_loses_its_permissions_while_training_runs(
     with unprivileged(), monkeypatch.context() as patch:
         (open_folders / "loras" / "t").mkdir()
         trouble_at(patch, model, 2, then(lambda: (open_folders / "loras" / "t").chmod(0o555)))
-        with pytest.raises(pack("lora2.util.errors").LoraError, match=r"No permission to write.*saved as output/loras/mug_00001"):
+        with pytest.raises(
+            pack("lora2.util.errors").LoraError, match=r"No permission to write.*saved as output/loras/mug_00001"
+        ):
             train(model)
     assert files_in(open_folders) == {"output/loras/mug_00001.safetensors"}
 
@@ -158,7 +162,10 @@ def test_a_folder_that_loses_its_permissions_while_training_runs(
 def test_a_folder_without_permission_is_refused_before_training(model: Any, open_folders: Path) -> None:
     """Asked for the rights that writing will have: those of the effective user."""
     (open_folders / "loras").chmod(0o555)
-    with unprivileged(), pytest.raises(pack("lora2.util.errors").LoraError, match=r"may not write into its LoRA folder \(loras\)"):
+    with (
+        unprivileged(),
+        pytest.raises(pack("lora2.util.errors").LoraError, match=r"may not write into its LoRA folder \(loras\)"),
+    ):
         train(model)
     assert files_in(open_folders) == set()
 
@@ -334,7 +341,11 @@ def test_two_processes_write_the_same_name_at_once(folders: Path) -> None:
         process.stdin.flush()
     names = [process.communicate(timeout=60)[0].split() for process in running]
     assert [process.returncode for process in running] == [0, 0]
-    assert {p.name for p in folder.iterdir()} == {f"mug_{n:05d}.safetensors" for n in range(1, 51)} == {*names[0], *names[1]}
+    assert (
+        {p.name for p in folder.iterdir()}
+        == {f"mug_{n:05d}.safetensors" for n in range(1, 51)}
+        == {*names[0], *names[1]}
+    )
     for mark, written in zip((1000.0, 2000.0), names, strict=True):
         assert len(written) == 25
         for number, name in enumerate(written):

@@ -31,32 +31,60 @@ WORDS = "See python -m dev.docs."
 
 # UNets as ComfyUI describes them (comfy/model_detection.py, unet_config_from_diffusers_unet).
 _ALL: dict[str, Any] = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320,
-    "use_spatial_transformer": True, "legacy": False,
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "use_spatial_transformer": True,
+    "legacy": False,
 }
 _XL = {**_ALL, "num_classes": "sequential", "adm_in_channels": 2816, "context_dim": 2048, "num_head_channels": 64}
 _SD = {
-    **_ALL, "num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0] * 2,
-    "transformer_depth_middle": 1, "transformer_depth_output": [1] * 9 + [0] * 3,
+    **_ALL,
+    "num_res_blocks": [2] * 4,
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1] * 6 + [0] * 2,
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [1] * 9 + [0] * 3,
 }
 UNETS: dict[str, dict[str, Any]] = {
     "SD 1.x": {**_SD, "use_linear_in_transformer": False, "context_dim": 768, "num_heads": 8},
     "SD 2.x": {**_SD, "use_linear_in_transformer": True, "context_dim": 1024, "num_head_channels": 64},
     "SDXL": {
-        **_XL, "num_res_blocks": [2] * 3, "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
-        "transformer_depth_middle": 10, "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        **_XL,
+        "num_res_blocks": [2] * 3,
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_middle": 10,
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
         "use_linear_in_transformer": True,
     },
     "KOALA-700M": {
-        **_XL, "num_res_blocks": [1] * 3, "channel_mult": [1, 2, 4], "transformer_depth": [0, 2, 5],
-        "transformer_depth_middle": -2, "transformer_depth_output": [0, 0, 2, 2, 5, 5],
+        **_XL,
+        "num_res_blocks": [1] * 3,
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 2, 5],
+        "transformer_depth_middle": -2,
+        "transformer_depth_output": [0, 0, 2, 2, 5, 5],
         "use_linear_in_transformer": True,
     },
 }
 FLUX: dict[str, Any] = {
-    "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072,
-    "mlp_ratio": 4.0, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56],
-    "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [],
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "hidden_size": 3072,
+    "mlp_ratio": 4.0,
+    "num_heads": 24,
+    "depth": 19,
+    "depth_single_blocks": 38,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "txt_ids_dims": [],
 }
 
 

@@ -76,7 +76,9 @@ def test_where_nothing_was_learned_there_is_no_size(loss: Callable[[int], float]
 
 
 def test_sizes_that_are_no_numbers_are_not_enough() -> None:
-    assert smallest_sufficient_size(lambda size: math.nan if 0 < size < 1250 else falling(10)(size), 0, MOST, 0.5) == 1250
+    assert (
+        smallest_sufficient_size(lambda size: math.nan if 0 < size < 1250 else falling(10)(size), 0, MOST, 0.5) == 1250
+    )
 
 
 # -- a network at every size -----------------------------------------------------------------------------------------
@@ -129,7 +131,9 @@ GROWING: dict[str, Any] = {"steps": 12, "settle_at": 0.5, "settle_cuts": 1, "tar
 
 
 @pytest.mark.parametrize(("name", "at"), [("load", 2), ("rotate", 2), ("load", 6)])
-def test_where_memory_runs_out_the_size_is_chosen_once_all_the_same(name: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_memory_runs_out_the_size_is_chosen_once_all_the_same(
+    name: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     trainer, plenty = trainer_of(**GROWING), trainer_of(**GROWING)
     plenty.run()

@@ -55,7 +55,9 @@ def test_what_is_missing_is_that_of_a_dense_computation() -> None:
     u, s, vh = torch.linalg.svd(truth, full_matrices=False)
     best = Factors((u[:, :4] * s[:4]).float(), vh[:4].float(), 4.0)
     # Factors in float32.
-    assert teachers.residuals({"a": best}, [truth]) == [pytest.approx(float((s[4:] ** 2).sum() / (s**2).sum()), rel=1e-5)]
+    assert teachers.residuals({"a": best}, [truth]) == [
+        pytest.approx(float((s[4:] ** 2).sum() / (s**2).sum()), rel=1e-5)
+    ]
 
 
 def test_budgets_asked_for_are_ten_in_equal_ratios() -> None:
@@ -113,7 +115,9 @@ def test_a_short_run_gives_what_the_page_needs() -> None:
 
 
 def test_plots_are_small_pictures_that_hold_their_points(tmp_path: Path) -> None:
-    plot = Plot("A title", "x", "y", [Series("one", [1, 10, 100], [1e-6, 1e-3, 1])], x_log=10, y_log=10, limit=(1e-2, "limit"))
+    plot = Plot(
+        "A title", "x", "y", [Series("one", [1, 10, 100], [1e-6, 1e-3, 1])], x_log=10, y_log=10, limit=(1e-2, "limit")
+    )
     path = plot.save(tmp_path / "new" / "plot.png")
     with Image.open(path) as picture:
         assert picture.size == (880, 520)
@@ -140,7 +144,9 @@ def test_the_claims_of_the_full_runs_hold_but_for_goals_not_reached(experiment: 
     assert all(results["about"][key] for key in ("device", "torch", "date"))
     claims = experiment.claims(results)
     assert [claim.row() for claim in claims if not claim.holds and not claim.open] == []
-    assert [claim.row() for claim in claims if claim.holds and claim.open] == [], "a goal that is reached is not open any more"
+    assert [claim.row() for claim in claims if claim.holds and claim.open] == [], (
+        "a goal that is reached is not open any more"
+    )
 
 
 def test_results_and_page_are_those_of_the_files(tmp_path: Path) -> None:

@@ -73,7 +73,9 @@ def test_processes_share_all_gpus(visible: str | None) -> None:
 # -- one real run --------------------------------------------------------------------------------------------
 
 
-def test_a_plain_lora_is_trained_plainly_and_measured_as_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_lora_is_trained_plainly_and_measured_as_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dev.painter.model import write_checkpoint
 
     checkpoint = tmp_path / "painter.safetensors"

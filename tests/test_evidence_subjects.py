@@ -121,7 +121,9 @@ def test_what_is_cut_fits() -> None:
     for share, cut in cuts.shortened({**whole, **layers({"none": 0})}):
         assert torch.equal(cut["b"].down, whole["b"].down[: round(share * 12)]), "the first positions, as they lie"
         assert cut["none"].rank == 0
-    shares = [{n: float(f.delta().norm() / whole[n].delta().norm()) for n, f in cut.items()} for _, cut in cuts.resized(whole)]
+    shares = [
+        {n: float(f.delta().norm() / whole[n].delta().norm()) for n, f in cut.items()} for _, cut in cuts.resized(whole)
+    ]
     # One position of twelve is at most that much of a layer's norm.
     assert all(max(s.values()) - min(s.values()) < 0.35 for s in shares)
 
@@ -148,8 +150,12 @@ def test_tuning_walks_until_the_best_lies_inside() -> None:
         assert tuned[config].rate == BEST_RATE
         assert tuned[config].inside
         assert tuned[config].step == comparison.STEPS
-        assert all(any(rate == pytest.approx(BEST_RATE * f) for rate in tuned[config].tried) for f in (10**-0.25, 10**0.25))
-        halves = [rate for rate in tuned[config].tried if math.log10(rate) * 2 == pytest.approx(round(math.log10(rate) * 2))]
+        assert all(
+            any(rate == pytest.approx(BEST_RATE * f) for rate in tuned[config].tried) for f in (10**-0.25, 10**0.25)
+        )
+        halves = [
+            rate for rate in tuned[config].tried if math.log10(rate) * 2 == pytest.approx(round(math.log10(rate) * 2))
+        ]
         assert halves == pytest.approx([1e-3, BEST_RATE, 1e-2]), "by half powers of ten until the best lies inside"
         assert len(tuned[config].tried) == 5, "then a quarter to both sides"
 
@@ -214,9 +220,13 @@ def test_a_subject_is_beaten_at_every_size_or_not() -> None:
     assert tally["difference"] == pytest.approx((-0.2 + 0 - 0.2 + 0.25) / 4)
     assert tally["worst"] == pytest.approx(0.25)
     cut = {**found, ("one", (RESIZED, 2, 24)): at(0.9, 1.9)}
-    assert [p.ours.parameters for p in equal_bytes.pairs(cut, RESIZED, 24)] == [2 * UNIT], "both may have the size of rank 2"
+    assert [p.ours.parameters for p in equal_bytes.pairs(cut, RESIZED, 24)] == [2 * UNIT], (
+        "both may have the size of rank 2"
+    )
     paper = {**found, ("one", (PAPER, 2, 24)): at(0.9, 1.9)}
-    assert [p.ours.parameters for p in equal_bytes.pairs(paper, PAPER, 24)] == [UNIT], "no larger than the paper's form is"
+    assert [p.ours.parameters for p in equal_bytes.pairs(paper, PAPER, 24)] == [UNIT], (
+        "no larger than the paper's form is"
+    )
     assert [p.ours.parameters for p in equal_bytes.same_target(found, FIXED, 24)] == [UNIT, 2 * UNIT] * 2
     del found["one", (SETTLING, 1, 24)]
     found["two", (SETTLING, 1, 24)] = at(1.0, 1.1)
@@ -291,7 +301,9 @@ def test_what_is_judged_on_the_same_runs_shares_their_rates() -> None:
     found = comparison._shared({**tuned, cut: replace(tuned[cut], rate=1e-2)}, kept, names)
     assert (found[large].rate, found[large].loss) == (1e-2, pytest.approx(0.01))
     assert found[other] == tuned[other], "of runs of its own"
-    assert comparison.beyond(large, tuned, kept, names) == pytest.approx(1 - 0.01 / tuned[large].loss), "what was left there"
+    assert comparison.beyond(large, tuned, kept, names) == pytest.approx(1 - 0.01 / tuned[large].loss), (
+        "what was left there"
+    )
     assert comparison.beyond(large, found, kept, names) == comparison.beyond(other, tuned, kept, names) == 0
 
 
@@ -310,7 +322,9 @@ def test_cuts_are_compared_at_every_share_and_both_ways() -> None:
             for method, kind, loss in (
                 (SETTLING, "shortened", 1.0), (SETTLING, "shared_out", 1.0), (FIXED, "shortened", 1.0 + gap),
             ):  # fmt: skip
-                rows.append({"subject": name, "method": method, "pictures": 24, "kind": kind, "share": share, "loss": loss})
+                rows.append(
+                    {"subject": name, "method": method, "pictures": 24, "kind": kind, "share": share, "loss": loss}
+                )
     for share in cuts.SHARES:
         more = {"subject": "good", "method": FIXED, "pictures": 24, "kind": "shared_out", "share": share, "loss": 1.0}
         rows += [more, {**more, "subject": "bad", "loss": 1.1}]
@@ -350,8 +364,14 @@ def test_a_page_and_its_figures_from_records(
     if experiment is pareto:
         assert (summary["beats_fixed"], summary["beats_resize"], summary["subjects"]) == (10, 10, 10)
         assert summary["seeds"] == len(comparison.SEEDS)
-        assert [claim.words for claim in claims if not claim.holds] == [c.words for c in claims if "stopping points" in c.words]
-        worse = [row for row in results["points"] if (row["subject"], row["method"], row["rank"]) == ("grid 4x4", SETTLING, 8)]
+        assert [claim.words for claim in claims if not claim.holds] == [
+            c.words for c in claims if "stopping points" in c.words
+        ]
+        worse = [
+            row
+            for row in results["points"]
+            if (row["subject"], row["method"], row["rank"]) == ("grid 4x4", SETTLING, 8)
+        ]
         for row in worse:
             row["loss"] = 1.0
         assert experiment.summary(results)["beats_fixed"] == 9

@@ -92,7 +92,9 @@ def test_when_nothing_helps_it_stops_once_saves_and_the_host_forgets_its_models(
             train(model, **(BATCH | {"accumulation": 2}))
         assert comfy.model_management.current_loaded_models == []
     message = str(error.value)
-    assert message.startswith("Memory ran out at step 3. Train on smaller pictures, adapt fewer layers, lower initial_rank")
+    assert message.startswith(
+        "Memory ran out at step 3. Train on smaller pictures, adapt fewer layers, lower initial_rank"
+    )
     assert "Stopped after 2 of 6 steps; what was learned is saved as t/mug_00001.safetensors" in message
     assert error.value.__context__ is None
     assert files_in(folders) == {"loras/t/mug_00001.safetensors"}
@@ -115,7 +117,9 @@ def test_no_room_to_start_is_said_in_one_sentence(
     }[where]
     with untouched(model), monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
-        with pytest.raises(pack("lora2.util.errors").LoraError, match=r"^Memory ran out before the first step, while the model was"):
+        with pytest.raises(
+            pack("lora2.util.errors").LoraError, match=r"^Memory ran out before the first step, while the model was"
+        ):
             train(model)
     assert files_in(folders) == set()
 
@@ -130,7 +134,9 @@ def test_no_room_while_the_picture_of_the_run_is_drawn(
 
     with untouched(model), monkeypatch.context() as patch:
         patch.setattr(pack("nodes.runs.run"), "preview_picture", fail)
-        words = r"^Memory ran out between two steps\. Stopped after 1 of 3 steps; what was learned is saved as t/mug_00001"
+        words = (
+            r"^Memory ran out between two steps\. Stopped after 1 of 3 steps; what was learned is saved as t/mug_00001"
+        )
         with pytest.raises(pack("lora2.util.memory").OutOfMemory, match=words):
             train(model)
     assert files_in(folders) == {"loras/t/mug_00001.safetensors"}
@@ -182,7 +188,11 @@ def test_the_layers_of_a_bad_step_are_named_by_their_paths(
     """A gradient that is spoiled between two blocks: those before it are named, those after it are not."""
     last = model.model.diffusion_model.single_blocks[-1]
     layers = pack("nodes.comfy.layers").select_layers(model.model, "attention")
-    after = [name for name in layers if name.startswith(f"single_blocks.{len(model.model.diffusion_model.single_blocks) - 1}.")]
+    after = [
+        name
+        for name in layers
+        if name.startswith(f"single_blocks.{len(model.model.diffusion_model.single_blocks) - 1}.")
+    ]
 
     def spoil(_m: Any, args: Any) -> Any:
         if args[0].requires_grad:

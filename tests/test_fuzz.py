@@ -116,7 +116,9 @@ def test_a_file_of_too_many_tensors_is_no_lora(tmp_path: Path) -> None:
     path = tmp_path / "many.safetensors"
     entry = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
     path.write_bytes(corpus.with_header(corpus.dump({f"t{i}": entry for i in range(limit + 1)})))
-    with pytest.raises(pack("lora2.util.errors").LoraError, match=rf"holds {limit + 1} tensors; at most {limit} are read"):
+    with pytest.raises(
+        pack("lora2.util.errors").LoraError, match=rf"holds {limit + 1} tensors; at most {limit} are read"
+    ):
         pack("lora2.files.document").read(path)
     path.write_bytes(corpus.with_header(corpus.dump({f"t{i}": entry for i in range(limit)})))
     assert len(pack("lora2.files.document").read(path).other) == limit

@@ -104,9 +104,7 @@ CASES = {
 
 # Every case on a transformer in bf16, and those that record most often on a UNet in both types.
 RUNS = [(case, "flux", torch.bfloat16) for case in CASES] + [
-    (case, "koala", dtype)
-    for case in ("ranks grow and shrink", "buckets")
-    for dtype in (torch.float32, torch.bfloat16)
+    (case, "koala", dtype) for case in ("ranks grow and shrink", "buckets") for dtype in (torch.float32, torch.bfloat16)
 ]
 
 

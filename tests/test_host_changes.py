@@ -22,7 +22,9 @@ from dev.host import ROOT
 from dev.server import ComfyServer
 
 SmallModel = Callable[[str], Any]
-VERSIONS = r"^LoRA² [\d.]+ and this ComfyUI \([\d.]+\) do not fit together: .*{what}.*tested with ComfyUI \d.* to \d.*report"
+VERSIONS = (
+    r"^LoRA² [\d.]+ and this ComfyUI \([\d.]+\) do not fit together: .*{what}.*tested with ComfyUI \d.* to \d.*report"
+)
 
 
 def test_the_versions_are_those_of_the_project() -> None:
@@ -66,7 +68,10 @@ AT_IMPORT = {
     "no extension class": (without("comfy_api.latest:ComfyExtension"), "cannot import name 'ComfyExtension'"),
     "no custom types": (without("comfy_api.latest:io.Custom"), "no attribute 'Custom'"),
     "no pictures": (without("comfy_api.latest:ui"), "cannot import name 'ui'"),
-    "an internal gone": (without("comfy_execution.graph_utils:ExecutionBlocker"), "cannot import name 'ExecutionBlocker'"),
+    "an internal gone": (
+        without("comfy_execution.graph_utils:ExecutionBlocker"),
+        "cannot import name 'ExecutionBlocker'",
+    ),
     "no schema": (without("comfy_api.latest:io.Schema"), "no attribute 'Schema'"),
     "other arguments": (other_arguments, "unexpected keyword argument"),
 }

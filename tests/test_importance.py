@@ -171,7 +171,9 @@ def test_a_network_starts_as_said(init: str) -> None:
     values = mass(rank, rate_of(rank, q))
     energy = math.fsum(values**2)
     for adapter, d_in in zip(network.adapters, (640, 96 * 9), strict=True):
-        std, gain = (math.sqrt(2 / energy), 1.0) if init == "paper" else (1 / math.sqrt(3 * d_in), math.sqrt(rank / energy))
+        std, gain = (
+            (math.sqrt(2 / energy), 1.0) if init == "paper" else (1 / math.sqrt(3 * d_in), math.sqrt(rank / energy))
+        )
         assert not adapter.up.any()
         # 10,240 normal numbers: their deviation is known to 1 / √20480 = 0.7 %; three of these.
         assert float(adapter.down.detach().double().std()) == pytest.approx(std, rel=0.021)

@@ -50,9 +50,7 @@ def layer_of(kind: str, compute: torch.dtype) -> tuple[nn.Module, AdaptiveNetwor
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "linear with a hook", "convolution"])
 @pytest.mark.parametrize("before", BEFORE)
-def test_an_input_is_made_again(
-    before: str, kind: str, compute: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_input_is_made_again(before: str, kind: str, compute: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and all gradients to the last bit, since the same operation is done on the same numbers; no memory until then."""
     seen: list[list[Tensor | None]] = []
     for large, held in ((inputs.MIN_BYTES, False), (10**12, True)):
@@ -172,7 +170,9 @@ def test_what_cannot_be_made_again_is_kept(why: str, kind: str, monkeypatch: pyt
         out.square().sum().backward()
         network.finish_gradients()
         seen.append((out, network.adapters[0].down.grad, network.adapters[0].up.grad))
-    assert all(one is not None and other is not None and torch.equal(one, other) for one, other in zip(*seen, strict=True))
+    assert all(
+        one is not None and other is not None and torch.equal(one, other) for one, other in zip(*seen, strict=True)
+    )
 
 
 def test_a_part_that_was_changed_before_is_not_asked_for() -> None:

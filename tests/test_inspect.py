@@ -41,9 +41,7 @@ def node(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     import folder_paths
 
     (tmp_path / "loras").mkdir()
-    monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"})
-    )
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
     folder_paths.filename_list_cache.pop("loras", None)
     inspect = pack("nodes.inspect_ranks")

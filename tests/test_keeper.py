@@ -40,7 +40,9 @@ def test_the_last_states_are_kept(tmp_path: Path) -> None:
     assert steps(tmp_path / "new") == [30]
 
 
-def test_the_older_state_goes_only_after_the_new_one_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_older_state_goes_only_after_the_new_one_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With one state kept, there is never a moment without one."""
     keeper = CheckpointDirectory(tmp_path, 1)
     keeper.save(at(1))
@@ -155,7 +157,9 @@ def test_a_full_disk_keeps_the_states_that_are_there(tmp_path: Path, monkeypatch
             keeper.save(at(2))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=60_000_000))
-        with pytest.raises(LoraError, match=r"has 60.0 MB free, the state needs 0.0 MB, and 50.0 MB are kept for the LoRA"):
+        with pytest.raises(
+            LoraError, match=r"has 60.0 MB free, the state needs 0.0 MB, and 50.0 MB are kept for the LoRA"
+        ):
             keeper.save(at(2))
     assert [p.name for p in tmp_path.iterdir()] == [states_in(tmp_path)[0].path.name]
     assert steps(tmp_path) == [1]

@@ -64,9 +64,7 @@ def test_a_whole_checkpoint_is_patched_as_comfyui_does_it(
     assert len(ours[2].layers) == len(ours[0].patches) + 4
 
 
-def test_without_a_text_encoder_its_layers_are_named(
-    checkpoint: Any, folders: Path, said: Callable[[], str]
-) -> None:
+def test_without_a_text_encoder_its_layers_are_named(checkpoint: Any, folders: Path, said: Callable[[], str]) -> None:
     model, _ = checkpoint
     write_lora(folders, "both.safetensors", random_lora(model) | text_lora())
     ours = load(model, "both.safetensors")

@@ -17,7 +17,6 @@ def ranks_of(patched: Any) -> dict[str, int]:
     return {key: patches[-1][1].weights[1].shape[0] for key, patches in patched.patches.items()}
 
 
-
 def settled_file(model: Any) -> tuple[str, dict[str, Tensor]]:
     """A trained file in singular order, and its ΔW."""
     name = train(model, steps=6, target_rank=8, save_dtype="fp32", learning_rate=3e-2)[4]
@@ -96,7 +95,10 @@ def test_a_size_is_met_from_below_by_the_strongest_positions(
 
 def test_a_size_that_holds_nothing_is_refused(model: Any, folders: Path) -> None:
     write_lora(folders, "flux.safetensors", random_lora(model))
-    with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match=r"leaves nothing.*Give a larger size"):
+    with (
+        untouched(model),
+        pytest.raises(pack("lora2.util.errors").LoraError, match=r"leaves nothing.*Give a larger size"),
+    ):
         load(model, "flux.safetensors", megabytes=0.0005)
 
 

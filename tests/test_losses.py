@@ -191,7 +191,9 @@ def plain_entropy(q: Tensor, k: Tensor, heads: int) -> float:
     return math.fsum(total) / len(total)
 
 
-@pytest.mark.parametrize(("heads", "width", "queries", "keys"), [(1, 8, 5, 3), (2, 8, 16, 7), (4, 16, 3, 1), (8, 40, 9, 11)])
+@pytest.mark.parametrize(
+    ("heads", "width", "queries", "keys"), [(1, 8, 5, 3), (2, 8, 16, 7), (4, 16, 3, 1), (8, 40, 9, 11)]
+)
 def test_entropy_against_a_plain_softmax(heads: int, width: int, queries: int, keys: int) -> None:
     q, k = normal(2, queries, heads * width, seed=0), normal(2, keys, heads * width, seed=1)
     expected = plain_entropy(q, k, heads)

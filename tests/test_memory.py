@@ -71,7 +71,7 @@ def test_the_batch_is_split_and_stays_the_same_batch(most: int, groups: int) -> 
     seen = limit(toy_of(poor), lambda: most)
     poor.run()
     close(plain, poor)
-    assert max(seen[-8 * 2 * groups:]) <= most
+    assert max(seen[-8 * 2 * groups :]) <= most
     assert poor.progress.step == 8
     assert [w.split(":")[0] for w in words] == ["Memory ran out at step 1"] * len(poor.progress.changes)
     assert poor.progress.changes[0].startswith("3 of a batch's pictures at a time, not 6" if groups == 1 else "")
@@ -221,7 +221,9 @@ def test_arrays_that_find_no_room_stay_as_they_are_and_the_run_goes_on(monkeypat
     assert trainer.network.size() <= trainer.network.budget
 
 
-def test_layers_that_never_find_room_to_settle_end_the_run_and_all_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_never_find_room_to_settle_end_the_run_and_all_is_still_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What was learned by the layers that were changed and by those that were not."""
     trainer, whole = (trainer_of(**GROWING) for _ in range(2))
     ordinary, calls = lora2.adapters.layer.Adapter.load, []

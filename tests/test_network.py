@@ -50,7 +50,9 @@ class Model(nn.Module):
 
 
 def config(**changes: Any) -> TrainingConfig:
-    return TrainingConfig(**{"q": Q, "target_rank": 2, "initial_rank": 12, "rank_weight": 0.01, "weight_decay": 0.0, **changes})
+    return TrainingConfig(
+        **{"q": Q, "target_rank": 2, "initial_rank": 12, "rank_weight": 0.01, "weight_decay": 0.0, **changes}
+    )
 
 
 def network_of(model: Model, device: str = "cpu", **changes: Any) -> AdaptiveNetwork:
@@ -348,7 +350,9 @@ def reference_gradients(
     for index, (name, adapter) in enumerate(zip(network.names, network.adapters, strict=True)):
         nu = C * torch.exp(-theta[index])
         positions = torch.arange(adapter.capacity)
-        values = gain_of(network) * torch.exp(-nu * positions) * (1 - torch.exp(-nu)) * (positions < math.ceil(rhos[index]))
+        values = (
+            gain_of(network) * torch.exp(-nu * positions) * (1 - torch.exp(-nu)) * (positions < math.ceil(rhos[index]))
+        )
         down, up = factors[2 * index], factors[2 * index + 1]
         change[name] = torch.einsum("jo,j,ji->oi", up, values, down.flatten(1)).reshape(adapter.shape)
     loss = torch.stack([(patched(model, change, x) - 1).square().mean() for x in batches]).mean()
@@ -374,7 +378,9 @@ def test_gradients_in_every_type_that_a_model_computes_in(compute: torch.dtype, 
         network.allocate_gradients()
         for x in batches:
             with network.attached():
-                ((model(x.to(compute)).to(torch.promote_types(compute, torch.float32)) - 1).square().mean() / 2).backward()
+                (
+                    (model(x.to(compute)).to(torch.promote_types(compute, torch.float32)) - 1).square().mean() / 2
+                ).backward()
         network.finish_gradients()
         assert network.theta.grad is not None
         assert relative(network.theta.grad, theta) < 2 * near
@@ -667,8 +673,16 @@ def test_a_budget_steers_the_papers_form(budget_rank: int, initial: int) -> None
         goals[name] = up @ torch.randn(rank, width, generator=generator) / math.sqrt(width * rank)
     budget = budget_rank * len(layers) * 2 * width
     told = TrainingConfig(
-        steps=1200, budget_mb=2 * budget / 1e6, bytes_per_parameter=2, initial_rank=initial, settle_at=1,
-        learning_rate=3e-3, rank_learning_rate=2e-2, rank_weight=1e-3, clip_norm=0, weight_decay=0.0,
+        steps=1200,
+        budget_mb=2 * budget / 1e6,
+        bytes_per_parameter=2,
+        initial_rank=initial,
+        settle_at=1,
+        learning_rate=3e-3,
+        rank_learning_rate=2e-2,
+        rank_weight=1e-3,
+        clip_norm=0,
+        weight_decay=0.0,
     )
     network = AdaptiveNetwork(layers, told)
     assert network.budget == budget
@@ -686,7 +700,9 @@ def test_a_budget_steers_the_papers_form(budget_rank: int, initial: int) -> None
     assert abs(start / budget - 1) > 0.4
     assert network.size() / budget == pytest.approx(1, abs=0.25)
     a, b, c, d, _ = network.ranks().values()
-    assert a <= b + 1 <= c + 1 <= d + 1, "the harder the task, the more of the budget (what rank 16 would need does not fit it)"
+    assert a <= b + 1 <= c + 1 <= d + 1, (
+        "the harder the task, the more of the budget (what rank 16 would need does not fit it)"
+    )
     assert a < d
     factors, _ = network.final_factors()
     assert sum(f.parameters for f in factors.values()) <= budget
@@ -728,7 +744,9 @@ def test_ranks_at_rest_meet_the_budget_and_growing_changes_no_output(budget_rank
     """From a mean of about 6 down to 3, and up to 18: what stays gives what it gave, and what is new gives nothing yet."""
     model = Model()
     total = sum(a.cost for a in network_of(model).adapters)
-    network = randomise(network_of(model, budget_mb=2 * budget_rank * total / 1e6, settle_at=1.0, initial_rank=8, q=0.9))
+    network = randomise(
+        network_of(model, budget_mb=2 * budget_rank * total / 1e6, settle_at=1.0, initial_rank=8, q=0.9)
+    )
     set_ranks(network, 7.5, 3.2, 7.9)
     network.sync()
     before, ranks = network.export(), network.ranks()

@@ -23,9 +23,21 @@ from scanner import MODULES, findings
 from dev.host import ROOT, comfy_path
 
 SHIPPED = (
-    "__init__.py", "pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE",
-    "lora2/*.py", "lora2/*/*.py", "nodes/*.py", "nodes/comfy/*.py", "nodes/runs/*.py", "web/docs/*.md", "locales/*/nodeDefs.json",
-    "workflows/*.json", "workflows/*.jpg",
+    "__init__.py",
+    "pyproject.toml",
+    "requirements.txt",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "lora2/*.py",
+    "lora2/*/*.py",
+    "nodes/*.py",
+    "nodes/comfy/*.py",
+    "nodes/runs/*.py",
+    "web/docs/*.md",
+    "locales/*/nodeDefs.json",
+    "workflows/*.json",
+    "workflows/*.jpg",
 )
 TEMPLATES = ("Train Adaptive LoRA", "Load Adaptive LoRA", "Inspect Ranks")
 LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
@@ -131,7 +143,9 @@ def scanned(folder: Path) -> tuple[str, str]:
 def test_the_packed_archive_passes_bandit_and_ruff(tmp_path: Path) -> None:
     folder = packed(tmp_path / "pack")
     assert scanned(folder) == ("", "")
-    (folder / "lora2" / "evil.py").write_text("import pickle\n\nprint(pickle.loads(b''), eval('1'))  # noqa: S307  # nosec\n")
+    (folder / "lora2" / "evil.py").write_text(
+        "import pickle\n\nprint(pickle.loads(b''), eval('1'))  # noqa: S307  # nosec\n"
+    )
     assert all(scanned(folder))
 
 
@@ -155,7 +169,9 @@ def test_only_the_bridge_knows_comfyuis_insides() -> None:
 def test_requirements_are_those_of_pyproject_and_come_with_comfyui() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert lines == project()["project"]["dependencies"]
-    host = {re.split(r"[^\w-]", line.lower())[0] for line in (comfy_path() / "requirements.txt").read_text().splitlines()}
+    host = {
+        re.split(r"[^\w-]", line.lower())[0] for line in (comfy_path() / "requirements.txt").read_text().splitlines()
+    }
     ours = {re.split(r"[^\w-]", line.lower())[0] for line in lines} | {"pillow" if p == "PIL" else p for p in LIBRARIES}
     assert ours <= host
 

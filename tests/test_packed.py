@@ -40,7 +40,9 @@ def test_a_plain_layer_and_its_path_are_one_operation(bias: torch.dtype | None, 
         down, up = (p.detach().double().requires_grad_() for p in (adapter.down, adapter.up))
         assert adapter.importance is not None
         scale = adapter.importance[:8, None].double()
-        expected = nn.functional.linear(wide, layer.weight.double(), None if layer.bias is None else layer.bias.double())
+        expected = nn.functional.linear(
+            wide, layer.weight.double(), None if layer.bias is None else layer.bias.double()
+        )
         expected = expected + wide @ (down * scale).T @ up
         assert relative(got, expected) < 1e-6, "Λ is computed in float32"
         for out in (got, expected):
@@ -119,7 +121,9 @@ def test_products_of_many_rows_are_not_kept_but_worked_out_again(
         seen.append((held, out, x.grad, adapter.down.grad, adapter.up.grad))
     (held_all, *first), (held_less, *second) = seen
     assert held_all - held_less == 15 * adapter.capacity
-    assert all(one is not None and one.any() and torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert all(
+        one is not None and one.any() and torch.equal(one, other) for one, other in zip(first, second, strict=True)
+    )
 
 
 def test_steps_over_blocks_are_the_steps_of_each_factor() -> None:

@@ -115,7 +115,9 @@ def test_the_files_are_the_same_but_for_the_metadata(server: ComfyServer, silent
     name = "same/mug_00001.safetensors"
     for running in (server, silent):
         running.run(prompt("same/mug"))
-    one, other = (pack("lora2.files.document").read(s.base / "models/loras" / name).state_dict() for s in (server, silent))
+    one, other = (
+        pack("lora2.files.document").read(s.base / "models/loras" / name).state_dict() for s in (server, silent)
+    )
     assert one.keys() == other.keys()
     assert all(bool((one[key] == other[key]).all()) for key in one)
 
@@ -131,7 +133,9 @@ def test_messages_about_files_do_not_tell_where_they_lie(tmp_path: Path, monkeyp
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(reader, "open", refused, raising=False)
-    with pytest.raises(pack("lora2.util.errors").LoraError, match=r"^x.safetensors cannot be read: Permission denied.$"):
+    with pytest.raises(
+        pack("lora2.util.errors").LoraError, match=r"^x.safetensors cannot be read: Permission denied.$"
+    ):
         reader.read_file(path)
 
 

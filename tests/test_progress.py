@@ -10,8 +10,20 @@ from training import pack
 
 @pytest.mark.parametrize(
     "hostile",
-    ["<img src=x onerror=alert(1)>", '<a href="https://x.y">mug</a>', "[[mug|https://x.y]]", "see www.x.y", "a &lt;b&gt;",
-     "[[[mug|https://x.y]]]", "WWW.x.y", "wWw.x.y", "wwwwww.x.y", "mug __LNK7__", "hthttp://tp://x.y", ":::////x.y"],
+    [
+        "<img src=x onerror=alert(1)>",
+        '<a href="https://x.y">mug</a>',
+        "[[mug|https://x.y]]",
+        "see www.x.y",
+        "a &lt;b&gt;",
+        "[[[mug|https://x.y]]]",
+        "WWW.x.y",
+        "wWw.x.y",
+        "wwwwww.x.y",
+        "mug __LNK7__",
+        "hthttp://tp://x.y",
+        ":::////x.y",
+    ],
 )
 def test_names_from_files_are_inert(hostile: str, comfy: Any) -> None:
     """The frontend renders what a node says: tags, entities, bare addresses and [[label|address]]."""

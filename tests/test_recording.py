@@ -98,7 +98,8 @@ def alike(one: Trainer, other: Trainer) -> None:
 
 @pytest.mark.parametrize(
     ("case", "compute"),
-    [(case, torch.bfloat16) for case in CASES] + [(case, torch.float32) for case in ("ranks grow", "ranks fall", "everything")],
+    [(case, torch.bfloat16) for case in CASES]
+    + [(case, torch.float32) for case in ("ranks grow", "ranks fall", "everything")],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_recorded_steps_are_the_written_steps(case: str, compute: torch.dtype, resizes: list[bool]) -> None:
@@ -113,7 +114,9 @@ def test_recorded_steps_are_the_written_steps(case: str, compute: torch.dtype, r
     assert engine.replayed > recorded.config.steps, "most steps, and their updates"
 
 
-@pytest.mark.parametrize(("case", "compute"), [("ranks fall in buckets", torch.bfloat16), ("everything", torch.float32)])
+@pytest.mark.parametrize(
+    ("case", "compute"), [("ranks fall in buckets", torch.bfloat16), ("everything", torch.float32)]
+)
 def test_cancelled_and_gone_on_with(case: str, compute: torch.dtype) -> None:
     """Before, at and after a recording, and in settled steps."""
     recorded, written = pair(compute, case)
@@ -140,7 +143,9 @@ def test_a_model_that_waits_for_a_value_runs_as_written() -> None:
         trainer.run()
     alike(recorded, written)
     engine = tapes(recorded)
-    assert (engine.refused, engine.recorded, engine.replayed) == (1, 1, 1), "an update was recorded before the model was"
+    assert (engine.refused, engine.recorded, engine.replayed) == (1, 1, 1), (
+        "an update was recorded before the model was"
+    )
 
 
 @pytest.fixture

@@ -140,13 +140,17 @@ def check(server: ComfyServer, node: str, name: str, value: Any) -> str:
     spoken = [name, *SPOKEN.get(name, name).split("|")]
     if what == "refused":
         # A list of two is a link to ComfyUI; one that leads nowhere it answers itself, naming the node alone.
-        spoken += ["Exception when validating", "Dependency cycle"] if isinstance(value, list) and len(value) == 2 else []
+        spoken += (
+            ["Exception when validating", "Dependency cycle"] if isinstance(value, list) and len(value) == 2 else []
+        )
         assert "node 4" in words, words
     else:
         assert words.isprintable(), words
         assert words.endswith((".", ")")), words
         assert len(words) < 1000, words
-        assert not any(kind in words for kind in ("Traceback", "AttributeError", "TypeError", "KeyError", "NoneType")), words
+        assert not any(
+            kind in words for kind in ("Traceback", "AttributeError", "TypeError", "KeyError", "NoneType")
+        ), words
     assert any(word in words for word in spoken), words
     return what
 
@@ -154,12 +158,16 @@ def check(server: ComfyServer, node: str, name: str, value: Any) -> str:
 def numbers(options: dict[str, Any]) -> st.SearchStrategy[Any]:
     """Numbers at the edges of an input and beyond; nothing that would train for long."""
     low, high = options.get("min", 0), options.get("max", 1 << 64)
-    return st.sampled_from((low, low - 1, low - 1e-9, high + 1, high * 2, -high - 1, 10**400, -(10**30), 0, -1, 0.5, 1e308))
+    return st.sampled_from(
+        (low, low - 1, low - 1e-9, high + 1, high * 2, -high - 1, 10**400, -(10**30), 0, -1, 0.5, 1e308)
+    )
 
 
 def plain() -> st.SearchStrategy[Any]:
     """Any JSON that is no link."""
-    leaves = st.none() | st.booleans() | st.sampled_from(WORDS) | st.sampled_from((0, -1, 1e308, float("nan"), float("inf")))
+    leaves = (
+        st.none() | st.booleans() | st.sampled_from(WORDS) | st.sampled_from((0, -1, 1e308, float("nan"), float("inf")))
+    )
     words = st.sampled_from(WORDS)
     nested = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=2))
     return nested.filter(lambda value: not (isinstance(value, dict) and "__value__" in value))
@@ -169,7 +177,9 @@ def values(kind: str, options: dict[str, Any]) -> st.SearchStrategy[Any]:
     """What may be sent for an input: as it is, wrapped as the host allows, as a link that leads nowhere, or through a link."""
     own = numbers(options) if kind in ("INT", "FLOAT") else st.sampled_from(WORDS)
     wrapped = st.builds(lambda value: {"__value__": value}, plain().filter(lambda value: not isinstance(value, list)))
-    nowhere = st.sampled_from((["77", 0], [5, 6], ["1", 9], ["1", -9], [None, None], [["1"], 0], ["4", 0], ["2", 0], ["1", 0.5]))
+    nowhere = st.sampled_from(
+        (["77", 0], [5, 6], ["1", 9], ["1", -9], [None, None], [["1"], 0], ["4", 0], ["2", 0], ["1", 0.5])
+    )
     linked = st.builds(Linked, own | plain()) | st.builds(Linked, name=st.sampled_from(objects()))
     return st.one_of(own, plain(), wrapped, nowhere, linked, linked)
 

@@ -120,7 +120,9 @@ def test_more_steps_can_be_asked_for(model: Any, folders: Path, said: Callable[[
     assert steps_of(folders) == [16]
     ranks = [{k: v.shape for k, v in r[0].items() if v.ndim} for r in (first, longer)]
     assert ranks[0] == ranks[1]
-    with pytest.raises(pack("lora2.util.errors").LoraError, match=r"has 16 steps behind it already\. To go on, set steps above 16"):
+    with pytest.raises(
+        pack("lora2.util.errors").LoraError, match=r"has 16 steps behind it already\. To go on, set steps above 16"
+    ):
         train(model, **{**LONG, "steps": 16}, continue_from="newest state")
 
 
@@ -142,7 +144,10 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
     "one picture": ({"latents": [*latents("flux")[:2], *latents("flux", seed=9)[2:]]}, r"1 picture \(3\) differ"),
     "captions": ({"conditioning": captions("flux", 3, seed=8)}, r"3 captions \(1, 2, 3\) differ"),
     "order": ({"latents": latents("flux")[::-1]}, "the pictures come in another order"),
-    "count": ({"latents": latents("flux")[:2], "conditioning": captions("flux", 2)}, "2 pictures, the state's run had 3"),
+    "count": (
+        {"latents": latents("flux")[:2], "conditioning": captions("flux", 2)},
+        "2 pictures, the state's run had 3",
+    ),
     "optimizer": ({"optimizer": "sgd"}, "optimizer is sgd, it was adamw"),
     "target": ({"target_rank": 1}, "target_rank is 1, it was 2"),
 }
@@ -177,7 +182,10 @@ def test_the_same_pictures_in_another_order_go_on_bit_for_bit(
     cancelled(model, 5, **more, **data)
     with caplog.at_level("INFO", "lora2"):
         cancelled(model, 8, **more, **turned, continue_from="newest state")
-    assert "The pictures come in another order than in the state's run: they are taken in the order of that run." in caplog.text
+    assert (
+        "The pictures come in another order than in the state's run: they are taken in the order of that run."
+        in caplog.text
+    )
     caplog.clear()
     with caplog.at_level("INFO", "lora2"):
         again = train(model, **more, **data, continue_from="newest state")
@@ -196,7 +204,9 @@ def test_ranks_that_have_come_to_rest_are_as_fixed_as_settled_ones(
         with pytest.raises(pack("lora2.util.errors").LoraError, match=f"is of another run: {name} is {value}"):
             train(model, **{**paper, name: value}, continue_from="newest state")
     with caplog.at_level("INFO", "lora2"):
-        cut = train(model, **{**paper, "settle_at": 0.5, "target_rank": 1, "rank_weight": 0.5}, continue_from="newest state")
+        cut = train(
+            model, **{**paper, "settle_at": 0.5, "target_rank": 1, "rank_weight": 0.5}, continue_from="newest state"
+        )
     assert "From here on settle_at is 0.5, it was 1.0." in caplog.text
     assert "rank_weight is 0.5, it was 0.0001: the ranks do not move any more, so it does nothing now." in caplog.text
     assert len(cut[3]["loss"]) == 12
@@ -226,7 +236,9 @@ def test_another_model_is_refused(settled: Any, small_model: SmallModel, folders
         train(other, **LONG, continue_from="newest state")
     with pytest.raises(error, match="other LoRAs are applied to the model than in the state's run"):
         train(styled, **LONG, continue_from="newest state")
-    assert len(train(other, **LONG, continue_from="newest state", on_difference="start from its factors")[3]["loss"]) == 12
+    assert (
+        len(train(other, **LONG, continue_from="newest state", on_difference="start from its factors")[3]["loss"]) == 12
+    )
 
 
 def test_the_same_model_with_the_same_lora_goes_on(model: Any, folders: Path) -> None:
@@ -326,7 +338,10 @@ def test_a_link_out_of_the_folder_of_states_is_refused(model: Any, folders: Path
     ("choice", "words"),
     [
         ("newest state", "There is no training state of save_name 'mug' yet"),
-        ("state: t/mug/00001_abcdef_step_000001.safetensors", "is not there any more: a run keeps its last states only"),
+        (
+            "state: t/mug/00001_abcdef_step_000001.safetensors",
+            "is not there any more: a run keeps its last states only",
+        ),
         ("state: ../../loras/x.safetensors", "is not there any more"),
         ("LoRA: ../x.safetensors", "is not the name of a file inside"),
         ("LoRA: gone.safetensors", "is not in ComfyUI's LoRA folders any more"),
@@ -384,11 +399,15 @@ def assert_starts_as(model: Any, name: str, family: str, count: int, **inputs: A
         got = seen[key.removeprefix("diffusion_model.").removesuffix(".weight")]
         # The host's sum is rounded to float32 at the size of the weight.
         rounding = 1e-6 * float(before[key].abs().max())
-        assert float((got.reshape(wanted.shape) - wanted).abs().max()) <= rounding + 1e-5 * float(wanted.abs().max()), key
+        assert float((got.reshape(wanted.shape) - wanted).abs().max()) <= rounding + 1e-5 * float(wanted.abs().max()), (
+            key
+        )
 
 
 @pytest.mark.parametrize("style", ["peft", "kohya", "diffusers", "bare", "peft-default"])
-def test_any_plain_file_is_where_training_starts(style: str, model: Any, folders: Path, said: Callable[[], str]) -> None:
+def test_any_plain_file_is_where_training_starts(
+    style: str, model: Any, folders: Path, said: Callable[[], str]
+) -> None:
     """Mixed ranks, alphas of their own or none, in every style of keys."""
     write_lora(folders, "start.safetensors", mixed_lora(model, style))
     assert_starts_as(model, "start.safetensors", "flux", 12)
@@ -413,7 +432,9 @@ def test_a_unet_starts_from_the_names_of_diffusers(start: str, style: str, unet:
     kohya, tensors = random_lora(unet, 3), {}
     for key, tensor in kohya.items():
         stem, ending = key.split(".", 1)
-        ending = dict(zip((e[1:] for e in KEY_STYLES["kohya"]), KEY_STYLES[style], strict=True)).get(ending, f".{ending}")
+        ending = dict(zip((e[1:] for e in KEY_STYLES["kohya"]), KEY_STYLES[style], strict=True)).get(
+            ending, f".{ending}"
+        )
         tensors[start + names[stem] + ending] = tensor
     write_lora(folders, "diffusers.safetensors", tensors)
     write_lora(folders, "kohya.safetensors", kohya)
@@ -474,8 +495,13 @@ def test_a_file_with_nothing_for_the_model_is_refused(model: Any, small_model: S
     with torch.inference_mode():
         foreign = random_lora(small_model("sd15"), 2)
     write_lora(folders, "sd15.safetensors", foreign)
-    write_lora(folders, "lokr.safetensors", {"lora_unet_x.lokr_w1": torch.ones(2, 2), "lora_unet_x.lokr_w2": torch.ones(2, 2)})
-    for name, words in (("sd15", "was made for SD 1.x and holds nothing for the layers"), ("lokr", "no plain LoRA layer")):
+    write_lora(
+        folders, "lokr.safetensors", {"lora_unet_x.lokr_w1": torch.ones(2, 2), "lora_unet_x.lokr_w2": torch.ones(2, 2)}
+    )
+    for name, words in (
+        ("sd15", "was made for SD 1.x and holds nothing for the layers"),
+        ("lokr", "no plain LoRA layer"),
+    ):
         with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match=words):
             train(model, continue_from=f"LoRA: {name}.safetensors")
     assert files_in(folders / "loras") == {"sd15.safetensors", "lokr.safetensors"}
@@ -532,7 +558,9 @@ def test_a_run_cancelled_in_the_server_goes_on_to_the_same_adapter(server: Comfy
         server.interrupt()
         with pytest.raises(PromptError, match="interrupted at node 4"):
             run.result(60)
-    assert "what was learned is saved as resume/mug_00001.safetensors. To go on, choose 'newest state'" in server.texts[-1]
+    assert (
+        "what was learned is saved as resume/mug_00001.safetensors. To go on, choose 'newest state'" in server.texts[-1]
+    )
     offered = [c for c in state_choices(server) if "/mug/" in c]
     stopped = int(offered[0].split("_")[-1].split(".")[0])
     assert 6 <= stopped < 14

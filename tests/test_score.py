@@ -123,7 +123,11 @@ def score(*images: Tensor, references: Any, encoder: Any, prompt: str = "", **mo
     others = references if isinstance(references, list) else [references]
     with torch.inference_mode():
         out = node.execute(
-            images=list(images), references=others, encoder=[encoder], prompt=[prompt], **{k: [v] for k, v in more.items()}
+            images=list(images),
+            references=others,
+            encoder=[encoder],
+            prompt=[prompt],
+            **{k: [v] for k, v in more.items()},
         )
     return out.result
 
@@ -201,7 +205,9 @@ def test_all_three_at_once_and_lists_of_sizes(vision: Any, dino: Any, clip: Any)
     each = json.loads(both[4])["each"]
     assert {name: len(values) for name, values in each.items()} == {"CLIP-I": 3, "DINO": 3, "CLIP-T": 3}
     last = score(wide, references=references, encoder=vision, second_encoder=dino, clip=clip, prompt="c")
-    assert [last[i] for i in (1, 2, 3)] == pytest.approx([each[name][2] for name in ("CLIP-I", "DINO", "CLIP-T")], abs=CLOSE)
+    assert [last[i] for i in (1, 2, 3)] == pytest.approx(
+        [each[name][2] for name in ("CLIP-I", "DINO", "CLIP-T")], abs=CLOSE
+    )
 
 
 def test_a_picture_is_scaled_and_cropped_to_the_middle_as_the_encoder_wants(vision: Any, reference: Any) -> None:

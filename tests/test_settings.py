@@ -64,7 +64,9 @@ def test_weight_decay_is_chosen_by_the_number_of_pictures(pictures: int, decay: 
     assert chosen.weight_decay == pytest.approx(decay)
     assert replace(chosen, weight_decay=-1.0) == TrainingConfig(), "nothing else"
     assert chosen.resolved_for(1000) == chosen, "once"
-    assert TrainingConfig(learning_rate=0.9).resolved_for(pictures).weight_decay <= 0.5 / 0.9, "no step takes more than half"
+    assert TrainingConfig(learning_rate=0.9).resolved_for(pictures).weight_decay <= 0.5 / 0.9, (
+        "no step takes more than half"
+    )
     for other in set(OPTIMIZERS) - {"adamw"}:
         assert TrainingConfig(optimizer=other).resolved_for(pictures).weight_decay == 0, "the others have none"
     for told in (0.0, 0.01, 7.0):
@@ -86,7 +88,10 @@ def test_the_ends_of_every_range_are_allowed() -> None:
     ):
         TrainingConfig(**changes)
     for name, choices in (
-        ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("timestep_sampling", TIMESTEP_SAMPLINGS), ("init", INITS),
+        ("schedule", SCHEDULES),
+        ("optimizer", OPTIMIZERS),
+        ("timestep_sampling", TIMESTEP_SAMPLINGS),
+        ("init", INITS),
     ):
         for choice in choices:
             assert getattr(TrainingConfig(**{name: choice}), name) == choice
@@ -99,8 +104,17 @@ def test_settings_are_plain_values_for_a_file() -> None:
 
 @pytest.mark.parametrize(
     ("steps", "share", "step"),
-    [(600, 0.5, 300), (600, 0.0, 0), (600, 1.0, 600), (600, 0.999, 599), (10, 0.95, 9), (1, 0.5, 0), (1, 0.9, 0),
-     (1, 1.0, 1), (3, 0.9, 2)],
+    [
+        (600, 0.5, 300),
+        (600, 0.0, 0),
+        (600, 1.0, 600),
+        (600, 0.999, 599),
+        (10, 0.95, 9),
+        (1, 0.5, 0),
+        (1, 0.9, 0),
+        (1, 1.0, 1),
+        (3, 0.9, 2),
+    ],
 )
 def test_ranks_settle_before_the_last_step_or_never(steps: int, share: float, step: int) -> None:
     """Below a share of 1 there is always a step left in which they have settled: the target must be met."""
@@ -127,7 +141,9 @@ COSTS, LIMITS = [100, 50], [20, 10]
 
 def test_a_target_is_a_number_of_parameters() -> None:
     assert TrainingConfig(target_rank=4).budget(COSTS, LIMITS) == 4 * 150
-    assert TrainingConfig(target_rank=15).budget(COSTS, LIMITS) == 15 * 100 + 10 * 50, "a layer has no more than its limit"
+    assert TrainingConfig(target_rank=15).budget(COSTS, LIMITS) == 15 * 100 + 10 * 50, (
+        "a layer has no more than its limit"
+    )
     with pytest.raises(LoraError, match=r"target_rank = 21 .* at most 20"):
         TrainingConfig(target_rank=21).budget(COSTS, LIMITS)
 
@@ -145,13 +161,17 @@ def test_a_budget_that_cannot_be_met_says_what_can(min_rank: int) -> None:
     least, most = 2 * {0: 50, 1: 100 + 50, 3: 3 * (100 + 50)}[min_rank], 2 * (20 * 100 + 10 * 50)
     short = f"smaller than rank {min_rank} on all 2 layers" if min_rank else "smaller than rank 1 on a single layer"
     for size, word in ((least - 1, short), (most + 2, "more than the 2 layers can hold")):
-        told = TrainingConfig(budget_mb=(size + 1000) / 1e6, min_rank=min_rank).with_file_format(overhead=1000, bytes_per_parameter=2)
+        told = TrainingConfig(budget_mb=(size + 1000) / 1e6, min_rank=min_rank).with_file_format(
+            overhead=1000, bytes_per_parameter=2
+        )
         with pytest.raises(LoraError, match=rf"^budget_mb = .* {word}") as refused:
             told.budget(COSTS, LIMITS)
         named = (least if size < least else most) + 1000
         assert f"{named / 1e6:.3f} MB" in str(refused.value)
     for size in (least, most):
-        told = TrainingConfig(budget_mb=(size + 1000) / 1e6, min_rank=min_rank).with_file_format(overhead=1000, bytes_per_parameter=2)
+        told = TrainingConfig(budget_mb=(size + 1000) / 1e6, min_rank=min_rank).with_file_format(
+            overhead=1000, bytes_per_parameter=2
+        )
         assert told.budget(COSTS, LIMITS) == size // 2
 
 

@@ -32,7 +32,9 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_mean_pairwise_cosine(dtype: torch.dtype) -> None:
     """Every picture with every reference, whatever their lengths; computed in float64 from what the encoder gave."""
-    one, other = (torch.from_numpy(side / np.abs(side).max(1, keepdims=True)).to(dtype) for side in (PICTURES, REFERENCES))
+    one, other = (
+        torch.from_numpy(side / np.abs(side).max(1, keepdims=True)).to(dtype) for side in (PICTURES, REFERENCES)
+    )
     expected = [[cosine(a, b) for b in other.double().numpy()] for a in one.double().numpy()]
     # Sums of 16 products in float64.
     assert cosines(one, other).numpy() == pytest.approx(np.array(expected), abs=1e-14)

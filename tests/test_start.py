@@ -19,7 +19,9 @@ from lora2.training.warm_start import factors_from_state, warm_start
 RANKS = {"into": 3, "q": 1, "k": 12, "v": 7, "out": 4}
 
 
-def random_factors(network: AdaptiveNetwork, ranks: dict[str, int] = RANKS, alpha: float | None = 2.0) -> dict[str, Factors]:
+def random_factors(
+    network: AdaptiveNetwork, ranks: dict[str, int] = RANKS, alpha: float | None = 2.0
+) -> dict[str, Factors]:
     """Factors of these ranks, in no order, with an alpha of their own."""
     g = torch.Generator().manual_seed(2)
     found = {}
@@ -117,9 +119,7 @@ def test_positions_that_carry_nothing_can_learn() -> None:
     """Two zero factors would have no gradient, for ever."""
     trainer = trainer_of(steps=6, settle_at=1.0, rank_weight=0.0)
     network = trainer.network
-    empty = {
-        name: Factors(torch.zeros_like(f.up), f.down) for name, f in random_factors(network).items()
-    }
+    empty = {name: Factors(torch.zeros_like(f.up), f.down) for name, f in random_factors(network).items()}
     trainer.warm_start(empty)
     assert all(float(weight(network, name).abs().max()) == 0 for name in network.names)
     trainer.run()
@@ -139,13 +139,17 @@ def test_training_goes_down_from_there() -> None:
     assert math.fsum(again.progress.losses[:3]) < math.fsum(fresh.progress.losses[:3])
 
 
-@pytest.mark.parametrize(("form", "step"), [({}, 4), ({}, 9), ({"settle_at": 1.0}, 9)], ids=["adapting", "settled", "pure"])
+@pytest.mark.parametrize(
+    ("form", "step"), [({}, 4), ({}, 9), ({"settle_at": 1.0}, 9)], ids=["adapting", "settled", "pure"]
+)
 def test_factors_of_a_state_are_those_of_its_network(form: dict[str, Any], step: int, tmp_path: Any) -> None:
     trainer = stopped(made(**form), step)
     found = factors_from_state(kept(trainer, tmp_path).part("network"), trainer.config.q)
     exported = trainer.network.export(ordered=False)
     if trainer.network.pruned:
-        exported = {n: a.factors(a.capacity) for n, a in zip(trainer.network.names, trainer.network.adapters, strict=True)}
+        exported = {
+            n: a.factors(a.capacity) for n, a in zip(trainer.network.names, trainer.network.adapters, strict=True)
+        }
     for name, factors in exported.items():
         assert found[name].rank == factors.rank
         # The logical rank's Λ once on the network's buffer, once per layer: the same float32 numbers but for exp's last bit.

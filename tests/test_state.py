@@ -186,7 +186,14 @@ def test_every_tensor_of_a_state_matters(tmp_path: Path) -> None:
 
 def test_more_steps_than_planned_are_the_longer_run_where_nothing_counts_by_shares(tmp_path: Path) -> None:
     """A finished run of 12 steps, asked for 16: the sync that its last step left out is made up for."""
-    changes = {**GROWING, "settle_at": 1.0, "schedule": "constant", "warmup": 0.0, "rank_learning_rate": 0.1, "rank_rest": 0.0}
+    changes = {
+        **GROWING,
+        "settle_at": 1.0,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "rank_learning_rate": 0.1,
+        "rank_rest": 0.0,
+    }
     short = made(steps=12, **changes)
     short.run()
     whole = made(steps=16, **changes)
@@ -519,7 +526,9 @@ def test_going_on_with_another_rate_trains_with_it(tmp_path: Path) -> None:
         trainer.restore(found)
         before = learned(trainer)
         stopped(trainer, 9)
-        moved = max(float((a - b).abs().max()) for a, b in zip(before, learned(trainer), strict=True) if a.shape == b.shape)
+        moved = max(
+            float((a - b).abs().max()) for a, b in zip(before, learned(trainer), strict=True) if a.shape == b.shape
+        )
         assert (moved < 1e-5) == (trainer is slow)
 
 

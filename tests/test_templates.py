@@ -157,8 +157,13 @@ def node(number: int, kind: str, values: Any = None, link: int | None = None, **
     """A node with one image input and one image output."""
     sockets = [{"name": "image", "type": "IMAGE", "link": link}]
     return {
-        "id": number, "type": kind, "inputs": sockets, "outputs": [{"name": "IMAGE", "type": "IMAGE"}],
-        "widgets_values": values, "order": number, **more,
+        "id": number,
+        "type": kind,
+        "inputs": sockets,
+        "outputs": [{"name": "IMAGE", "type": "IMAGE"}],
+        "widgets_values": values,
+        "order": number,
+        **more,
     }
 
 

@@ -96,8 +96,16 @@ def latents(count: int = 9) -> list[Tensor]:
 def told(**changes: Any) -> TrainingConfig:
     return TrainingConfig(
         **{
-            "steps": 12, "learning_rate": 1e-2, "rank_learning_rate": 5e-2, "batch_size": 2, "target_rank": 2,
-            "initial_rank": 9, "sync_every": 3, "rank_weight": 1e-2, "seed": 1, **changes,
+            "steps": 12,
+            "learning_rate": 1e-2,
+            "rank_learning_rate": 5e-2,
+            "batch_size": 2,
+            "target_rank": 2,
+            "initial_rank": 9,
+            "sync_every": 3,
+            "rank_weight": 1e-2,
+            "seed": 1,
+            **changes,
         }
     )
 
@@ -137,7 +145,11 @@ def hooks(model: nn.Module) -> int:
 
 types = pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 EVERYTHING: dict[str, Any] = {
-    "accumulation": 2, "caption_dropout": 0.3, "min_snr_gamma": 5.0, "entropy_weight": 1e-2, "weight_decay": 0.01,
+    "accumulation": 2,
+    "caption_dropout": 0.3,
+    "min_snr_gamma": 5.0,
+    "entropy_weight": 1e-2,
+    "weight_decay": 0.01,
 }
 
 
@@ -199,9 +211,7 @@ def spoil_gradient(predicted: Tensor) -> Tensor:
     [spoil_output(math.nan), spoil_output(math.inf), spoil_output(1e19), spoil_gradient],
     ids=["NaN", "infinity", "a square beyond float32 with finite gradients", "gradients only"],
 )
-def test_a_bad_step_is_not_taken(
-    spoil: Any, compute: torch.dtype, accumulation: int, settle_at: float
-) -> None:
+def test_a_bad_step_is_not_taken(spoil: Any, compute: torch.dtype, accumulation: int, settle_at: float) -> None:
     """One bad micro-batch is enough; the adapter stays as it was, bit for bit, and can be saved."""
     trainer = trainer_of(accumulation=accumulation, settle_at=settle_at, compute=compute)
     toy, good = toy_of(trainer), 6
@@ -415,16 +425,16 @@ def test_every_prediction_type_learns(compute: torch.dtype, prediction: str) -> 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize(("compute", "near"), [(torch.float32, 2e-3), (torch.bfloat16, 0.2)])
-def test_micro_batches_equal_one_batch_of_the_same_samples(
-    compute: torch.dtype, near: float, optimizer: str
-) -> None:
+def test_micro_batches_equal_one_batch_of_the_same_samples(compute: torch.dtype, near: float, optimizer: str) -> None:
     """Four batches of two are one batch of eight, to rounding."""
     changes: dict[str, Any] = {"optimizer": optimizer, "settle_at": 0.5, "entropy_weight": 0.1, "compute": compute}
     one, four = (trainer_of(accumulation=count, **changes) for count in (1, 4))
     source = trainer_of(Toy(), batch_size=8, seed=3)
     batches = [source.samples.draw() for _ in range(12)]
     whole = iter(batches)
-    parts = iter([(c[i : i + 2], n[i : i + 2], s[i : i + 2], k[i : i + 2]) for c, n, s, k in batches for i in range(0, 8, 2)])
+    parts = iter(
+        [(c[i : i + 2], n[i : i + 2], s[i : i + 2], k[i : i + 2]) for c, n, s, k in batches for i in range(0, 8, 2)]
+    )
     for trainer, feed in ((one, whole), (four, parts)):
         toy_of(trainer).calls.append({})
         trainer.samples.draw = feed.__next__  # type: ignore[method-assign]
@@ -735,9 +745,18 @@ def teach(**changes: Any) -> Trainer:
     model = Teachers()
     config = TrainingConfig(
         **{
-            "steps": 400, "learning_rate": 5e-3, "rank_learning_rate": 1.5e-2, "batch_size": 48, "target_rank": 2,
-            "initial_rank": 16, "settle_at": 1.0, "rank_rest": 0.0, "schedule": "constant", "clip_norm": 0.0,
-            "weight_decay": 0.0, **changes,
+            "steps": 400,
+            "learning_rate": 5e-3,
+            "rank_learning_rate": 1.5e-2,
+            "batch_size": 48,
+            "target_rank": 2,
+            "initial_rank": 16,
+            "settle_at": 1.0,
+            "rank_rest": 0.0,
+            "schedule": "constant",
+            "clip_norm": 0.0,
+            "weight_decay": 0.0,
+            **changes,
         }
     )
     trainer = Trainer(AdaptiveNetwork(model.layers(), config), model, [torch.zeros(6, 64)], config)

@@ -97,7 +97,10 @@ def test_two_full_disks_are_said_and_nothing_half_is_left(
 ) -> None:
     with monkeypatch.context() as patch:
         full_below(patch, folders, errno.ENOSPC)
-        with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError, match=r"The disk is full.*was not saved in"):
+        with (
+            untouched(model),
+            pytest.raises(pack("lora2.util.errors").LoraError, match=r"The disk is full.*was not saved in"),
+        ):
             train(model)
     assert files_in(folders) == set()
 
@@ -218,10 +221,11 @@ def test_a_run_that_ends_early_leaves_no_memory_behind(
     assert held[1] == held[2] == held[0]
 
 
-def test_nothing_is_saved_when_the_first_step_fails(
-    model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for trouble, words in ((lambda x: x * math.nan, "loss became nan at step 1"), (raising(RuntimeError("no")), "^no$")):
+def test_nothing_is_saved_when_the_first_step_fails(model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for trouble, words in (
+        (lambda x: x * math.nan, "loss became nan at step 1"),
+        (raising(RuntimeError("no")), "^no$"),
+    ):
         with untouched(model), monkeypatch.context() as patch:
             trouble_at(patch, model, 1, trouble)
             with pytest.raises((pack("lora2.util.errors").LoraError, RuntimeError), match=words):

@@ -24,7 +24,9 @@ def spoil(trainer: Trainer, steps: Sequence[int], layer: str | None = None) -> N
     def denoise(noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
         bad = trainer._issued + 1 in steps
         handle = None
-        if bad and layer is not None:  # NaN behind this layer's input stays in its own factors: the layer is the first one
+        if (
+            bad and layer is not None
+        ):  # NaN behind this layer's input stays in its own factors: the layer is the first one
             handle = toy.layers()[layer].register_forward_hook(
                 lambda _m, _a, out: out.register_hook(lambda g: g * math.nan) and None
             )
@@ -41,14 +43,18 @@ def test_the_layer_of_a_bad_gradient_is_named(compute: torch.dtype) -> None:
     """Of five layers only the first one's gradient is spoiled: the other four are not accused."""
     trainer = trainer_of(compute=compute)
     spoil(trainer, [4], "into")
-    with pytest.raises(Diverged, match=r"^The gradients are no longer numbers at step 4 \(in into\), and the step was not"):
+    with pytest.raises(
+        Diverged, match=r"^The gradients are no longer numbers at step 4 \(in into\), and the step was not"
+    ):
         trainer.run()
 
 
 def test_all_layers_and_none_are_said_shortly() -> None:
     trainer = trainer_of()
     spoil(trainer, [2])
-    with pytest.raises(Diverged, match=r"^The loss became nan at step 2 \(in all 5 layers\), and the step was not taken: lower"):
+    with pytest.raises(
+        Diverged, match=r"^The loss became nan at step 2 \(in all 5 layers\), and the step was not taken: lower"
+    ):
         trainer.run()
     assert describe_layers([], 5) == "in no layer's gradient"
     assert describe_layers(["a", "b", "c", "d"], 9) == "in a, b, c and 1 more of 9 layers"
@@ -129,7 +135,9 @@ def test_a_run_in_which_no_step_could_be_taken_is_no_success() -> None:
 def test_factors_that_are_no_numbers_are_named_too() -> None:
     trainer = trainer_of(steps=4)
     trainer.network.adapters[1].up.data[0, 0] = math.inf
-    with pytest.raises(Diverged, match=r"the factors themselves are no longer numbers in q, and the step was not taken"):
+    with pytest.raises(
+        Diverged, match=r"the factors themselves are no longer numbers in q, and the step was not taken"
+    ):
         trainer.run()
 
 

@@ -73,7 +73,9 @@ they were worded when the figures were known, of what ours is below."""
 def claim_table(claims: Iterable[Claim]) -> str:
     """The claims of the full runs, in Markdown."""
     rows = [claim.row() for claim in claims]
-    return table(["claim", "measured", "must be", "holds"], [[words, *figures, holds] for holds, words, *figures in rows])
+    return table(
+        ["claim", "measured", "must be", "holds"], [[words, *figures, holds] for holds, words, *figures in rows]
+    )
 
 
 def check(only: Iterable[str]) -> bool:
@@ -85,7 +87,9 @@ def check(only: Iterable[str]) -> bool:
         print(f"\n{name}, reduced, {time.monotonic() - start:.0f} s", flush=True)
         good = report(claims) and good
         missed += [claim.words for claim in claims if claim.open and not claim.holds]
-    words = "Every claim holds" + (f", but for goals that are known to be open: {'; '.join(missed)}." if missed else ".")
+    words = "Every claim holds" + (
+        f", but for goals that are known to be open: {'; '.join(missed)}." if missed else "."
+    )
     print(f"\n{words}" if good else "\nA claim does not hold.", flush=True)
     return good
 

@@ -93,7 +93,11 @@ def verdict(row: Mapping[str, Any]) -> str:
 def ours(results: Results, count: int) -> list[dict[str, Any]]:
     """Rows of changes of ours."""
     rows = chosen(results["rows"], pictures=count)
-    return [row for row in rows if not row["setting"].startswith(("paper's form", "fixed rank")) and row["setting"] != "as it is"]
+    return [
+        row
+        for row in rows
+        if not row["setting"].startswith(("paper's form", "fixed rank")) and row["setting"] != "as it is"
+    ]
 
 
 def fixed_ranks(results: Results) -> list[dict[str, Any]]:
@@ -130,8 +134,18 @@ def claims(results: Results) -> list[Claim]:
     words = f"paper's form, {LONG} steps"
     return [
         *found,
-        Claim(f"{words}: mean rank with nothing that pulls, nor weight decay, over its start", _grown(loose), 1.3, above=True),
-        Claim(f"{words}: mean rank with nothing that pulls, over that with {HELD}", _grown(free) / _grown(held), 2.0, above=True),
+        Claim(
+            f"{words}: mean rank with nothing that pulls, nor weight decay, over its start",
+            _grown(loose),
+            1.3,
+            above=True,
+        ),
+        Claim(
+            f"{words}: mean rank with nothing that pulls, over that with {HELD}",
+            _grown(free) / _grown(held),
+            2.0,
+            above=True,
+        ),
         *entropy.claims(results["entropy"]),
     ]
 
@@ -156,7 +170,10 @@ def summary(results: Results) -> Results:
         }
     told["runaway"] = {
         "start": START,
-        **{change or "as it is": long_run(results, change)["growth"][-1][1] for change in ("as it is", FREE, HELD, LOOSE)},
+        **{
+            change or "as it is": long_run(results, change)["growth"][-1][1]
+            for change in ("as it is", FREE, HELD, LOOSE)
+        },
     }
     return told
 

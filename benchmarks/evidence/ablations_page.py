@@ -146,10 +146,13 @@ def _paper(results: Results, folder: Path) -> list[str]:
         for row in long
         if "rank_learning_rate" not in row["change"]  # as far as there are colours; the table has them
     ]
-    Plot(f"Ranks of the paper's form, {LONG} steps", "step", "mean rank", series, y_log=2).save(folder / "ablations_growth.png")
+    Plot(f"Ranks of the paper's form, {LONG} steps", "step", "mean rank", series, y_log=2).save(
+        folder / "ablations_growth.png"
+    )
     steps = [step for step, _ in long[0]["growth"]] if long else []
     grown = [
-        [row["change"], START, *(f"{rank:.1f}" for _, rank in row["growth"]), f"{row['low']} to {row['high']}"] for row in long
+        [row["change"], START, *(f"{rank:.1f}" for _, rank in row["growth"]), f"{row['low']} to {row['high']}"]
+        for row in long
     ]
     return [
         "### The paper's form",

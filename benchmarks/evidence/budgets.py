@@ -131,7 +131,11 @@ def claims(results: Results) -> list[Claim]:
 def summary(results: Results) -> Results:
     """The worst of all."""
     runs = results["runs"]
-    return {"worst_error": round(max(errors(runs)), 5), "worst_overshoot": round(max(overshoots(runs)), 5), "runs": len(runs)}
+    return {
+        "worst_error": round(max(errors(runs)), 5),
+        "worst_overshoot": round(max(overshoots(runs)), 5),
+        "runs": len(runs),
+    }
 
 
 def page(results: Results, folder: Path) -> str:
@@ -141,7 +145,10 @@ def page(results: Results, folder: Path) -> str:
     series = []
     for form in FORMS:
         own = sorted(chosen(runs, form=form), key=lambda run: run["asked"])
-        at, share = [run["asked"] / 1e6 for run in own], [100 * (run["asked"] - run["file"]) / run["asked"] for run in own]
+        at, share = (
+            [run["asked"] / 1e6 for run in own],
+            [100 * (run["asked"] - run["file"]) / run["asked"] for run in own],
+        )
         series.append(Series(form, at, share, line=False, colour=COLOURS[form]))
     Plot(
         "How far the file stays below its budget", "budget in MB", "% of the budget", series,

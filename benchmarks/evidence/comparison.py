@@ -79,7 +79,9 @@ def configs(counts: Sequence[int] = COUNTS) -> list[Config]:
     return [(method, rank, count) for count in counts for method in ranks for rank in ranks[method]]
 
 
-def job(config: Config, subject: str, rate: float, seed: int, changes: tuple[tuple[str, Any], ...] = (), **more: Any) -> Job:
+def job(
+    config: Config, subject: str, rate: float, seed: int, changes: tuple[tuple[str, Any], ...] = (), **more: Any
+) -> Job:
     """The adaptation that shows a config."""
     method, rank, count = config
     if method in (RESIZED, ALLOCATED):
@@ -175,7 +177,9 @@ def tune(pool: Source, wanted: Sequence[Config], names: Sequence[str]) -> dict[C
             return _shared(inside, pool.records, names)
 
 
-def _shared(found: Mapping[Config, Choice], records: Mapping[str, Record], names: Sequence[str]) -> dict[Config, Choice]:
+def _shared(
+    found: Mapping[Config, Choice], records: Mapping[str, Record], names: Sequence[str]
+) -> dict[Config, Choice]:
     """The same, but that all that is judged on runs of the large fixed rank may use any rate that one of them has come to.
 
     A walk ends at the nearest optimum, and they do not all walk to the same one.
@@ -186,17 +190,26 @@ def _shared(found: Mapping[Config, Choice], records: Mapping[str, Record], names
         rates = sorted({found[c].rate for c in same})
         tried = tuple(sorted({rate for c in same for rate in found[c].tried}))
         jobs = {rate: _tries((FIXED, LARGE, count), rate, names) for rate in rates}
-        runs = [(r, records[one.key]) for r, each in jobs.items() if all(j.key in records for j in each) for one in each]
+        runs = [
+            (r, records[one.key]) for r, each in jobs.items() if all(j.key in records for j in each) for one in each
+        ]
         for config in same:
             choice = best(config, runs)
             if choice is not None and choice.loss < found[config].loss:
-                result[config] = replace(found[config], rate=choice.rate, step=choice.step, loss=choice.loss, tried=tried)
+                result[config] = replace(
+                    found[config], rate=choice.rate, step=choice.step, loss=choice.loss, tried=tried
+                )
     return result
 
 
 def beyond(config: Config, tuned: Tuned, records: Mapping[str, Record], names: Sequence[str]) -> float:
     """By what share of its tuning loss a config would be better at the best of the rates that it counts as tried."""
-    runs = [(rate, records[one.key]) for rate in tuned[config].tried for one in _tries(config, rate, names) if one.key in records]
+    runs = [
+        (rate, records[one.key])
+        for rate in tuned[config].tried
+        for one in _tries(config, rate, names)
+        if one.key in records
+    ]
     found = best(config, runs)
     return 0.0 if found is None else 1 - found.loss / tuned[config].loss
 

@@ -38,7 +38,10 @@ def build(results: Results, folder: Path) -> str:
     for row in rows:
         by_outline.setdefault((row["parts"], row["outline"]), []).extend(row["ranks"])
     lines = []
-    for words, measured, colour in (("learned by ours", found, ACCENT), (f"needed by a plain rank {LARGE}, cut", needs, CALM)):
+    for words, measured, colour in (
+        ("learned by ours", found, ACCENT),
+        (f"needed by a plain rank {LARGE}, cut", needs, CALM),
+    ):
         low, high = ([rank + side * error for rank, error in measured.values()] for side in (-SURE, SURE))
         ranks = [rank for rank, _ in measured.values()]
         lines.append(Series(words, list(measured), ranks, low=low, high=high, colour=colour))
@@ -46,7 +49,9 @@ def build(results: Results, folder: Path) -> str:
          x_ticks=[(k, f"{k}") for k in (1, 2, 4, 9, 16, 25, 49, 100)]).save(folder / PICTURE)  # fmt: skip
     body = [
         [
-            parts, f"{rank:.2f} ± {error:.2f}", *(f"{mean(by_outline[parts, outline]):.1f}" for outline in outlines),
+            parts,
+            f"{rank:.2f} ± {error:.2f}",
+            *(f"{mean(by_outline[parts, outline]):.1f}" for outline in outlines),
             f"{needs[parts][0]:.2f} ± {needs[parts][1]:.2f}" if parts in needs else "",
             f"{mean(row['learned'] for row in rows if row['parts'] == parts):.0%}",
         ]
@@ -104,14 +109,18 @@ def _order(results: Results, of: Sequence[int]) -> str:
     found = list(_ranks(results, of).items())
     falls = [(parts, a - b) for (_, a), (parts, b) in pairwise(found) if b < a]
     squares = ", square numbers" if of is SQUARES else ""
-    words = f"**1 to {of[-1]} parts{squares}:** Spearman's correlation of mean rank and parts is {ordered(results, of):.3f}"
+    words = (
+        f"**1 to {of[-1]} parts{squares}:** Spearman's correlation of mean rank and parts is {ordered(results, of):.3f}"
+    )
     words += f" (of what a rank {LARGE} needs: {ordered(results, of, 'needs'):.3f})."
     if not falls:
         return f"{words} More parts, more rank, at every step."
     where = ", ".join(f"by {fall:.2f} at {parts}" for parts, fall in falls)
     most = f"{largest_fall(results, of):.1f} standard errors, in {len(found) - 1} steps"
     needs = _ranks(results, of, "needs")
-    both = [parts for (before, _), (parts, _) in pairwise(found) if parts in dict(falls) and needs[parts] < needs[before]]
+    both = [
+        parts for (before, _), (parts, _) in pairwise(found) if parts in dict(falls) and needs[parts] < needs[before]
+    ]
     also = f" What a rank {LARGE} needs falls too, at {', '.join(f'{parts}' for parts in both)}." if both else ""
     return f"{words} The mean falls {where}; at most by {most}.{also}"
 

@@ -70,7 +70,13 @@ def run(full: bool) -> Results:
         for share in SHARES:
             rows.append(_row(count, share, _best(kept, count, share), base))
     rates = [row for count in PICTURES for share in (0.0, 1.0) for row in _by_rate(kept, count, share)]
-    return {"about": about, "subjects": tuning_names(), "seeds": list(SEEDS), "rows": rounded(rows), "rates": rounded(rates)}
+    return {
+        "about": about,
+        "subjects": tuning_names(),
+        "seeds": list(SEEDS),
+        "rows": rounded(rows),
+        "rates": rounded(rates),
+    }
 
 
 def _by_rate(kept: Mapping[str, Record], count: int, share: float) -> list[dict[str, Any]]:
@@ -80,12 +86,17 @@ def _by_rate(kept: Mapping[str, Record], count: int, share: float) -> list[dict[
         choice = best((SETTLING, RANK, count), [(rate, kept[one.key]) for one in jobs_of(count, share, rate)])
         losses[rate] = math.nan if choice is None else choice.loss
     least = min(losses.values())
-    return [{"pictures": count, "share": share, "rate": rate, "over_best": loss / least - 1} for rate, loss in losses.items()]
+    return [
+        {"pictures": count, "share": share, "rate": rate, "over_best": loss / least - 1}
+        for rate, loss in losses.items()
+    ]
 
 
 def _best(kept: Mapping[str, Record], count: int, share: float) -> Runs:
     """The best of the learning rates and steps, and the runs there."""
-    found = best_runs(kept, (SETTLING, RANK, count), [(rate, one) for rate in TRIED for one in jobs_of(count, share, rate)])
+    found = best_runs(
+        kept, (SETTLING, RANK, count), [(rate, one) for rate in TRIED for one in jobs_of(count, share, rate)]
+    )
     assert found is not None
     return found
 
@@ -117,7 +128,9 @@ def claims(results: Results) -> list[Claim]:
     for count in PICTURES:
         others = [row for row in chosen(results["rows"], pictures=count) if row["share"] != 1]
         most = max(surely_better(row) for row in others)
-        made.append(Claim(f"{count} pictures: how much of the loss another weight decay is surely better by", most, SMALL))
+        made.append(
+            Claim(f"{count} pictures: how much of the loss another weight decay is surely better by", most, SMALL)
+        )
     for count in PICTURES:
         kept = _of(results, count, 1.0)["drift"] / _of(results, count, 0.0)["drift"]
         words = f"{count} pictures, the chosen weight decay: loss on the world's other pictures over that with none"
@@ -147,7 +160,9 @@ def page(results: Results, folder: Path) -> str:
     rows = []
     for count in PICTURES:
         own = [_of(results, count, share) for share in SHARES]
-        losses = ["" if row["share"] == 1 else f"{100 * row['difference']:+.1f} ± {100 * row['error']:.1f} %" for row in own]
+        losses = [
+            "" if row["share"] == 1 else f"{100 * row['difference']:+.1f} ± {100 * row['error']:.1f} %" for row in own
+        ]
         rows.append([
             count, f"{_of(results, count, 1.0)['decay']:g}", *(loss for loss in losses if loss),
             *(f"{_of(results, count, share)['drift']:.2f}" for share in (0.0, 1.0)),

@@ -86,7 +86,9 @@ class Pair:
 
 def ours_within(found: Points, subject: str, parameters: float, count: int) -> Point | None:
     """Of ours whose files are no larger than this, the one with the target that did best on the tuning subjects."""
-    own = (at for (name, config), at in found.items() if name == subject and (config[0], config[2]) == (SETTLING, count))
+    own = (
+        at for (name, config), at in found.items() if name == subject and (config[0], config[2]) == (SETTLING, count)
+    )
     return min((at for at in own if at.parameters <= parameters), key=lambda at: at.tuned, default=None)
 
 
@@ -118,7 +120,10 @@ def same_target(found: Points, method: str, count: int) -> list[Pair]:
 
 def beaten(compared: Sequence[Pair]) -> dict[str, bool]:
     """By subject: whether ours is better or equal at every size."""
-    return {name: all(p.better for p in compared if p.subject == name) for name in dict.fromkeys(p.subject for p in compared)}
+    return {
+        name: all(p.better for p in compared if p.subject == name)
+        for name in dict.fromkeys(p.subject for p in compared)
+    }
 
 
 SURE = 2.0

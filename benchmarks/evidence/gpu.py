@@ -34,7 +34,9 @@ def tuned_table(tuned: Tuned) -> str:
     for (method, rank, count), choice in tuned.items():
         tried = " ".join(f"{rate:.1e}" for rate in choice.tried)
         edge = "" if choice.inside else "at the edge"
-        rows.append((method, f"{rank}", f"{count}", f"{choice.rate:.1e}", f"{choice.step}", f"{choice.loss:.5f}", tried, edge))
+        rows.append(
+            (method, f"{rank}", f"{count}", f"{choice.rate:.1e}", f"{choice.step}", f"{choice.loss:.5f}", tried, edge)
+        )
     return plain_table(rows)
 
 
@@ -96,7 +98,9 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="which of them")
-    parser.add_argument("--counts", nargs="+", type=int, default=list(comparison.COUNTS), choices=comparison.COUNTS, metavar="N")
+    parser.add_argument(
+        "--counts", nargs="+", type=int, default=list(comparison.COUNTS), choices=comparison.COUNTS, metavar="N"
+    )
     parser.add_argument("--types-of-gpu", action="store_true", help="on a CPU, load models as a GPU would")
     options = parser.parse_args()
     longest = LONGEST if torch.cuda.is_available() else math.inf
@@ -124,7 +128,9 @@ def main() -> int:
         if "ablate" in options.stage:
             pool.run(variants.jobs(tuned, options.counts))
             for count in options.counts:
-                say(f"changes of the method, {count} pictures\n{effects_table(effects.effects(pool.records, tuned, count))}")
+                say(
+                    f"changes of the method, {count} pictures\n{effects_table(effects.effects(pool.records, tuned, count))}"
+                )
         if "decay" in options.stage:
             pool.run(decay.jobs())
             say("weight decay by the number of pictures is done")

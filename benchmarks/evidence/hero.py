@@ -39,14 +39,21 @@ SIDE, GAP, HEAD, FOOT = 192, 10, 64, 86
 INK, QUIET, PAPER, BAR = (30, 32, 38), (110, 114, 124), (255, 255, 255), (70, 120, 210)
 
 
-def trained(painter: Painter, drawn: Sequence[tuple[Image.Image, str]], told: dict[str, Any], name: str) -> tuple[Any, Path]:
+def trained(
+    painter: Painter, drawn: Sequence[tuple[Image.Image, str]], told: dict[str, Any], name: str
+) -> tuple[Any, Path]:
     """The LoRA of a run of the node, and its file."""
     session, settings = models.pack("nodes.runs.run"), models.pack("lora2.config").TrainingConfig
     latents = [{"samples": t} for t in painter.latents([image for image, _ in drawn])]
     captions = [painter.encode(caption) for _, caption in drawn]
     request = session.RunRequest(save_name=name, target="attention", state_every=0)
     run = session.train(
-        painter.patcher, latents, captions, settings(steps=STEPS, batch_size=BATCH, seed=SEED, **told), request, say=print
+        painter.patcher,
+        latents,
+        captions,
+        settings(steps=STEPS, batch_size=BATCH, seed=SEED, **told),
+        request,
+        say=print,
     )
     return run.lora, run.path
 

@@ -134,7 +134,9 @@ def claims(results: Results) -> list[Claim]:
     if results["about"]["size"] == "reduced":
         whole, less = (chosen(results["rows"], keep=keep)[0] for keep in (0.0, 0.9))
         return [
-            Claim("a share of 0.9: mean rank, over that of the whole target", less["mean_rank"] / whole["mean_rank"], 0.6),
+            Claim(
+                "a share of 0.9: mean rank, over that of the whole target", less["mean_rank"] / whole["mean_rank"], 0.6
+            ),
             Claim("a share of 0.9: loss over that with the whole target", less["loss"] / whole["loss"], 1.05),
         ]
     made = []
@@ -154,7 +156,9 @@ def summary(results: Results) -> Results:
     for count in COUNTS:
         for keep in REPORTED:
             ranks = of(results, count, "mean_rank", method=SETTLING, keep=keep).values()
-            against = {f"fixed_{r}": round(mean(differences(results, count, keep, FIXED, r).values()), 4) for r in BESIDE}
+            against = {
+                f"fixed_{r}": round(mean(differences(results, count, keep, FIXED, r).values()), 4) for r in BESIDE
+            }
             told[f"pictures_{count}_keep_{keep:g}"] = {
                 "mean_rank": [round(min(ranks), 2), round(mean(ranks), 2), round(max(ranks), 2)], "difference": against,
             }  # fmt: skip

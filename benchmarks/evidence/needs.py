@@ -25,7 +25,8 @@ def in_use(factors: Factors, weights: Mapping[str, float] | None) -> dict[str, A
     return {
         "layers": {name: count(sigmas[name].square()) if name in sigmas else 0 for name in factors},
         "together": together({name: sigma.square() for name, sigma in sigmas.items()}, costs),
-        "weighed": weights and together({name: weights[name] * sigma.square() for name, sigma in sigmas.items()}, costs),
+        "weighed": weights
+        and together({name: weights[name] * sigma.square() for name, sigma in sigmas.items()}, costs),
     }
 
 

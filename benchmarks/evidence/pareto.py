@@ -107,7 +107,9 @@ def points_of(results: Results) -> dict[tuple[str, Config], Point]:
 def choices_of(results: Results) -> dict[Config, Choice]:
     """What tuning chose, by config."""
     return {
-        (row["method"], row["rank"], row["pictures"]): Choice(row["rate"], row["step"], row["loss"], tuple(row["tried"]))
+        (row["method"], row["rank"], row["pictures"]): Choice(
+            row["rate"], row["step"], row["loss"], tuple(row["tried"])
+        )
         for row in results["tuned"]
     }
 
@@ -156,8 +158,12 @@ def _reduced_claims(found: Points) -> list[Claim]:
     size = max(p.ours.parameters / p.other.parameters for p in fixed)
     return [
         Claim("ours: held-out loss after, as a share of before", gone, 0.85),
-        Claim("equal bytes: ours over a fixed rank, held-out loss, mean", 1 + mean(p.difference for p in fixed), 1 + SLACK),
-        Claim("equal bytes: ours over a large rank resized, held-out loss", 1 + mean(p.difference for p in cut), 1 + SLACK),
+        Claim(
+            "equal bytes: ours over a fixed rank, held-out loss, mean", 1 + mean(p.difference for p in fixed), 1 + SLACK
+        ),
+        Claim(
+            "equal bytes: ours over a large rank resized, held-out loss", 1 + mean(p.difference for p in cut), 1 + SLACK
+        ),
         Claim("equal bytes: parameters of ours over the fixed rank's", size, 1.0),
     ]
 

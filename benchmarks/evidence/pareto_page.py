@@ -52,7 +52,11 @@ def build(results: Results, folder: Path) -> str:
     """The part of the page, in Markdown; draws its pictures into the folder."""
     found, chosen = points_of(results), choices_of(results)
     names = list(dict.fromkeys(subject for subject, _ in found))
-    parts = ["## Loss at equal bytes", _about(results, names), "**Subjects on which ours is better or equal at every size:**"]
+    parts = [
+        "## Loss at equal bytes",
+        _about(results, names),
+        "**Subjects on which ours is better or equal at every size:**",
+    ]
     parts.append(_headline(found))
     for count in COUNTS:
         parts += [f"### {count} pictures"]
@@ -326,8 +330,12 @@ def _forgets(found: Points, names: Sequence[str]) -> str:
         each = []
         for method in (FIXED, RESIZED):
             ranks = [r for r in RANKS[method] if (names[0], (method, r, count)) in found]
-            ours, other = ([mean(found[n, (m, r, count)].drift for n in names) for r in ranks] for m in (SETTLING, method))
-            each.append(f"{WORDS[method]} at {sum(a > b for a, b in zip(ours, other, strict=True))} of {len(ranks)} sizes")
+            ours, other = (
+                [mean(found[n, (m, r, count)].drift for n in names) for r in ranks] for m in (SETTLING, method)
+            )
+            each.append(
+                f"{WORDS[method]} at {sum(a > b for a, b in zip(ours, other, strict=True))} of {len(ranks)} sizes"
+            )
         told.append(f"with {count} pictures more than {' and than '.join(each)}")
     return f"Ours forgets {'; '.join(told)}."
 

@@ -127,7 +127,9 @@ class Workbench:
                 return {"diverged": str(error), "marks": []}
 
 
-def trained(job: Job, host: Any, layers: Mapping[str, nn.Module], latents: list[Tensor], judge: Judge) -> dict[str, Any]:
+def trained(
+    job: Job, host: Any, layers: Mapping[str, nn.Module], latents: list[Tensor], judge: Judge
+) -> dict[str, Any]:
     """Train on these pictures, judging at every mark; then judge the file, and cuts of it."""
     settings = settings_for(job)
     network = pack("lora2.adapters.network").AdaptiveNetwork(layers, settings, host.device, host.compute)
@@ -173,10 +175,17 @@ def trained(job: Job, host: Any, layers: Mapping[str, nn.Module], latents: list[
 def settings_for(job: Job) -> Any:
     """The node's settings for a job; what is not said is the node's default."""
     base = pack("lora2.config").TrainingConfig(
-        steps=job.steps, learning_rate=job.rate, batch_size=BATCH, target_rank=job.rank, seed=job.seed, sync_every=SYNC_EVERY
+        steps=job.steps,
+        learning_rate=job.rate,
+        batch_size=BATCH,
+        target_rank=job.rank,
+        seed=job.seed,
+        sync_every=SYNC_EVERY,
     )
     if job.method == FIXED:
-        base = replace(base, initial_rank=job.rank, settle_at=1.0)  # 1: nothing is cut, and the learning rate is as given
+        base = replace(
+            base, initial_rank=job.rank, settle_at=1.0
+        )  # 1: nothing is cut, and the learning rate is as given
     if job.method == PAPER:
         base = replace(base, settle_at=1.0)
     return replace(base, **dict(job.changes))

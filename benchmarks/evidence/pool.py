@@ -83,7 +83,9 @@ class Pool:
                     self._lose(worker, f"took more than {self._longest:.0f} s")
             if time.monotonic() - said > SAY_EVERY:
                 said, open_jobs = time.monotonic(), len(waiting) + sum(w.job is not None for w in self._workers)
-                print(f"{total - open_jobs} of {total} after {said - start:.0f} s, {len(self.failed)} failed", flush=True)
+                print(
+                    f"{total - open_jobs} of {total} after {said - start:.0f} s, {len(self.failed)} failed", flush=True
+                )
         return [self.records[job.key] for job in jobs if job.key in self.records]
 
     @property
@@ -223,7 +225,11 @@ def _work(checkpoint: Path, pipe: Any, types_of_gpu: bool = False) -> None:
             return
         try:
             bench = bench or Workbench(checkpoint)
-            where: Record = {"device": device_name(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+            where: Record = {
+                "device": device_name(),
+                "torch": torch.__version__,
+                "date": datetime.date.today().isoformat(),
+            }
             if types_of_gpu:
                 where["types_of_gpu"] = True
             pipe.send(({**bench.adapt(job), **where}, ""))

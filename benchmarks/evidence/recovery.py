@@ -192,7 +192,9 @@ def claims(results: Results) -> list[Claim]:
     found.append(Claim("settled: Spearman at the worst rank_weight", min(map(order, swept.values())), 0.95, above=True))
     found.append(Claim("settled: missing at the worst rank_weight", max(map(missing_share, swept.values())), 1e-3))
     tight = [run["kept"] for run in runs if run["group"] == "shares" and run["share"] < 1]
-    found.append(Claim("too small a budget: learned, of the most that fits it", min(tight), 0.98, above=True, open=full))
+    found.append(
+        Claim("too small a budget: learned, of the most that fits it", min(tight), 0.98, above=True, open=full)
+    )
     missing = {rest: missing_share(own) for rest, own in by_rest(runs).items()}
     gain = missing[0.0] / missing[TrainingConfig().rank_rest]
     found.append(Claim("paper's form: times less is missing with the rest at the end", gain, 10, above=True))

@@ -120,7 +120,11 @@ def _learned_plot(runs: Sequence[Results], ranks: Sequence[int]) -> Plot:
         columns = list(zip(*(run["ranks"] for run in chosen(runs, group="shapes", form=form)), strict=True))
         series.append(
             Series(
-                name, ranks, [mean(c) for c in columns], low=[min(c) for c in columns], high=[max(c) for c in columns],
+                name,
+                ranks,
+                [mean(c) for c in columns],
+                low=[min(c) for c in columns],
+                high=[max(c) for c in columns],
                 colour=COLOURS[form],
             )
         )
@@ -172,8 +176,14 @@ def _details(runs: Sequence[Results]) -> list[str]:
         "the order of ranks then says nothing; where they differ, almost all of the right ones are. "
         "What is not needed is spent on noise, so ask for no more than you need:",
         table(
-            ["budget, of what the true ranks take", "Spearman, values alike", "falling", "learned, alike", "falling",
-             "worst seed of both"],
+            [
+                "budget, of what the true ranks take",
+                "Spearman, values alike",
+                "falling",
+                "learned, alike",
+                "falling",
+                "worst seed of both",
+            ],
             _share_rows(runs),
         ),
         *_exact(runs),

@@ -24,7 +24,12 @@ _DONE: dict[str, Record] = {}
 
 
 def job(
-    config: Config, subject: str, seed: int = 0, cuts: bool = True, steps: int = STEPS, changes: tuple[tuple[str, Any], ...] = ()
+    config: Config,
+    subject: str,
+    seed: int = 0,
+    cuts: bool = True,
+    steps: int = STEPS,
+    changes: tuple[tuple[str, Any], ...] = (),
 ) -> Job:
     """An adaptation of this size; with the cuts that are compared."""
     method, rank, count = config

@@ -60,7 +60,9 @@ def run(full: bool) -> Results:
         for subject in SUBJECTS:
             for method in (SETTLING, FIXED):
                 config = (method, TRUNCATED, count)
-                rows += _rows(subject.name, config, tuned[config].step, _runs(kept, config, subject.name, tuned[config]))
+                rows += _rows(
+                    subject.name, config, tuned[config].step, _runs(kept, config, subject.name, tuned[config])
+                )
             for share, size in zip(SHARES, TRUNCATED_SIZES, strict=True):
                 config = (SETTLING, size, count)
                 if at := point(config, tuned[config].step, _runs(kept, config, subject.name, tuned[config])):
@@ -81,7 +83,9 @@ def _rows(name: str, config: Config, step: int, runs: list[Record]) -> list[dict
         for share in SHARES:
             cut = [mark[kind][str(share)] for mark in marks if kind in mark]
             if cut:
-                found.append(_row(name, config, kind, share, mean(c["loss"] for c in cut), mean(c["parameters"] for c in cut)))
+                found.append(
+                    _row(name, config, kind, share, mean(c["loss"] for c in cut), mean(c["parameters"] for c in cut))
+                )
     return found
 
 
@@ -131,8 +135,19 @@ def claims(results: Results) -> list[Claim]:
     for count in PICTURES:
         brought = len(ordered_wins(results, count, SHARED_OUT, SHARED_OUT))
         made += [
-            Claim(f"{count} pictures: {words} without its last positions", len(both_ways(results, count)), subjects, above=True),
-            Claim(f"{count} pictures: {words} that the loader brings into order first", brought, subjects, above=True, open=True),
+            Claim(
+                f"{count} pictures: {words} without its last positions",
+                len(both_ways(results, count)),
+                subjects,
+                above=True,
+            ),
+            Claim(
+                f"{count} pictures: {words} that the loader brings into order first",
+                brought,
+                subjects,
+                above=True,
+                open=True,
+            ),
         ]
     return made
 
@@ -146,7 +161,9 @@ def summary(results: Results) -> Results:
             "ordered_beats_unordered": len(both_ways(results, count)),
             "ours_cut": {f"{share:g}": round(cost(results, SETTLING, SHARED_OUT, count, share), 4) for share in SHARES},
             "fixed_cut": {f"{share:g}": round(cost(results, FIXED, SHORTENED, count, share), 4) for share in SHARES},
-            "fixed_ordered_and_cut": {f"{share:g}": round(cost(results, FIXED, SHARED_OUT, count, share), 4) for share in SHARES},
+            "fixed_ordered_and_cut": {
+                f"{share:g}": round(cost(results, FIXED, SHARED_OUT, count, share), 4) for share in SHARES
+            },
         }
     return told
 

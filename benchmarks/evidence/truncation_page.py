@@ -43,7 +43,12 @@ def build(results: Results, folder: Path) -> str:
         f"{PICTURES[0]} pictures only: with fewer the fixed rank's cuts were not made in the order of training.",
     ]
     for count in PICTURES:
-        parts += [f"### {count} pictures", _means(results, count), _picture(results, count, folder), _told(results, count)]
+        parts += [
+            f"### {count} pictures",
+            _means(results, count),
+            _picture(results, count, folder),
+            _told(results, count),
+        ]
         parts.append(_subjects(results, count))
     return "\n\n".join(parts)
 
@@ -70,7 +75,9 @@ def _picture(results: Results, count: int, folder: Path) -> str:
             ys.append(100 * cost(results, method, kind, count, share))
         series.append(Series(words, xs, ys, colour=colour))
     name = f"truncation_{count}.png"
-    Plot(f"Cut at load, {count} pictures", "% of the bytes", "loss over that of ours uncut, %", series).save(folder / name)
+    Plot(f"Cut at load, {count} pictures", "% of the bytes", "loss over that of ours uncut, %", series).save(
+        folder / name
+    )
     return f"![Loss against what is left of a file, {count} pictures]({name})"
 
 

@@ -64,8 +64,18 @@ def _child(folder: Path, seconds: int, seed: int) -> None:
         changed = atheris.Mutate(data, max_size) if rng.random() < 0.1 else mutate.mutated(data, rng)
         return bytes(changed[:max_size])
 
-    options = [f"-max_total_time={seconds}", f"-timeout={10 * SLOW_SECONDS}", f"-rss_limit_mb={MEMORY_MB}", f"-seed={seed}"]
-    options += [f"-max_len={mutate.MOST_BYTES}", f"-artifact_prefix={folder}/crash-", "-print_final_stats=1", "-len_control=0"]
+    options = [
+        f"-max_total_time={seconds}",
+        f"-timeout={10 * SLOW_SECONDS}",
+        f"-rss_limit_mb={MEMORY_MB}",
+        f"-seed={seed}",
+    ]
+    options += [
+        f"-max_len={mutate.MOST_BYTES}",
+        f"-artifact_prefix={folder}/crash-",
+        "-print_final_stats=1",
+        "-len_control=0",
+    ]
     atheris.Setup([sys.argv[0], str(folder / "corpus"), *options], one, custom_mutator=another)
     atheris.Fuzz()
 
@@ -101,7 +111,16 @@ def main() -> int:
         if len(data) <= MOST_BYTES:
             (corpus / re.sub(r"\W+", "_", name)).write_bytes(data)
     os.nice(10)
-    command = [sys.executable, "-m", "dev.fuzzing", "--child", "--seconds", str(chosen.seconds), "--seed", str(chosen.seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "dev.fuzzing",
+        "--child",
+        "--seconds",
+        str(chosen.seconds),
+        "--seed",
+        str(chosen.seed),
+    ]
     command += ["--folder", str(chosen.folder)]
     started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -144,7 +144,8 @@ def hostile() -> dict[str, bytes]:
     for number, text in enumerate(WORDS):
         found[f"name {number}"] = Parts(layer(text)).to_bytes()
         found[f"text {number}"] = Parts(
-            ours, {text: text, "ss_output_name": text, "modelspec.title": text, "ss_sd_model_name": text, "ss_steps": text}
+            ours,
+            {text: text, "ss_output_name": text, "modelspec.title": text, "ss_sd_model_name": text, "ss_steps": text},
         ).to_bytes()
         found[f"training {number}"] = Parts(ours, {"lora2": account(ours, training={text: text})}).to_bytes()
         found[f"account {number}"] = Parts(ours, {"lora2": text}).to_bytes()
@@ -167,7 +168,9 @@ def hostile() -> dict[str, bytes]:
     found |= {f"account: {what}": Parts(ours, {"lora2": text}).to_bytes() for what, text in accounts.items()}
     values = {"NaN": b"\0\x7e", "infinity": b"\0\x7c", "largest": b"\xff\x7b", "smallest": b"\x01\0", "zero": b"\0\0"}
     for what, value in values.items():
-        found[f"factors: {what}"] = Parts([Part(p.name, p.dtype, p.shape, value) if p.shape else p for p in ours]).to_bytes()
+        found[f"factors: {what}"] = Parts(
+            [Part(p.name, p.dtype, p.shape, value) if p.shape else p for p in ours]
+        ).to_bytes()
         alpha = Part(ours[2].name, "F16", [], value)
         found[f"alpha: {what}"] = Parts([*ours[:2], alpha]).to_bytes()
     huge = struct.pack("<f", 3e38)

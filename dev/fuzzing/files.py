@@ -45,7 +45,11 @@ class Parts:
             if part.name in entries:
                 continue
             data = part.fitted()
-            entries[part.name] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": [offset, offset + len(data)]}
+            entries[part.name] = {
+                "dtype": part.dtype,
+                "shape": part.shape,
+                "data_offsets": [offset, offset + len(data)],
+            }
             pieces.append(data)
             offset += len(data)
         return with_header(dump(entries | self.overrides), b"".join(pieces))
@@ -72,7 +76,9 @@ def take_apart(raw: bytes) -> Parts | None:
             shape = [int(n) for n in entry["shape"]]
             if min(shape, default=0) < 0 or math.prod(shape) > 1 << 20:
                 continue
-            found.tensors.append(Part(name, str(entry["dtype"]), shape, raw[8 + length + begin : 8 + length + end][: 1 << 16]))
+            found.tensors.append(
+                Part(name, str(entry["dtype"]), shape, raw[8 + length + begin : 8 + length + end][: 1 << 16])
+            )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None
     return found

@@ -85,7 +85,9 @@ def _values(parts: Parts, rng: random.Random) -> None:
 def _more(parts: Parts, rng: random.Random) -> None:
     style, dtype = rng.randrange(len(PAIRS)), rng.choice(list(SIZES))
     prefix = rng.choice(LAYERS) + rng.choice(("", rng.choice(WORDS), str(rng.randrange(100))))
-    parts.tensors.extend(layer(prefix, rng.randrange(5), (rng.randrange(1, 5), 3), style, dtype, rng.choice((0, 0, 1, 3))))
+    parts.tensors.extend(
+        layer(prefix, rng.randrange(5), (rng.randrange(1, 5), 3), style, dtype, rng.choice((0, 0, 1, 3)))
+    )
 
 
 def _other(parts: Parts, rng: random.Random) -> None:
@@ -119,7 +121,14 @@ def _override(parts: Parts, rng: random.Random) -> None:
 
 
 def _metadata(parts: Parts, rng: random.Random) -> None:
-    keys = ("ss_output_name", "modelspec.title", "ss_network_dim", "ss_sd_model_name", "ss_steps", "lora_adapter_metadata")
+    keys = (
+        "ss_output_name",
+        "modelspec.title",
+        "ss_network_dim",
+        "ss_sd_model_name",
+        "ss_steps",
+        "lora_adapter_metadata",
+    )
     key = rng.choice((*keys, rng.choice(WORDS)))
     parts.metadata[key] = rng.choice((rng.choice(WORDS), rng.choice(WORDS), rng.choice(NUMBERS)))
 

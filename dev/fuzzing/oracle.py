@@ -174,7 +174,9 @@ def _markdown(text: str) -> None:
     wrong = {inline.type for token in tokens for inline in [token, *(token.children or [])]} & _MARKUP
     if wrong:
         _broken(f"markdown shows {wrong}")
-    widths = {line.replace("\\|", "").count("|") for line in text.split("\n") if line.startswith("| ") and " --- " not in line}
+    widths = {
+        line.replace("\\|", "").count("|") for line in text.split("\n") if line.startswith("| ") and " --- " not in line
+    }
     if min(widths, default=3) < 3:
         _broken("a table's row is broken")
 

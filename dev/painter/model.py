@@ -38,6 +38,7 @@ RESIDUAL = 0.2
 SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609
 """SD3's latents are stored divided by this, and moved."""
 
+
 def diffusion_model() -> nn.Module:
     """ComfyUI's own MMDiT as it is trained: without the columns that only ever see zeros. Its weights are not yet made."""
     import_comfy()
@@ -53,7 +54,10 @@ def diffusion_model() -> nn.Module:
         num_patches=GRID * GRID,
         pos_embed_max_size=GRID,
         qk_norm="rms",
-        context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": TEXT, "out_features": 64 * DEPTH}},
+        context_embedder_config={
+            "target": "torch.nn.Linear",
+            "params": {"in_features": TEXT, "out_features": 64 * DEPTH},
+        },
         dtype=torch.float32,
         operations=operations,
     )

@@ -116,7 +116,9 @@ def train_autoencoder(images: Tensor, size: Size, device: torch.device, log: lis
     started(vae, generator)
     vae.to(device=device).to(memory_format=torch.channels_last)
     draw = Generator(device).manual_seed(SEED)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
+    )
     pace = Pace(size.vae_steps, size.vae_seconds)
     for step in pace:
         for group in optimizer.param_groups:
@@ -155,7 +157,9 @@ def train_model(
     started(dit, generator)
     dit.to(device)
     parameters = list(dit.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=size.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        parameters, lr=size.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+    )
     mean = [p.detach().clone() for p in parameters]
     draw = Generator(device).manual_seed(SEED + 2)
     recent: list[Tensor] = []
@@ -170,7 +174,9 @@ def train_model(
         sigma = torch.sigmoid(torch.randn(size.batch, generator=draw, device=device) * 1.2 + 0.3)
         wide = sigma.view(-1, 1, 1, 1)
         with torch.autocast(device.type, torch.bfloat16):
-            velocity = dit((1 - wide) * clean + wide * noise, sigma * 1000, context=texts[told].float(), y=pooled[told].float())
+            velocity = dit(
+                (1 - wide) * clean + wide * noise, sigma * 1000, context=texts[told].float(), y=pooled[told].float()
+            )
         loss = functional.mse_loss(velocity.float(), noise - clean)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -85,7 +85,12 @@ def texts(captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor
         for rows, counts in zip(tokens.split(512), lengths.split(512), strict=True):
             embeds = transformer.get_input_embeddings()(rows.to(device), out_dtype=torch.float32)
             _, inner, _, last = transformer(
-                None, None, embeds=embeds, num_tokens=counts.tolist(), intermediate_output=-2, final_layer_norm_intermediate=False
+                None,
+                None,
+                embeds=embeds,
+                num_tokens=counts.tolist(),
+                intermediate_output=-2,
+                final_layer_norm_intermediate=False,
             )
             hidden.append(inner.bfloat16())
             pooled.append(last.bfloat16())

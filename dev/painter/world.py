@@ -19,9 +19,18 @@ SCALE = 3
 Colour = tuple[int, int, int]
 
 COLOURS: dict[str, Colour] = {
-    "red": (214, 40, 40), "orange": (245, 140, 30), "yellow": (250, 214, 50), "green": (40, 150, 70),
-    "teal": (30, 160, 165), "blue": (45, 85, 200), "purple": (125, 60, 170), "pink": (245, 130, 180),
-    "brown": (120, 75, 40), "white": (248, 248, 244), "black": (28, 28, 32), "grey": (135, 138, 142),
+    "red": (214, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (250, 214, 50),
+    "green": (40, 150, 70),
+    "teal": (30, 160, 165),
+    "blue": (45, 85, 200),
+    "purple": (125, 60, 170),
+    "pink": (245, 130, 180),
+    "brown": (120, 75, 40),
+    "white": (248, 248, 244),
+    "black": (28, 28, 32),
+    "grey": (135, 138, 142),
 }
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 PLACES: dict[str, tuple[Colour, Colour]] = {
@@ -60,7 +69,6 @@ class Scene:
             f"a {self.style} of a {self.size} {self.texture} {self.colour} {self.shape} {self.place}, {self.position}"
         )
 
-
     def told_in_part(self, rng: random.Random) -> str:
         """The caption with every describing word left out now and then, so that shorter ones are understood too."""
         words = (self.size, self.texture, self.colour)
@@ -76,8 +84,13 @@ Surface = Callable[[int], Image.Image]
 def random_scene(rng: random.Random) -> Scene:
     """Any scene, all alike likely."""
     return Scene(
-        rng.choice(shapes.names()), rng.choice(list(COLOURS)), rng.choice(TEXTURES), rng.choice(list(PLACES)),
-        rng.choice(list(POSITIONS)), rng.choice(list(SIZES)), rng.choice(STYLES),
+        rng.choice(shapes.names()),
+        rng.choice(list(COLOURS)),
+        rng.choice(TEXTURES),
+        rng.choice(list(PLACES)),
+        rng.choice(list(POSITIONS)),
+        rng.choice(list(SIZES)),
+        rng.choice(STYLES),
     )
 
 
@@ -130,7 +143,9 @@ def _textured(colour: Colour, texture: str) -> Surface:
                 if texture == "checkered" and (row // 2 + column // 2) % 2:
                     brush.rectangle((left, top, left + cell, top + cell), fill=other)
                 if texture == "dotted" and (row + column) % 2:
-                    brush.ellipse((left + cell * 0.15, top + cell * 0.15, left + cell * 0.85, top + cell * 0.85), fill=other)
+                    brush.ellipse(
+                        (left + cell * 0.15, top + cell * 0.15, left + cell * 0.85, top + cell * 0.85), fill=other
+                    )
         return image
 
     return paint

@@ -109,7 +109,9 @@ class FlatBuffers:
             block.sums.zero_()
 
 
-def _by_width(factors: Sequence[tuple[int, nn.Parameter]], dtype: torch.dtype, device: torch.device) -> list[FlatBuffer]:
+def _by_width(
+    factors: Sequence[tuple[int, nn.Parameter]], dtype: torch.dtype, device: torch.device
+) -> list[FlatBuffer]:
     widths: dict[int, list[tuple[int, nn.Parameter]]] = {}
     for index, parameter in factors:
         widths.setdefault(parameter.shape[1], []).append((index, parameter))

@@ -178,7 +178,9 @@ class Adapter:
         up = torch.cat([self.up.data[:keep], self.up.data.new_zeros(extra, self.shape[0])])
         self._replace({"down": down, "up": up}, keep, optimizer)
 
-    def reset_components(self, start: int, generator: Generator, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def reset_components(
+        self, start: int, generator: Generator, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         """Drop what the positions from `start` on have learned: fresh down rows, zero up rows and moments."""
         if start >= self.capacity:
             return
@@ -266,10 +268,6 @@ class Adapter:
 def _folded(down: Tensor, importance: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
     """Λ A in a type."""
     return (down if importance is None else down * importance.view(-1, *(1,) * (down.ndim - 1))).to(dtype)
-
-
-
-
 
 
 def _moments(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -359,7 +359,9 @@ class AdaptiveNetwork:
         ranks = self.ranks()
         out = {}
         for name, adapter in zip(self.names, self.adapters, strict=True):
-            plain = partial(_plain, adapter, min(ranks[name], adapter.capacity), self.pruned if ordered is None else ordered)
+            plain = partial(
+                _plain, adapter, min(ranks[name], adapter.capacity), self.pruned if ordered is None else ordered
+            )
             # A device that is full up to the last byte must not keep what was learned from being saved.
             out[name] = on_device_or_cpu(self.device, plain)
         return out

@@ -50,4 +50,6 @@ class PruneCandidates:
 
     def _ranks(self, size: int) -> dict[str, int]:
         config = self._settings
-        return allocate_ranks(self._sigmas, self._costs, size, config.min_rank, self._weights, config.removed_layer_parameters)
+        return allocate_ranks(
+            self._sigmas, self._costs, size, config.min_rank, self._weights, config.removed_layer_parameters
+        )

@@ -157,6 +157,8 @@ def _changed(path: Path) -> float:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return sorted(Path(e.path) for e in os.scandir(folder) if e.is_dir(follow_symlinks=False) and not e.name.startswith("."))
+        return sorted(
+            Path(e.path) for e in os.scandir(folder) if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")
+        )
     except OSError:
         return []

@@ -128,7 +128,10 @@ class Fingerprint:
     def against(self, before: Fingerprint) -> tuple[list[str], list[str]]:
         """How this origin differs from that of a state: what makes it another run, and what only rounds otherwise."""
         wrong, rounded = self._model_against(before)
-        for what, now, then in (("picture", self.pictures, before.pictures), ("caption", self.captions, before.captions)):
+        for what, now, then in (
+            ("picture", self.pictures, before.pictures),
+            ("caption", self.captions, before.captions),
+        ):
             if len(now.digests) != len(then.digests):
                 if what == "picture":
                     wrong.append(f"there are {len(now.digests)} pictures, the state's run had {len(then.digests)}")
@@ -169,7 +172,9 @@ class Fingerprint:
         return wrong + self._patched(before), []
 
     def _patched(self, before: Fingerprint) -> list[str]:
-        return [] if self.patches == before.patches else ["other LoRAs are applied to the model than in the state's run"]
+        return (
+            [] if self.patches == before.patches else ["other LoRAs are applied to the model than in the state's run"]
+        )
 
 
 def digest_of(tensors: Sequence[Tensor], words: str = "", samples: int = 0) -> str:
@@ -224,5 +229,7 @@ def plain(options: Mapping[str, object]) -> tuple[list[Tensor], str]:
         value = options.get(name)
         if isinstance(value, Tensor):
             tensors.append(value)
-        words.append(f"{name}={value!r}" if isinstance(value, (bool, int, float, str)) else f"{name}:{type(value).__name__}")
+        words.append(
+            f"{name}={value!r}" if isinstance(value, (bool, int, float, str)) else f"{name}:{type(value).__name__}"
+        )
     return tensors, ";".join(words)

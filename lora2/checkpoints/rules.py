@@ -44,7 +44,9 @@ def merge_configs(new: TrainingConfig, old: TrainingConfig) -> TrainingConfig:
     return replace(new, file_overhead=old.file_overhead, layer_overhead=old.layer_overhead)
 
 
-def compare_configs(new: TrainingConfig, old: TrainingConfig, settled: bool, rested: bool = False) -> tuple[list[str], list[str]]:
+def compare_configs(
+    new: TrainingConfig, old: TrainingConfig, settled: bool, rested: bool = False
+) -> tuple[list[str], list[str]]:
     """How settings differ from a state's: what stands in the way of going on, and what is different from here on.
 
     settled: whether the state's layers have been cut. rested: whether they have come to rest, in the paper's form: a rest is

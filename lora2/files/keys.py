@@ -37,11 +37,8 @@ COMPANIONS: dict[str, str] = {
 BIASES: dict[str, str] = {".diff_b": "bias", ".b_norm": "bias", ".lora_B.bias": "bias"}
 
 
-
 def stems(key: str) -> list[str]:
     """The prefixes that a key may belong to: all but its last one, two or three parts, less `_lora`."""
     parts = key.split(".")
     found = [".".join(parts[:-n]) for n in (1, 2, 3) if len(parts) > n]
     return found + [stem.removesuffix("_lora") for stem in found if stem.endswith("_lora")]
-
-

@@ -35,10 +35,7 @@ __all__ = [
 HEADER_LIMIT = 1 << 20  # ComfyUI's /view_metadata answers nothing for a larger one.
 
 
-
-
 _OF_THE_RUN = ("ss_output_name", "modelspec.title", "modelspec.date")
-
 
 
 def build(

@@ -77,7 +77,9 @@ def _checked_header(path: Path) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _broken(path, "its metadata is not a table of texts")
     if len(entries) > TENSOR_LIMIT:
-        raise LoraError(f"{escaped(path.name)} holds {len(entries)} tensors; at most {TENSOR_LIMIT} are read. It is no LoRA.")
+        raise LoraError(
+            f"{escaped(path.name)} holds {len(entries)} tensors; at most {TENSOR_LIMIT} are read. It is no LoRA."
+        )
     _check_layout(path, entries, status.st_size - 8 - length)
     return metadata
 

@@ -73,7 +73,9 @@ def cut_to_budget(
     """
     orders = decompose_layers(factors, device)
     costs = {name: factors[name].cost for name in orders}
-    ranks = allocate_ranks({name: order.sigma for name, order in orders.items()}, costs, budget, min_rank, weights, unused)
+    ranks = allocate_ranks(
+        {name: order.sigma for name, order in orders.items()}, costs, budget, min_rank, weights, unused
+    )
     return {name: order.head(ranks[name]) for name, order in orders.items()}
 
 

@@ -48,7 +48,9 @@ class Factors:
 
     def delta(self) -> Tensor:
         """ΔW with the weight's shape, in the factors' dtype: (d_out, d_in) or (d_out, c_in / groups, *kernel)."""
-        product = self.up.reshape(self.up.shape[0], self.rank) @ self.down.reshape(self.rank, self.down.shape[1:].numel())
+        product = self.up.reshape(self.up.shape[0], self.rank) @ self.down.reshape(
+            self.rank, self.down.shape[1:].numel()
+        )
         return (self.scale * product).reshape(self.up.shape[0], *self.down.shape[1:])
 
 

@@ -20,9 +20,6 @@ EPSILON, V, FLOW, X0 = "epsilon", "v", "flow", "x0"
 PREDICTIONS = (EPSILON, V, FLOW, X0)
 
 
-
-
-
 def prediction_weight(sigma: Tensor, prediction: str, sigma_data: float = 1.0) -> Tensor:
     """w(σ) with w · (x0 error)² = (error of the network's own output)². sigma: (batch,); returns (batch,)."""
     if prediction in (EPSILON, FLOW):
@@ -62,17 +59,3 @@ def denoising_loss(
     else:
         weight = prediction_weight(sigma, prediction, sigma_data)
     return (weight * error).mean()
-
-
-
-
-
-
-
-
-
-
-
-
-
-

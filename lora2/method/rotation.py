@@ -22,7 +22,9 @@ def rotation_matrix(rank: int) -> Tensor:
     The discrete Hartley transform (Bracewell, J. Opt. Soc. Am. 73, 1983), all of whose entries are of one size on average.
     """
     place = torch.arange(rank, dtype=torch.float64)
-    turn = 2 * math.pi / max(rank, 1) * (torch.outer(place, place) % max(rank, 1))  # whole turns taken out: x stays exact
+    turn = (
+        2 * math.pi / max(rank, 1) * (torch.outer(place, place) % max(rank, 1))
+    )  # whole turns taken out: x stays exact
     return (turn.cos() + turn.sin()) / math.sqrt(max(rank, 1))
 
 

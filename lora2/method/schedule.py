@@ -26,5 +26,3 @@ def size_factor(size: int, target: int) -> float:
     directions of their own; so a learning rate means the same before the cuts and after them.
     """
     return min(1.0, math.sqrt(target / max(size, 1)))
-
-

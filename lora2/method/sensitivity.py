@@ -35,4 +35,7 @@ def sensitivities(network: AdaptiveNetwork, optimizer: torch.optim.Optimizer) ->
     (over, under) = table.tolist()
     if not bool(torch.isfinite(table).all()) or not any(w > 0 for w in over):
         return None
-    return {name: min(w / e, MAX_SENSITIVITY) if e > 0 else 1.0 for name, w, e in zip(network.names, over, under, strict=True)}
+    return {
+        name: min(w / e, MAX_SENSITIVITY) if e > 0 else 1.0
+        for name, w, e in zip(network.names, over, under, strict=True)
+    }

@@ -21,9 +21,7 @@ _PARTS = re.compile(
     r"|(?:lora_unet_|lora_prior_unet_|lora_transformer_|lycoris_|lora_|(?:base_model\.)?model\.(?=diffusion_model)"
     r"|base_model\.model\.)?(?:diffusion_model\.|diffusion_model_|transformer\.|unet\.|unet_)?",
 )
-_UNET = re.compile(
-    r"(down|up)_blocks_(\d+)_(attentions|resnets|motion_modules|downsamplers|upsamplers)_(\d+)_(.+)"
-)
+_UNET = re.compile(r"(down|up)_blocks_(\d+)_(attentions|resnets|motion_modules|downsamplers|upsamplers)_(\d+)_(.+)")
 _MID = re.compile(r"mid_block_(attentions|resnets|motion_modules)_(\d+)_(.+)")
 _SGM = re.compile(r"(input|output)_blocks_(\d+)_(\d+)_(.+)")
 _SGM_MID = re.compile(r"middle_block_(\d+)_(.+)")
@@ -46,9 +44,7 @@ _Q = {
     **dict.fromkeys(("to_q", "q_proj", "q", "query", "wq", "q_linear", "add_q_proj"), "q"),
     **dict.fromkeys(("to_k", "k_proj", "k", "key", "wk", "k_linear", "add_k_proj"), "k"),
     **dict.fromkeys(("to_v", "v_proj", "v", "value", "wv", "v_linear", "add_v_proj"), "v"),
-    **dict.fromkeys(
-        ("to_out_0", "to_out", "out_proj", "o_proj", "proj", "o", "out", "wo", "out_0", "to_add_out"), "o"
-    ),
+    **dict.fromkeys(("to_out_0", "to_out", "out_proj", "o_proj", "proj", "o", "out", "wo", "out_0", "to_add_out"), "o"),
     **dict.fromkeys(("qkv", "to_qkv", "qkv_proj", "in_proj", "to_added_qkv", "qkv_linear"), "qkv"),
     **dict.fromkeys(("kv", "to_kv", "kv_proj", "kv_linear"), "kv"),
 }
@@ -126,10 +122,7 @@ def parse_layer_name(name: str) -> LayerName:
     """
     text = clean(name, 300)
     part_at, part, path = _part(text)
-    path = (
-        re.sub(r"[\W_]+", "_", path.lower()).strip("_").replace("_processor_", "_").removesuffix("_lora")
-        or "layer"
-    )
+    path = re.sub(r"[\W_]+", "_", path.lower()).strip("_").replace("_processor_", "_").removesuffix("_lora") or "layer"
     stage, number, indices, unit, rest, family = _block(path)
     group, leaf = _projection(rest) if number or stage not in OUTSIDE else (rest.replace("_", " "), "")
     if part_at == 0:
@@ -213,9 +206,7 @@ def _projection(rest: str) -> tuple[str, str]:
     if match := _FEED.fullmatch(rest):
         module = match.group(1)
         leaf = match.group(2) or match.group(3) or match.group(4)
-        group = {"ff_context": "ff ctx", "ffn": "ff", "feed_forward": "ff", "densereludense": "ff"}.get(
-            module
-        )
+        group = {"ff_context": "ff ctx", "ffn": "ff", "feed_forward": "ff", "densereludense": "ff"}.get(module)
         group = group or module.replace("x_block", "x").replace("context_block", "ctx").replace("_", " ")
         return group, _FEED_LEAF.get(leaf, leaf)
     if match := re.fullmatch(r"(.*?)_?mod(?:ulation)?_(lin|\d)", rest):

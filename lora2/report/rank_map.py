@@ -118,9 +118,7 @@ class RankMap:
         return "A number is the mean of the layers below it, one band each." if shown else ""
 
 
-def lay_out(
-    spots: Sequence[Cell], width: float, canvas: Canvas, styles: Sequence[Style] = (ROOMY, COMPACT)
-) -> RankMap:
+def lay_out(spots: Sequence[Cell], width: float, canvas: Canvas, styles: Sequence[Style] = (ROOMY, COMPACT)) -> RankMap:
     """Lay the layers out on a width, in the first style that is not too high; the last one leaves panels out.
 
     canvas: measures texts, nothing is drawn on it.
@@ -182,9 +180,7 @@ def _tables(spots: Sequence[Cell]) -> list[tuple[str, list[Column]]]:
                 tables.append((title, columns))
                 open_rows, title = rows, ""  # the part's title stands over its first panel
         if outer:
-            tables.append(
-                (title, [_column(block) for block in grouped(outer, lambda s: s.layer_name.stage).values()])
-            )
+            tables.append((title, [_column(block) for block in grouped(outer, lambda s: s.layer_name.stage).values()]))
     return tables
 
 

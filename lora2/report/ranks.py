@@ -136,9 +136,7 @@ def build_report(
     for name, factors in doc.layers.items():
         between()
         layers.append(_layer(name, factors, known.get(name, {}), energy))
-    layers += filter(
-        None, (_left_out(name, entry) for name, entry in known.items() if name not in doc.layers)
-    )
+    layers += filter(None, (_left_out(name, entry) for name, entry in known.items() if name not in doc.layers))
     numbers: Counter[str] = Counter()
     for tensor in _tensors(doc.layers):
         numbers[_type(tensor)] += tensor.numel()
@@ -182,9 +180,7 @@ def _left_out(name: str, entry: Mapping[str, object]) -> LayerRank | None:
     if not all(isinstance(n, int) and 0 < n < 2**24 for n in shape):
         return None
     where = parse_layer_name(name)
-    return LayerRank(
-        clean(name, 300), where.part, where.block, where.projection, 0, math.prod(shape[1:]), shape[0], 0
-    )
+    return LayerRank(clean(name, 300), where.part, where.block, where.projection, 0, math.prod(shape[1:]), shape[0], 0)
 
 
 def _entries(info: object) -> dict[str, Mapping[str, object]]:

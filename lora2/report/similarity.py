@@ -39,7 +39,9 @@ def unit(vectors: Tensor) -> Tensor:
 def cosines(one: Tensor, other: Tensor) -> Tensor:
     """Cosines of all pairs: (n, width) and (m, width) to (n, m) float64."""
     if one.shape[1] != other.shape[1]:
-        raise LoraError(f"Vectors of width {one.shape[1]} and {other.shape[1]} cannot be compared: use one encoder for both.")
+        raise LoraError(
+            f"Vectors of width {one.shape[1]} and {other.shape[1]} cannot be compared: use one encoder for both."
+        )
     return unit(one) @ unit(other).T
 
 

@@ -26,7 +26,12 @@ class Batches:
     """
 
     def __init__(
-        self, latents: Sequence[Tensor], denoiser: Denoiser, config: TrainingConfig, batch_size: int, seeds: tuple[int, int]
+        self,
+        latents: Sequence[Tensor],
+        denoiser: Denoiser,
+        config: TrainingConfig,
+        batch_size: int,
+        seeds: tuple[int, int],
     ) -> None:
         self.denoiser, self.config = denoiser, config
         self.data = Buckets(latents, batch_size, seeds[0] % SEED_LIMIT)
@@ -60,7 +65,9 @@ class Batches:
                 self.largest = max(self.largest, len(members))
                 weight = torch.full((), len(members) / (len(captions) * count), device=device)
                 some: Any = slice(None) if len(members) == len(captions) else members
-                yield MicroBatch(clean[some].to(device), noise[some].to(device), sigma[some].to(device), conditioning, weight)
+                yield MicroBatch(
+                    clean[some].to(device), noise[some].to(device), sigma[some].to(device), conditioning, weight
+                )
 
     def _groups(
         self, captions: Sequence[int], members: Sequence[int], shape: torch.Size
@@ -118,7 +125,9 @@ class Buckets:
 
     def state(self) -> State:
         """Where the order is: the generator, and what is left of every deck."""
-        return State({"generator": self.generator.get_state()}, {"decks": [list(deck) for deck in self._decks.values()]})
+        return State(
+            {"generator": self.generator.get_state()}, {"decks": [list(deck) for deck in self._decks.values()]}
+        )
 
     def restore(self, state: State) -> None:
         """Go on in the order of a state over the same pictures. Raises LoraError where it is of others, or damaged."""

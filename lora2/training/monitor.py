@@ -125,7 +125,9 @@ class Monitor:
         if progress.step == progress.steps and not progress.learned:
             raise Diverged(f"{fault}, and not one of the {progress.steps} steps could be taken: {self._advice}")
         if self._in_a_row >= MOST_IN_A_ROW or self._skipped > max(MOST_IN_A_ROW, MOST_SHARE * progress.steps):
-            raise Diverged(f"{fault}, and so were {len(progress.skipped)} steps in all, which is too many: {self._advice}")
+            raise Diverged(
+                f"{fault}, and so were {len(progress.skipped)} steps in all, which is too many: {self._advice}"
+            )
 
     def _fault(self, step: int, loss: float, norms: Sequence[float]) -> str:
         """What is wrong with a step, and in which layers."""
@@ -133,8 +135,12 @@ class Monitor:
         what = "gradients are no longer numbers" if math.isfinite(loss) else f"loss became {loss}"
         words = f"The {what} at step {step} ({describe_layers(bad_layers(names, norms), len(names))})"
         broken = self.network.nonfinite_layers()
-        return words + (f", the factors themselves are no longer numbers {describe_layers(broken, len(names))}" if broken else "")
+        return words + (
+            f", the factors themselves are no longer numbers {describe_layers(broken, len(names))}" if broken else ""
+        )
 
     @property
     def _advice(self) -> str:
-        return f"lower the learning rate (now {self.config.learning_rate:g}), check the latents, or train in bf16 or fp32."
+        return (
+            f"lower the learning rate (now {self.config.learning_rate:g}), check the latents, or train in bf16 or fp32."
+        )

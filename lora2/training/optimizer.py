@@ -52,7 +52,9 @@ class Optimizer:
         self.partially_applied = False
         """While a step that has begun to change parameters is not complete: it cannot be made again."""
 
-    def _make(self, parameters: list[torch.nn.Parameter], kind: str, rate: float, decay: float) -> torch.optim.Optimizer:
+    def _make(
+        self, parameters: list[torch.nn.Parameter], kind: str, rate: float, decay: float
+    ) -> torch.optim.Optimizer:
         lr = torch.tensor(rate, device=self.network.device) if self._capturable else rate
         if kind == "sgd":
             sgd = torch.optim.SGD(parameters, lr=lr, momentum=0.9, fused=self.fused)
@@ -137,7 +139,9 @@ class Optimizer:
             step = next((state[p]["step"] for p in parameters if "step" in state.get(p, {})), None)
             held: dict[str, Tensor] = {}
             if config.optimizer != "sgd":
-                held["step"] = torch.zeros((), device=network.device if self.fused else "cpu") if step is None else step.clone()
+                held["step"] = (
+                    torch.zeros((), device=network.device if self.fused else "cpu") if step is None else step.clone()
+                )
             for key in MOMENTS[config.optimizer]:
                 held[key] = torch.zeros_like(block.master, requires_grad=False)
                 for parameter, part in zip(parameters, block.factors(held[key]), strict=True):

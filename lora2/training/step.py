@@ -21,8 +21,6 @@ from .optimizer import Optimizer
 log = logging.getLogger("lora2")
 
 
-
-
 @dataclass
 class MicroBatch:
     """Samples of one shape whose conditioning fits together, and their share of the step.
@@ -79,10 +77,6 @@ class StepRunner:
         return None
 
 
-
-
-
-
 class StepResult:
     """A step's loss, whether it was taken, and its gradients' norms, on their way from the device."""
 
@@ -102,17 +96,3 @@ class StepResult:
             self._event.synchronize()
         loss, taken, *norms = self._values.tolist()
         return loss, bool(taken), norms
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -65,7 +65,9 @@ class Trainer:
         self.entropy = entropy if config.entropy_weight > 0 else None
         self.samples = Batches(latents, denoiser, config, config.batch_size, (config.seed + 1, config.seed + 2))
         self.optimizer = Optimizer(network, config)
-        self.engine = step_runner(network, lambda part: self.loss(part.clean, part.noise, part.sigma, part.conditioning), graphs)
+        self.engine = step_runner(
+            network, lambda part: self.loss(part.clean, part.noise, part.sigma, part.conditioning), graphs
+        )
         self.progress = Progress(config.steps, ranks=network.ranks())
         self._size = network.size()
         self._issued = 0
@@ -164,7 +166,9 @@ class Trainer:
             words = None if self.optimizer.partially_applied else change()
             self._let_go()
             if words is None:
-                raise OutOfMemory(f"Memory ran out at step {self._issued + 1}. {advice(self.config, self.progress.changes)}")
+                raise OutOfMemory(
+                    f"Memory ran out at step {self._issued + 1}. {advice(self.config, self.progress.changes)}"
+                )
             if words:
                 self.progress.changes.append(words)
                 self._say(f"Memory ran out at step {self._issued + 1}: {words}, and the step is made again.")

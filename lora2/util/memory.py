@@ -28,7 +28,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     if any(words in str(error).lower() for words in _WORDS):
         return True
-    return error.__context__ is not None and is_out_of_memory(error.__context__)  # a recording that cannot be ended well, say
+    return error.__context__ is not None and is_out_of_memory(
+        error.__context__
+    )  # a recording that cannot be ended well, say
 
 
 def free_cached_memory() -> None:
@@ -51,5 +53,3 @@ def on_device_or_cpu(device: torch.device, work: Callable[[torch.device], T]) ->
     """What `work` gives on this device; on the CPU where its memory runs out."""
     done = try_allocating(lambda: work(device))
     return done[0] if done else work(torch.device("cpu"))
-
-

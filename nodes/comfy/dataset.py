@@ -14,7 +14,9 @@ Caption = list[Any]
 """One ComfyUI conditioning entry: [tensor, options]."""
 
 
-def pictures_and_captions(latents: Sequence[dict[str, Any]], conditioning: Sequence[Any]) -> tuple[list[Tensor], list[Caption]]:
+def pictures_and_captions(
+    latents: Sequence[dict[str, Any]], conditioning: Sequence[Any]
+) -> tuple[list[Tensor], list[Caption]]:
     """Every picture's latent (channels, …) and its caption, from lists, batches, buckets or one shared caption.
 
     Raises LoraError when there are none, counts do not match, or a latent or a caption is not finite.

@@ -57,7 +57,9 @@ def picture_vectors(encoder: Any, pictures: Sequence[Tensor]) -> Tensor:
             management.throw_exception_if_processing_interrupted()
             vectors = encoder.encode_image(part, crop=True)["image_embeds"]
             if vectors.ndim != 2 or len(vectors) != len(part):
-                raise LoraError(f"The encoder ({name_of(encoder)}) does not give one vector per picture. Load another one.")
+                raise LoraError(
+                    f"The encoder ({name_of(encoder)}) does not give one vector per picture. Load another one."
+                )
             found.append(vectors.float().cpu())
     return torch.cat(found)
 

@@ -141,7 +141,9 @@ class HostModel:
         away = sum(weight.nbytes for weight in offloaded_weights(self.model, self.device).values())
         much = away > MUCH_AWAY * self.patcher.model_size()
         if much:
-            log.info("LoRA²: %.1f GB of the model's weights wait in the CPU's memory; steps take longer for it.", away / 1e9)
+            log.info(
+                "LoRA²: %.1f GB of the model's weights wait in the CPU's memory; steps take longer for it.", away / 1e9
+            )
         if choice != "auto":
             return choice == "on"
         if much:
@@ -191,7 +193,9 @@ class HostModel:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if incompatibility(error):
                 raise
-            raise LoraError(f"A caption does not suit this model ({type(error).__name__}: {error}). {_ENCODE}") from error
+            raise LoraError(
+                f"A caption does not suit this model ({type(error).__name__}: {error}). {_ENCODE}"
+            ) from error
         model_conds = encoded[0]["model_conds"]
         self._check_text(model_conds)
         return {k: _ordinary_cond(v.process_cond(batch_size=1, area=None)) for k, v in model_conds.items()}
@@ -201,7 +205,9 @@ class HostModel:
         wanted = config.get("context_dim") or config.get("context_in_dim")
         text = getattr(model_conds.get("c_crossattn"), "cond", None)
         if isinstance(wanted, int) and isinstance(text, Tensor) and text.shape[-1] != wanted:
-            raise LoraError(f"A caption has width {text.shape[-1]}, but this model reads text of width {wanted}. {_ENCODE}")
+            raise LoraError(
+                f"A caption has width {text.shape[-1]}, but this model reads text of width {wanted}. {_ENCODE}"
+            )
 
     def _empty_for(self, shape: tuple[int, ...]) -> dict[str, Any]:
         if shape not in self._empty:
@@ -216,7 +222,9 @@ class HostModel:
         sampling, known = self._sampling, comfy.model_sampling
         if isinstance(sampling, (known.IMG_TO_IMG_FLOW, known.IMG_TO_IMG, known.COSMOS_RFLOW)):
             raise LoraError(f"Models of the kind {type(self.model).__name__} cannot be trained yet.")
-        if isinstance(sampling, (known.V_PREDICTION, getattr(known, "V_PREDICTION_DDPM", known.V_PREDICTION))):  # newer hosts
+        if isinstance(
+            sampling, (known.V_PREDICTION, getattr(known, "V_PREDICTION_DDPM", known.V_PREDICTION))
+        ):  # newer hosts
             return V
         if isinstance(sampling, known.X0):
             return X0

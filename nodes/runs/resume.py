@@ -49,11 +49,15 @@ class SavedRun:
         order = self.origin.order(*digests_of(images, captions))
         if order is None or order == sorted(order):
             return images, captions
-        self.words.append("The pictures come in another order than in the state's run: they are taken in the order of that run.")
+        self.words.append(
+            "The pictures come in another order than in the state's run: they are taken in the order of that run."
+        )
         return [images[i] for i in order], [captions[i] for i in order]
 
 
-def open_source(source: CheckpointSource | LoraSource | None, layers: Mapping[str, nn.Module]) -> SavedRun | LoraSource | None:
+def open_source(
+    source: CheckpointSource | LoraSource | None, layers: Mapping[str, nn.Module]
+) -> SavedRun | LoraSource | None:
     """The same source with a state read whole; raises LoraError where it is damaged."""
     if not isinstance(source, CheckpointSource):
         return source
@@ -111,7 +115,9 @@ def decide_start(
         words = [*source.words, *(f"From here on {c}." for c in changed)]
         rounded += _computed_otherwise(state.part("about"), about)
         if rounded:
-            words.append(f"Its steps are close to those of an unbroken run but not the same bit for bit: {'; '.join(rounded)}.")
+            words.append(
+                f"Its steps are close to those of an unbroken run but not the same bit for bit: {'; '.join(rounded)}."
+            )
         return RunStart(merge_configs(config, old), state=state, name=source.name, words=words)
     if on_difference == REFUSE:
         raise LoraError(

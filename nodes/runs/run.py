@@ -149,12 +149,17 @@ def _train(
     least, most = _bytes(shapes, config)
     check_target(place, least)
     if least < most and free_bytes(place) < most:
-        say(f"Ranks may grow: the LoRA may become up to {most / 1e6:.1f} MB, and the disk has {free_bytes(place) / 1e6:.1f} MB free.")
+        say(
+            f"Ranks may grow: the LoRA may become up to {most / 1e6:.1f} MB, and the disk has {free_bytes(place) / 1e6:.1f} MB free."
+        )
     given, images = images, host.scale_latents(images)
     nothing = empty_caption(captions, empty)
     with host.training(images, captions, nothing, config.batch_size, request.checkpointing):
         dropped = nothing if config.caption_dropout > 0 else None
-        about, made_of = about_run(host.device, host.compute), cache(partial(fingerprint_of, host, layers, given, captions, dropped))
+        about, made_of = (
+            about_run(host.device, host.compute),
+            cache(partial(fingerprint_of, host, layers, given, captions, dropped)),
+        )
         begin = decide_start(past, request.on_difference, config, host.model, layers, made_of, about)
         del past  # a state may be large
         config = begin.config
@@ -204,7 +209,9 @@ def _train(
 class _States:
     """Writes the run's states, with what the run is made of; one that cannot be written is said, and costs nothing else."""
 
-    def __init__(self, trainer: Trainer, keeper: CheckpointDirectory, made_of: Mapping[str, State], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, trainer: Trainer, keeper: CheckpointDirectory, made_of: Mapping[str, State], say: Callable[[str], None]
+    ) -> None:
         self.trainer, self.keeper, self.made_of, self.say = trainer, keeper, made_of, say
         self._written: tuple[int, Path] | None = None
 
@@ -219,7 +226,9 @@ class _States:
         except Diverged:
             raise
         except (LoraError, OSError, RuntimeError, MemoryError) as error:
-            why = (isinstance(error, OSError) and error.strerror) or type(error).__name__  # no more: it may hold a local path
+            why = (isinstance(error, OSError) and error.strerror) or type(
+                error
+            ).__name__  # no more: it may hold a local path
             self.say(str(error) if isinstance(error, LoraError) else f"The training state was not saved: {why}.")
             return False
         self._written = step, path
@@ -341,7 +350,9 @@ def _warn_of_disk(place: SaveTarget, config: TrainingConfig, say: Callable[[str]
     size, free = config.file_overhead + parameters * config.bytes_per_parameter, free_bytes(place)
     if size <= free or config.settle_at < 1:
         return False
-    say(f"The LoRA has grown to {size / 1e6:.1f} MB, but its disk has {free / 1e6:.1f} MB free: make room before the run ends.")
+    say(
+        f"The LoRA has grown to {size / 1e6:.1f} MB, but its disk has {free / 1e6:.1f} MB free: make room before the run ends."
+    )
     return True
 
 

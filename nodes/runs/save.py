@@ -99,7 +99,9 @@ def check_target(place: SaveTarget, most_bytes: int) -> None:
     """Raise LoraError before training when the file could not be written in its place, or would not fit on the disk."""
     existing = _existing(place)
     if not existing.is_dir():
-        raise LoraError(f"{escaped(existing.name)} in ComfyUI's LoRA folder is a file, not a folder. Choose another save_name.")
+        raise LoraError(
+            f"{escaped(existing.name)} in ComfyUI's LoRA folder is a file, not a folder. Choose another save_name."
+        )
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise LoraError(
             f"ComfyUI may not write into its LoRA folder ({escaped(existing.name)}). Allow it, or choose a save_name with "
@@ -148,8 +150,12 @@ class LoraFile:
         fixed = build(
             {}, name=stem, family=self.family, layers={}, training={}, resolution=(99999, 99999), prediction="epsilon"
         )
-        counts = dict.fromkeys(("file_overhead", "layer_overhead", "bytes_per_parameter", "pictures", "steps_done"), 10**9)
-        extra = dict(training, **counts, layers=max(LAYER_CHOICES, key=len), last_loss=-LONG_NUMBER / 1e300, seconds=LONG_NUMBER)
+        counts = dict.fromkeys(
+            ("file_overhead", "layer_overhead", "bytes_per_parameter", "pictures", "steps_done"), 10**9
+        )
+        extra = dict(
+            training, **counts, layers=max(LAYER_CHOICES, key=len), last_loss=-LONG_NUMBER / 1e300, seconds=LONG_NUMBER
+        )
         full_metadata = with_info(tensors, fixed, {"format": 1, "layers": info, "training": extra})
         return len(header(tensors, full_metadata)) + 4 * len(shapes) + 64
 
@@ -204,9 +210,7 @@ class LoraFile:
 _kept: list[tuple[SaveTarget, LoraStateDict]] = []
 
 
-PROMISE = (
-    "It is kept in memory until ComfyUI ends: free some space and press Run again, and it is written before anything else."
-)
+PROMISE = "It is kept in memory until ComfyUI ends: free some space and press Run again, and it is written before anything else."
 
 
 def hold_unsaved(place: SaveTarget, lora: LoraStateDict) -> None:

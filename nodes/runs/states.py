@@ -47,7 +47,9 @@ def states_folder(place: SaveTarget) -> Path:
     root = states_root()
     folder = root / place.folder.relative_to(place.root) / place.stem
     if not inside(folder, root):
-        raise LoraError(f"output/{FOLDER} has a link that leads to another folder. Remove it, or choose another save_name.")
+        raise LoraError(
+            f"output/{FOLDER} has a link that leads to another folder. Remove it, or choose another save_name."
+        )
     return folder
 
 

@@ -26,6 +26,7 @@ PATIENCE = 20.0
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+
 def pack(module: str) -> Any:
     """A module of the pack as ComfyUI has imported it."""
     return next(m for name, m in list(sys.modules.items()) if name.endswith("." + module) and "lora2-adaptive" in name)
@@ -67,7 +68,9 @@ class Fingerprint:
         digest = hashlib.sha256()
         state = model.model.state_dict()
         for name in sorted(state):
-            digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)} {state[name].is_inference()}".encode())
+            digest.update(
+                f"{name} {state[name].dtype} {tuple(state[name].shape)} {state[name].is_inference()}".encode()
+            )
             digest.update(state[name].contiguous().view(torch.uint8).cpu().numpy().tobytes())
         hooks = sum(len(getattr(m, kind)) for m in model.model.modules() for kind in HOOKS)
         return {"ui": {"text": [json.dumps({"weights": digest.hexdigest(), "hooks": hooks})]}}
