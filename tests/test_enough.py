@@ -227,7 +227,7 @@ def stopped(trainer: Trainer, when: Callable[[Progress], bool]) -> dict[str, Fac
 
     with pytest.raises(Stop):
         trainer.run(stop)
-    factors, _ = trainer.network.final_factors(trainer.sensitivities())
+    factors, _ = trainer.network.final_factors(trainer.optimizer.sensitivities())
     left = trainer.network.budget - sum(f.parameters for f in factors.values())
     assert 0 <= left < max(a.cost for a in trainer.network.adapters)
     return factors

@@ -63,7 +63,7 @@ def test_a_twist_changes_what_it_says_and_is_undone() -> None:
         assert torch.equal(imp.importance(j, nu), expected)
         assert torch.equal(imp.log_importance_slope(j, nu), slope)
     with twists.twisted("energy only"):
-        assert sensitivity.sensitivities(object(), object()) is None
+        assert sensitivity.sensitivities(object()) is None
     rows, mixing = torch.eye(8), pack("lora2.adapters.layer")
     with twists.twisted("not mixed, rate as given"):
         assert mixing.rotate(rows, rows.device) is rows

@@ -322,7 +322,7 @@ def test_a_state_says_nothing_of_this_machine(settled: Any, folders: Path) -> No
     assert str(Path.home()).encode() not in data or str(Path.home()) == "/root"
     header = data[8 : 8 + int.from_bytes(data[:8], "little")]
     facts = json.loads(json.loads(header)["__metadata__"]["lora2_state"])
-    assert facts.keys() == {"format", "digest", "run", "network", "optimizer", "drawing", "settings", "origin", "about"}
+    assert facts.keys() == {"format", "digest", "run", "network", "optimizer", "drawing", "config", "origin", "about"}
 
 
 def test_a_link_out_of_the_folder_of_states_is_refused(model: Any, folders: Path) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lora2.adapters.network import AdaptiveNetwork
 from lora2.config import TrainingConfig
 from lora2.method.allocation import next_cut_size
-from lora2.method.sensitivity import sensitivities
 from lora2.training.optimizer import Optimizer
 
 SCALES = {"faint": 0.3, "plain": 1.0, "loud": 3.0}
@@ -59,7 +58,7 @@ def test_it_is_adams_second_moment_over_the_energy() -> None:
     """The formula in float64, with Λ in the energy."""
     network, optimizer, layers = network_of()
     train(network, optimizer, layers, steps=5)
-    found = sensitivities(network, optimizer.inner)
+    found = optimizer.sensitivities()
     assert found is not None
     for name, adapter in zip(network.names, network.adapters, strict=True):
         squares = optimizer.inner.state[adapter.up]["exp_avg_sq"].double()
@@ -77,7 +76,7 @@ def test_it_says_what_the_loss_says(compute: torch.dtype) -> None:
     for layer in layers.values():
         layer.to(compute)
     train(network, optimizer, layers)
-    found = sensitivities(network, optimizer.inner)
+    found = optimizer.sensitivities()
     assert found is not None
     updates = {name: factors.delta().double() for name, factors in network.export().items()}
     x = inputs(20_000, torch.Generator().manual_seed(2))
@@ -89,10 +88,10 @@ def test_it_says_what_the_loss_says(compute: torch.dtype) -> None:
 
 def test_nothing_is_known_before_the_first_step_or_of_plain_descent() -> None:
     network, optimizer, layers = network_of()
-    assert sensitivities(network, optimizer.inner) is None
+    assert optimizer.sensitivities() is None
     network, optimizer, layers = network_of(optimizer="sgd")
     train(network, optimizer, layers, steps=3)
-    assert sensitivities(network, optimizer.inner) is None
+    assert optimizer.sensitivities() is None
 
 
 def test_gradients_that_are_zero_say_nothing() -> None:
@@ -100,7 +99,7 @@ def test_gradients_that_are_zero_say_nothing() -> None:
     for adapter in network.adapters:
         adapter.up.grad, adapter.down.grad = torch.zeros_like(adapter.up), torch.zeros_like(adapter.down)
     optimizer.step(1.0, False, torch.ones(()))
-    assert sensitivities(network, optimizer.inner) is None
+    assert optimizer.sensitivities() is None
 
 
 def test_a_layer_without_energy_weighs_one() -> None:
@@ -108,7 +107,7 @@ def test_a_layer_without_energy_weighs_one() -> None:
     network.adapters[0].up.data.zero_()
     train(network, optimizer, layers, steps=2)
     network.adapters[0].up.data.zero_()
-    found = sensitivities(network, optimizer.inner)
+    found = optimizer.sensitivities()
     assert found is not None
     assert found["faint"] == 1
 

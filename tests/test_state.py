@@ -322,7 +322,7 @@ def test_each_fact_is_needed_and_checked(sound: State) -> None:
                 yield (*path, name)
 
     refused = 0
-    paths = [path for path in leaves(sound.facts) if path[0] != "settings"]
+    paths = [path for path in leaves(sound.facts) if path[0] != "config"]
     assert len(paths) > 10
     for path in paths:
         for value in NONSENSE:
@@ -456,9 +456,9 @@ def test_settings_come_back_from_facts(sound: State) -> None:
     assert config_from(json.loads(sound.metadata()[KEY])) == trainer_of(**RICH, settle_cuts=1).config
     for config in ({"steps": 3, "novelty": 1}, None, []):
         with pytest.raises(LoraError, match="does not know"):
-            config_from({"settings": config})
+            config_from({"config": config})
     with pytest.raises(LoraError, match="must be a whole number"):
-        config_from({"settings": {"steps": "many"}})
+        config_from({"config": {"steps": "many"}})
 
 
 Change = tuple[dict[str, Any], bool, str]

@@ -520,7 +520,7 @@ def test_weight_decay_is_adamws_alone(optimizer: str) -> None:
 def test_weight_decay_goes_by_the_pictures_of_the_run() -> None:
     trainer = trainer_of()
     assert trainer.config.weight_decay == trainer.optimizer.inner.param_groups[0]["weight_decay"] == 24 / len(latents())
-    assert trainer.state().part("settings").facts["weight_decay"] == 24 / len(latents())
+    assert trainer.state().part("config").facts["weight_decay"] == 24 / len(latents())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])

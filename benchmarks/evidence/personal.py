@@ -167,7 +167,7 @@ def trained(
     return {
         "before": before, "marks": marks, "file": last, "budget": network.budget,
         "ranks": {name: f.rank for name, f in files[-1].items()},
-        "use": in_use(files[-1], pack("lora2.method.sensitivity").sensitivities(network, trainer.optimizer.inner)),
+        "use": in_use(files[-1], trainer.optimizer.sensitivities()),
         "seconds": progress.seconds,
     }  # fmt: skip
 

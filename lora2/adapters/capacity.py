@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..checkpoints.state import MAX_STEPS, State, raise_corrupted
 from ..config import TrainingConfig
 from .layer import HEADROOM, next_capacity
 
@@ -27,7 +26,7 @@ class CapacityPolicy:
     def __init__(self, config: TrainingConfig, ranks: Sequence[float]) -> None:
         self.ranks = [float(rank) for rank in ranks]
         self.at: list[int] = []
-        self._syncs = 0
+        self.syncs = 0
         adapting = config.adapting_steps - round(config.steps * config.rank_hold)
         self._between = max(1, math.ceil(adapting / config.sync_every / MAX_RESIZES))
 
@@ -45,7 +44,7 @@ class CapacityPolicy:
         held: every layer's capacity; wanted: the whole rank that it asks for; ranks: the continuous one; limits: the largest one;
         costs: the parameters of a position. exactly: hold every rank that is asked for, also where resizing would not pay.
         """
-        self._syncs += 1
+        self.syncs += 1
         capacities = [
             next_capacity(capacity, rank, limit, self._expected(now, before))
             for capacity, rank, limit, now, before in zip(held, wanted, limits, ranks, self.ranks, strict=True)
@@ -54,27 +53,15 @@ class CapacityPolicy:
         short = exactly and any(rank > capacity for rank, capacity in zip(wanted, held, strict=True))
         if not short and not (self._may() and _worth(held, capacities, wanted, costs)):
             return list(held)
-        self.at.append(self._syncs)
+        self.at.append(self.syncs)
         return capacities
 
     def _may(self) -> bool:
-        return not self.at or self._syncs - self.at[-1] >= self._between
+        return not self.at or self.syncs - self.at[-1] >= self._between
 
     def _expected(self, now: float, before: float) -> int:
         """The rank that a layer will ask for when the arrays may follow again, if it grows on as since the last sync."""
         return math.ceil(now * min(MAX_GROWTH, max(1.0, now / before) ** self._between))
-
-    def facts(self) -> dict[str, object]:
-        """What `restore` needs."""
-        return {"last_ranks": list(self.ranks), "resized": list(self.at), "syncs": self._syncs}
-
-    def restore(self, state: State) -> None:
-        """Become what the facts in a state were taken of. Raises LoraError where they are damaged."""
-        ranks = state.items("last_ranks", float, len(self.ranks))
-        syncs, at = state.whole("syncs", 0, MAX_STEPS), list(state.items("resized", int))
-        if not all(0 < rank < MAX_STEPS for rank in ranks) or any(s > syncs for s in at):
-            raise_corrupted("ranks or resizes are out of bounds")
-        self.ranks, self._syncs, self.at = list(ranks), syncs, at
 
 
 def _worth(held: Sequence[int], capacities: Sequence[int], wanted: Sequence[int], costs: Sequence[int]) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+from ..adapters.capacity import CapacityPolicy
 from ..adapters.layer import GRANULE, round_up_capacity
 from ..adapters.network import AdaptiveNetwork
 from ..method.factors import full_rank
 from ..util.errors import LoraError
 from ..util.text import escaped
-from .state import State, raise_corrupted, restore_generator
+from .state import MAX_STEPS, State, raise_corrupted, restore_generator
 
 MOST_GAIN = 1e9
 """No rank that a layer can start at has a larger one."""
@@ -29,7 +30,9 @@ def state_of(network: AdaptiveNetwork) -> State:
             "last_ratio": network.last_ratio,
             "deviations": [a.std for a in network.adapters],
             "gains": list(network.gains),
-            **network.capacity_policy.facts(),
+            "last_ranks": list(network.capacity_policy.ranks),
+            "resized": list(network.capacity_policy.at),
+            "syncs": network.capacity_policy.syncs,
         },
     )
 
@@ -58,9 +61,17 @@ def restore(network: AdaptiveNetwork, state: State) -> None:
     if not 1e-6 <= float(pressure) <= 1e6:
         raise_corrupted("the budget's multiplier is out of bounds")
     ratio = state.number("last_ratio", 0.0, 1e12)
-    network.capacity_policy.restore(state)
+    _restore_policy(network.capacity_policy, state)
     network.pruned, network.last_ratio = settled, ratio
     network.load_arrays(state.tensor("theta", (count,)), arrays, list(zip(deviations, gains, strict=True)))
     restore_generator(network.generator, state, "generator")
     network.multiplier.copy_(pressure)
     network.peak.copy_(peak)
+
+
+def _restore_policy(policy: CapacityPolicy, state: State) -> None:
+    ranks = state.items("last_ranks", float, len(policy.ranks))
+    syncs, at = state.whole("syncs", 0, MAX_STEPS), list(state.items("resized", int))
+    if not all(0 < rank < MAX_STEPS for rank in ranks) or any(sync > syncs for sync in at):
+        raise_corrupted("ranks or resizes are out of bounds")
+    policy.ranks, policy.syncs, policy.at = list(ranks), syncs, at

@@ -29,7 +29,7 @@ _NODE_NAMES = {"bytes_per_parameter": "save_dtype"}
 
 def config_from(facts: Mapping[str, Any]) -> TrainingConfig:
     """The settings in a state's facts; raises LoraError where they are none."""
-    table = facts.get("settings")
+    table = facts.get("config")
     known = {field.name for field in fields(TrainingConfig)}
     if not isinstance(table, dict) or not set(table) <= known:
         raise LoraError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..adapters.network import AdaptiveNetwork
 from ..checkpoints.state import State, raise_corrupted
 from ..config import TrainingConfig
+from ..method import sensitivity
 from ..util.errors import LoraError
 from ..util.text import escaped
 
@@ -99,6 +100,13 @@ class Optimizer:
                 continue
             for index, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
                 yield f"{group}.{index}", optimizer, parameter
+
+    def sensitivities(self) -> dict[str, float] | None:
+        """Loss per unit of each layer's energy now (method/sensitivity.py); None before the first step."""
+        return sensitivity.sensitivities(
+            (name, a.up, a.folded_down(), self.inner.state.get(a.up, {}).get("exp_avg_sq"))
+            for name, a in zip(self.network.names, self.network.adapters, strict=True)
+        )
 
     def step(self, rate: float, ranks_move: bool, loss: Tensor) -> Tensor:
         """Take the accumulated gradients with `rate` times the learning rate and clear them.

@@ -17,7 +17,7 @@ from ..adapters.network import AdaptiveNetwork
 from ..checkpoints.network_state import restore, state_of
 from ..checkpoints.state import MAX_STEPS, State, raise_corrupted
 from ..config import TrainingConfig
-from ..method import schedule, sensitivity
+from ..method import schedule
 from ..method import size_search as enough
 from ..method.allocation import next_cut_size
 from ..method.attention_entropy import EntropyProbe
@@ -220,7 +220,7 @@ class Trainer:
         self.engine.forget()
         with self._changing():
             self._relieved(lambda: network.sync(self.optimizer.inner), self._graphs_dropped())
-            size, weights = next_cut_size(network.size(), network.budget, left), self.sensitivities()
+            size, weights = next_cut_size(network.size(), network.budget, left), self.optimizer.sensitivities()
             choose = None if left or self.config.keep_share == 1 else self._enough
             self._relieved(lambda: network.prune(size, weights, choose), self._graphs_dropped())
             self.optimizer = Optimizer(network, self.config)
@@ -268,10 +268,6 @@ class Trainer:
             return most
         log.info("LoRA²: %.0f %% of the target's size is enough.", 100 * found / most)
         return found
-
-    def sensitivities(self) -> Mapping[str, float] | None:
-        """What a unit of each layer's energy is worth now (sensitivity.py)."""
-        return sensitivity.sensitivities(self.network, self.optimizer.inner)
 
     def _rest_if_due(self) -> None:
         """In the paper's form, the moment from which ranks stand still."""

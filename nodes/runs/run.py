@@ -270,7 +270,7 @@ class _Finish:
             last_loss=losses[-1],
             seconds=round(progress.seconds, 1),
         )
-        factors, ordered = network.final_factors(self.trainer.sensitivities())
+        factors, ordered = network.final_factors(self.trainer.optimizer.sensitivities())
         rates = dict.fromkeys(factors) if ordered else network.rates()
         lora = self.files.state_dict(factors, self.place.stem, training, rates, network.target_rank)
         path = save_lora(self.place, lora)
