@@ -34,7 +34,7 @@ REQUESTED = (
 
 
 class TrainAdaptiveLora(io.ComfyNode):
-    """The node; everything it does is in host.session."""
+    """The node; nodes/runs/run.py trains."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

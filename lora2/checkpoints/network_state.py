@@ -39,10 +39,10 @@ def state_of(network: AdaptiveNetwork) -> State:
 
 def restore(network: AdaptiveNetwork, state: State) -> None:
     """Let a network become what `state` was taken of. Raises LoraError where that is of other layers, or damaged."""
-    if state.items("layers", str) != network.names:
+    if state.list_of("layers", str) != network.names:
         raise LoraError("The training state is of other layers. Adapt the layers that it was made with.")
     settled, count = state.flag("settled"), len(network.adapters)
-    deviations, gains = state.items("deviations", float, count), state.items("gains", float, count)
+    deviations, gains = state.list_of("deviations", float, count), state.list_of("gains", float, count)
     arrays = []
     for index, adapter in enumerate(network.adapters):
         down = state.tensor(f"{index}.down", (None, *adapter.shape[1:]))
@@ -70,8 +70,8 @@ def restore(network: AdaptiveNetwork, state: State) -> None:
 
 
 def _restore_policy(policy: CapacityPolicy, state: State) -> None:
-    ranks = state.items("last_ranks", float, len(policy.ranks))
-    syncs, at = state.whole("syncs", 0, MAX_STEPS), list(state.items("resized", int))
+    ranks = state.list_of("last_ranks", float, len(policy.ranks))
+    syncs, at = state.integer("syncs", 0, MAX_STEPS), list(state.list_of("resized", int))
     if not all(0 < rank < MAX_STEPS for rank in ranks) or any(sync > syncs for sync in at):
         raise_corrupted("ranks or resizes are out of bounds")
     policy.ranks, policy.syncs, policy.at = list(ranks), syncs, at

@@ -40,7 +40,7 @@ FAULTS = {
         "tests/test_keeper.py tests/test_writer.py",
     ),
     "an unchecked path": (
-        "nodes/runs/save.py",
+        "nodes/runs/target.py",
         "    if not inside(folder, root):\n        _refuse(",
         "    if not root:\n        _refuse(",
         "tests/test_bad_input.py tests/test_requests.py",
@@ -83,8 +83,8 @@ FAULTS = {
     ),
     "a cancel that loses what was learned": (
         "nodes/runs/run.py",
-        "        except BaseException as stopped:",
-        "        except Exception as stopped:",
+        "        except BaseException as reason:",
+        "        except Exception as reason:",
         "tests/test_trouble.py tests/test_cancel_anywhere.py",
     ),
 }
