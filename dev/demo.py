@@ -35,8 +35,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-PROMPT = "a photo of a big sks mug in a field of flowers, left"
-"""In the words of the subject's captions, at a place where it was never seen."""
+PROMPT = "a photo of a big sks mug in the desert, centre"
+"""In the words of the subject's captions, in a place where no training picture shows it."""
 
 
 def template(name: str) -> dict[str, Any]:
