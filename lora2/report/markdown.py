@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from ..util.text import escape_markdown, format_size
 from .layer_rank import LayerRank, grouped, mean_rank, range_words, stored_rank, used_rank
-
-if TYPE_CHECKING:
-    from .ranks import RankReport
+from .ranks import RankReport
 
 _MOST_ROWS = 160
 _MOST_COLUMNS = 16

@@ -17,7 +17,6 @@ from ..util.errors import LoraError
 from ..util.text import clean
 from .layer_names import parse_layer_name
 from .layer_rank import LayerRank, mean_rank, used_rank
-from .markdown import markdown
 
 if TYPE_CHECKING:
     from ..files.document import LoraDocument
@@ -111,10 +110,6 @@ class RankReport:
         """`to_dict` as JSON text, ASCII only."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
-    def to_markdown(self) -> str:
-        """Summary, rank per block and projection, size against uniform ranks; file's words are escaped."""
-        return markdown(self)
-
 
 def build_report(
     doc: LoraDocument, title: str, energy: bool = False, between: Callable[[], None] = lambda: None
@@ -122,7 +117,7 @@ def build_report(
     """The report of a LoRA document.
 
     title: the name to show; any text, made safe here. energy: also measure how many directions of each layer
-    hold 99 % of its energy (takes some seconds for large files; `effective.energy_rank`). between: called before
+    hold 99 % of its energy (takes some seconds for large files; `svd.energy_rank`). between: called before
     every layer, for a host that wants to stop by an exception.
     Raises LoraError if there is no plain LoRA layer, or if energy is asked for and a layer is not finite.
     """
