@@ -113,7 +113,7 @@ def test_captions_without_what_the_model_needs_are_refused(small_model: SmallMod
     """SD's text encoder gives no pooled text, which SDXL is conditioned on."""
     with torch.inference_mode():
         model = small_model("koala")
-    words = r"does not suit this model \(KeyError: 'pooled_output'\).*Encode the captions with the text encoder"
+    words = r"does not fit this model \(KeyError: 'pooled_output'\).*Encode the captions with the model's own text encoder"
     refused(model, words, folders, "koala", conditioning=captions("sd15", 3))
 
 

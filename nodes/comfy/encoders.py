@@ -109,7 +109,10 @@ def _text_encoder(clip: Any, width: int) -> tuple[str, Any]:
 
 
 def _check_projection(weight: Tensor, name: str) -> None:
-    """SD 1.x and SDXL checkpoints omit CLIP-L's projection, which image generation does not need; the host's weight is then uninitialized."""
+    """Raise LoraError for an uninitialized projection.
+
+    SD 1.x and SDXL checkpoints omit CLIP-L's projection, which image generation does not need.
+    """
     sizes = weight.detach().float().abs()
     if not float(sizes.max()) < SPREAD * float(sizes.median()):
         raise LoraError(
