@@ -19,8 +19,7 @@ from typing import Any
 import graph
 import pytest
 import torch
-from graph import train, untouched
-from test_trouble import trouble_at
+from graph import train, trouble_at, untouched
 from training import pack
 
 from dev import host

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph import files_in, refused, train, untouched
+from graph import files_in, refused, train, trouble_at, untouched
 from training import pack
 
 SmallModel = Callable[[str], Any]
@@ -106,19 +106,6 @@ def test_two_full_disks_are_said_and_nothing_half_is_left(
 
 
 # --- what goes wrong while it trains
-
-
-def trouble_at(monkeypatch: pytest.MonkeyPatch, model: Any, call: int, trouble: Callable[[torch.Tensor], Any]) -> None:
-    """The model's call of this number meets trouble: a function that raises, or that answers something else."""
-    import comfy.model_base
-
-    real, calls = comfy.model_base.BaseModel.apply_model, iter(range(1, 10_000))
-
-    def apply_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = real(self, *args, **kwargs)
-        return trouble(answer) if self is model.model and next(calls) == call else answer
-
-    monkeypatch.setattr(comfy.model_base.BaseModel, "apply_model", apply_model)
 
 
 def raising(error: BaseException) -> Callable[[Any], Any]:

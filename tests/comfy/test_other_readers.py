@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_metadata import file_of
 from torch import Tensor
 
 from lora2.files.document import parse, read, to_state_dict, write_new
@@ -135,3 +137,12 @@ def test_diffusers_adds_delta(tmp_path: Path, dtype: torch.dtype) -> None:
         got = unet.get_submodule(name).base_layer.weight - before[name]
         # The sum with the base weight, of size 0.1 to 0.3, rounds at 6e-8 as well.
         assert (got - expected).norm() <= BOUNDS[dtype] * expected.norm() + 1e-7 * before[name].norm()
+
+
+def test_comfyui_shows_the_metadata_of_a_file_with_many_layers(comfy: ModuleType, tmp_path: Path) -> None:
+    """The call of its /view_metadata, with its limit; the entries of layers are shortened for it."""
+    tensors, layers = file_of(2300, rank=1, width=2)
+    metadata = build(tensors, name="x", family="sdxl", layers=layers, training={"steps": 10})
+    path = write_new(tmp_path, "x", tensors, metadata)
+    shown = comfy.utils.safetensors_header(str(path), max_size=1024 * 1024)
+    assert json.loads(shown)["__metadata__"] == metadata

@@ -23,7 +23,7 @@ from graph import (
     untouched,
     write_lora,
 )
-from test_cancel import progress, training, until
+from server_graphs import progress, training, until
 from torch import Tensor
 from training import captions, latents, pack
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawn import BEST_RATE, Made, everything, record
+from made_up_records import BEST_RATE, Made, everything, record
 
 from benchmarks.evidence import (
     ablations,

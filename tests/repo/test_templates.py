@@ -14,7 +14,7 @@ from dev import convert, graphs, schema
 from dev.demo import WORKFLOWS, adapt, template
 from dev.server import PACK, ComfyServer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = [t.name for t in graphs.TEMPLATES]
 FILES = ("ckpt_name", "folder", "lora_name")  # choices that differ from machine to machine
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 from cancelling import STEPS, Cancelled, cancel, figures, next_prompt_is_as_ever, whole
-from test_cancel import painted, picture
+from server_graphs import painted, picture
 
 from dev.server import ComfyServer
 

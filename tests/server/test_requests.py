@@ -21,7 +21,7 @@ from dev import assets
 from dev.fuzzing.corpus import WORDS
 from dev.server import ComfyServer, PromptError, make_base
 
-HERE = Path(__file__).parent
+PACKS = Path(__file__).resolve().parents[1] / "support" / "packs"
 TRAIN, LOAD, INSPECT = "LoRA2_TrainAdaptiveLora", "LoRA2_LoadAdaptiveLora", "LoRA2_InspectRanks"
 SOCKETS = {"MODEL": ["1", 0], "CLIP": ["1", 1], "LATENT": ["3", 0], "CONDITIONING": ["2", 0]}
 SMALL = {"steps": 1, "target_rank": 1, "initial_rank": 1, "save_name": "t/x"}
@@ -43,7 +43,7 @@ SPOKEN = {
 def any_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A server with the pack, one good LoRA, a folder outside with a link to it, and the nodes of packs/anything.py."""
     base = make_base(tmp_path_factory.mktemp("requests"))
-    shutil.copy(HERE / "packs" / "anything.py", base / "custom_nodes" / "anything.py")
+    shutil.copy(PACKS / "anything.py", base / "custom_nodes" / "anything.py")
     (base / "outside").mkdir()
     (base / "models" / "loras" / "link").symlink_to(base / "outside", target_is_directory=True)
     assets.fill_base(base)
@@ -186,7 +186,7 @@ def values(kind: str, options: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 def objects() -> list[str]:
     """The names of what packs/anything.py can give."""
-    text = (HERE / "packs" / "anything.py").read_text()
+    text = (PACKS / "anything.py").read_text()
     table = text[text.index("OBJECTS = {") : text.index("\n}\n", text.index("OBJECTS = {"))]
     return [line.split('"')[1] for line in table.splitlines()[1:]]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from cancelling import loras, reached, until
-from probing import probed
+from probed_server import probed
 from safetensors.torch import load_file
-from test_cancel import training
+from server_graphs import training
 from training import pack
 
 from dev.server import ComfyServer

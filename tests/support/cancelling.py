@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from test_cancel import painted, picture, training
+from server_graphs import painted, picture, training
 
 from dev.server import ComfyServer, PromptError
 
 POINTS = ("start", "step", "sync", "settling", "preview", "factors", "saving", "after")
-"""Where tests/probe can hold training until the cancel has arrived."""
+"""Where tests/support/probe can hold training until the cancel has arrived."""
 
 STEPS = 10
 MIDDLE = "*input_blocks*\n*output_blocks*"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -192,3 +192,16 @@ def _hooks(module: torch.nn.Module) -> dict[str, Any]:
         name: ([len(getattr(m, kind)) for kind in HOOKS], "forward" in vars(m), m.training)
         for name, m in module.named_modules()
     }
+
+
+def trouble_at(monkeypatch: pytest.MonkeyPatch, model: Any, call: int, trouble: Callable[[torch.Tensor], Any]) -> None:
+    """The model's call of this number meets trouble: a function that raises, or that answers something else."""
+    import comfy.model_base
+
+    real, calls = comfy.model_base.BaseModel.apply_model, iter(range(1, 10_000))
+
+    def apply_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = real(self, *args, **kwargs)
+        return trouble(answer) if self is model.model and next(calls) == call else answer
+
+    monkeypatch.setattr(comfy.model_base.BaseModel, "apply_model", apply_model)

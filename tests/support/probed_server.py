@@ -1,4 +1,4 @@
-"""A test server that can be looked into: tests/probe is one of its node packs."""
+"""A test server that can be looked into: tests/support/probe is one of its node packs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dev.server import ComfyServer
 def probed(base: Path, *arguments: str) -> Iterator[ComfyServer]:
     """A running ComfyUI with the pack, the small SD1.x checkpoint and the pictures in input/mug."""
     server = ComfyServer(base, extra_args=arguments)
-    (base / "custom_nodes" / "lora2-probe").symlink_to(ROOT / "tests" / "probe", target_is_directory=True)
+    (base / "custom_nodes" / "lora2-probe").symlink_to(ROOT / "tests" / "support" / "probe", target_is_directory=True)
     with server:
         assets.fill_base(base)
         yield server

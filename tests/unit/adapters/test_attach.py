@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_inputs import SIZE, layer_of
-from test_network import Model, config, frozen, network_of, pictures, randomise, relative
+from recomputed_layers import SIZE, layer_of
+from small_networks import Model, config, frozen, network_of, pictures, randomise, relative
 from torch import Tensor, nn
 
 from lora2.adapters.network import AdaptiveNetwork

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_network import Model, config, frozen, pictures, randomise, relative, set_ranks
+from small_networks import Model, config, frozen, pictures, randomise, relative, set_ranks
 from torch import Tensor, nn
 
 from lora2.adapters.capacity import MAX_RESIZES

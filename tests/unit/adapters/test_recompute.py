@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_network import config, frozen, pictures, randomise, relative
+from recomputed_layers import SIZE, layer_of
+from small_networks import config, frozen, pictures, randomise, relative
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
-from training import captions, latents, pack
 
 from lora2.adapters import recompute as inputs
 from lora2.adapters.network import AdaptiveNetwork
 from lora2.adapters.recompute import recipe_for
-
-SIZE = 64
-"""Rows and columns: in float32 just as large as inputs have to be here."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +33,6 @@ BEFORE: dict[str, Callable[[Tensor], Tensor]] = {
     "GELU": lambda wide: F.gelu(wide[..., :SIZE]),
     "GELU by tanh": lambda wide: F.gelu(wide[..., :SIZE], approximate="tanh"),
 }
-
-
-def layer_of(kind: str, compute: torch.dtype) -> tuple[nn.Module, AdaptiveNetwork]:
-    """An adapted layer for inputs of SIZE × SIZE: linear, linear that others have a hand in, or a convolution."""
-    layer = frozen((nn.Conv2d(4, 8, 3, padding=1) if kind == "convolution" else nn.Linear(SIZE, 16)).to(compute))
-    plain = None if kind == "linear" else (lambda _module: False)
-    network = AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=compute, plain=plain)
-    return layer, randomise(network)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
@@ -233,30 +221,3 @@ def test_a_part_that_is_changed_meanwhile_is_noticed() -> None:
     wide += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("family", "made"),
-    [("sd15", {"MulBackward0", "SiluBackward0"}), ("flux", {"GeluBackward0", "SiluBackward0"})],
-)
-def test_training_a_host_model_is_the_same_to_the_last_bit(
-    family: str, made: set[str], small_model: Callable[[str], Any], lora_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All layers of a UNet, and of a transformer: losses and the file, whether inputs are kept or made again (but for norms')."""
-    found: list[str] = []
-    module = pack("lora2.adapters.recompute")
-    monkeypatch.delitem(module._KNOWN, "NativeLayerNormBackward0")
-    for name, of in module._KNOWN.items():
-        monkeypatch.setitem(module._KNOWN, name, lambda node, name=name, of=of: found.append(name) or of(node))
-    session, losses, layers = pack("nodes.runs.run"), [], []
-    for large in (0, 10**12):
-        monkeypatch.setattr(module, "MIN_BYTES", large)
-        told = pack("lora2.config").TrainingConfig(steps=3, batch_size=1, target_rank=4, learning_rate=1e-3)
-        request = session.RunRequest("t/x", "all linear + convolution", save_dtype="fp32", checkpointing="off")
-        result = session.train(small_model(family), latents(family), captions(family, 3), told, request)
-        losses.append(result.losses)
-        layers.append(result.lora)
-        assert set(found) == made
-    assert losses[0] == losses[1]
-    assert layers[0].keys() == layers[1].keys()
-    assert all(torch.equal(value, layers[1][key]) for key, value in layers[0].items())

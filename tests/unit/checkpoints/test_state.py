@@ -11,62 +11,30 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import Toy, learned, same, state, toy_of, trainer_of
-from torch import Tensor, nn
+from torch import Tensor
+from toy_trainer import (
+    GROWING,
+    MOST,
+    RICH,
+    SHRINKING,
+    kept,
+    learned,
+    made,
+    same,
+    state,
+    stopped,
+    toy_of,
+    trainer_of,
+)
 
 from lora2.checkpoints.network_state import restore, state_of
 from lora2.checkpoints.rules import compare_configs, config_from
 from lora2.checkpoints.state import KEY, State, read_facts, read_state
 from lora2.config import TrainingConfig
 from lora2.files.writer import write_new
-from lora2.method.losses import EPSILON
 from lora2.training.monitor import Diverged
-from lora2.training.progress import Progress
 from lora2.training.trainer import Trainer
 from lora2.util.errors import LoraError
-
-MOST = 1 << 30
-
-
-class Wide(Toy):
-    """The toy with 48 channels instead of 16: room for arrays of 40 positions."""
-
-    def __init__(self, prediction: str = EPSILON) -> None:
-        super().__init__(prediction)
-        generator = torch.Generator().manual_seed(12)
-        self.into, self.out = nn.Conv2d(4, 48, 3, padding=1), nn.Conv2d(48, 4, 3, padding=1)
-        self.to_q, self.to_k, self.to_v = nn.Linear(48, 48), nn.Linear(12, 48), nn.Linear(12, 48)
-        for parameter in self.parameters():
-            parameter.data.normal_(0, 0.1, generator=generator)
-        self.requires_grad_(False)
-
-
-def made(**changes: Any) -> Trainer:
-    """A trainer of the toy, or of the wide one where ranks are to leave their arrays."""
-    toy = Wide() if changes.get("initial_rank") in (WIDE, NARROW) else None
-    return trainer_of(toy, **changes)
-
-
-class Stopped(BaseException):
-    """A cancel."""
-
-
-def stopped(trainer: Trainer, step: int) -> Trainer:
-    """The trainer after this many steps, cancelled."""
-
-    def stop(progress: Progress) -> None:
-        if progress.step == step:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        trainer.run(stop)
-    return trainer
-
-
-def kept(trainer_or_state: Trainer | State, folder: Path) -> State:
-    """A state as it comes back from the disk."""
-    found = trainer_or_state.state() if isinstance(trainer_or_state, Trainer) else trainer_or_state
-    return read_state(write_new(folder, "state", found.tensors, found.metadata()), MOST)
 
 
 def gone_on(found: State, **changes: Any) -> Trainer:
@@ -91,13 +59,6 @@ def assert_same_run(one: Trainer, other: Trainer) -> None:
 
 # -- exactness -----------------------------------------------------------------------------------------------------
 
-RICH: dict[str, Any] = {"accumulation": 2, "caption_dropout": 0.3, "min_snr_gamma": 5.0, "entropy_weight": 1e-2}
-WIDE, NARROW = 30, 4
-GROWING: dict[str, Any] = {
-    "rank_learning_rate": 0.2, "rank_weight": 0.02, "rank_hold": 0.0, "initial_rank": NARROW, "target_rank": 12,
-}  # fmt: skip
-SHRINKING: dict[str, Any] = {**GROWING, "rank_weight": 0.5, "initial_rank": WIDE, "target_rank": 2}
-"""Ranks that leave their arrays: the first up and down again, the second down."""
 
 FORMS: dict[str, dict[str, Any]] = {
     "settling": {**RICH},

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scaled_layers import inputs, network_of
+from toy_trainer import fail_once, trainer_of
 
 import lora2.adapters.layer
 import lora2.adapters.network
@@ -20,8 +22,6 @@ from lora2.method.size_search import BATCH_SIZE, FINER, HALVINGS, smallest_suffi
 from lora2.training.progress import Progress
 from lora2.training.trainer import Trainer
 from lora2.util.errors import LoraError
-from tests.test_memory import fail_once, trainer_of
-from tests.test_sensitivity import inputs, network_of
 
 MOST = 10_000
 

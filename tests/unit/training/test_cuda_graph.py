@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from recording import TapeEngine, recordable
-from test_trainer import EVERYTHING, Stop, Toy, latents, learned, same, told
+from cuda_graph_tapes import TapeEngine, recordable
 from torch import Tensor, nn
+from toy_trainer import EVERYTHING, Stop, Toy, latents, learned, same, told
 
 from lora2.adapters.layer import Adapter
 from lora2.adapters.network import AdaptiveNetwork

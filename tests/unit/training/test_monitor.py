@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import Toy, hooks, state, toy_of, trainer_of
 from torch import Tensor
+from toy_trainer import Toy, hooks, state, toy_of, trainer_of
 
 from lora2.training.monitor import TIMES, WINDOW, Diverged, LossTracker, bad_layers, describe_layers
 from lora2.training.trainer import Trainer

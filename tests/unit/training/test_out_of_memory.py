@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import EVERYTHING, Toy, hooks, learned, state, toy_of, trainer_of
 from torch import Tensor
+from toy_trainer import EVERYTHING, Toy, fail_once, hooks, learned, state, toy_of, trainer_of
 
 import lora2.adapters.layer
 import lora2.adapters.network
@@ -155,20 +155,6 @@ def test_stop_means_stop() -> None:
     with pytest.raises(OutOfMemory, match=r"^Memory ran out at step 1\. Turn checkpointing on, lower batch_size"):
         trainer.run()
     assert seen == [2]
-
-
-def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> list[int]:
-    """The call of this number of a function runs out of memory; returns the numbers of the calls."""
-    ordinary, calls = getattr(owner, name), []
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(calls) + 1)
-        if len(calls) == at:
-            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
-        return ordinary(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, function)
-    return calls
 
 
 @pytest.mark.parametrize(("owner", "name", "at"), [

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy_trainer import EVERYTHING, Stop, Toy, hooks, latents, learned, same, state, told, toy_of, trainer_of
 
 from lora2.adapters.network import AdaptiveNetwork
 from lora2.config import TrainingConfig
-from lora2.method.attention_entropy import EntropyProbe
-from lora2.method.losses import EPSILON, FLOW, PREDICTIONS, X0, V, denoising_loss
+from lora2.method.losses import EPSILON, PREDICTIONS, X0, denoising_loss
 from lora2.method.schedule import learning_rate_factor, size_factor
 from lora2.training.denoiser import EMPTY_CAPTION
 from lora2.training.monitor import Diverged
@@ -28,129 +28,9 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(gradient_norms(tensors))
 
 
-class Toy(nn.Module):
-    """A denoiser of a few thousand weights: a convolution, cross-attention to a caption's two tokens, a convolution."""
-
-    def __init__(self, prediction: str = EPSILON, pictures: int = 9) -> None:
-        super().__init__()
-        self.prediction, self.sigma_data, self.device = prediction, 1.0, torch.device("cpu")
-        self.into, self.out = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
-        self.to_q, self.to_k, self.to_v = nn.Linear(16, 16), nn.Linear(12, 16), nn.Linear(12, 16)
-        generator = torch.Generator().manual_seed(11)
-        for parameter in self.parameters():
-            parameter.data.normal_(0, 0.2, generator=generator)
-        self.requires_grad_(False)
-        self.words = torch.randn(pictures + 1, 2, 12, generator=generator)  # the last one is the empty caption
-        self.calls: list[dict[str, Any]] = []
-        self.groups, self.forwards = 1, 0
-        self.savings: list[str] = []
-
-    def layers(self) -> dict[str, nn.Module]:
-        return {"into": self.into, "q": self.to_q, "k": self.to_k, "v": self.to_v, "out": self.out}
-
-    def probe(self) -> EntropyProbe:
-        return EntropyProbe([(self.to_q, self.to_k, 2)])
-
-    def sigma(self, time: Tensor, shifted: bool) -> Tensor:
-        self.calls.append({"time": time, "shifted": shifted})
-        return time if self.prediction == FLOW else 10 * time**2 + 0.05
-
-    def add_noise(self, sigma: Tensor, noise: Tensor, clean: Tensor) -> Tensor:
-        at = sigma.view(-1, 1, 1, 1)
-        noisy = (1 - at) * clean + at * noise if self.prediction == FLOW else clean + at * noise
-        self.calls[-1].update(clean=clean, noise=noise, noisy=noisy)
-        return noisy
-
-    def conditions(self, captions: Sequence[int], shape: torch.Size) -> list[tuple[list[int], Any]]:
-        """Captions of the same number modulo `groups` can run together."""
-        kinds = [[at for at, c in enumerate(captions) if c % self.groups == kind] for kind in range(self.groups)]
-        return [(places, [captions[at] for at in places]) for places in kinds if places]
-
-    def save_memory(self) -> str | None:
-        return self.savings.pop(0) if self.savings else None
-
-    def denoise(self, noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
-        self.forwards += 1
-        self.calls[-1].update(given=noisy, sigma=sigma, captions=list(captions))
-        at = sigma.view(-1, 1, 1, 1)
-        dtype = self.into.weight.dtype
-        context = self.words[torch.tensor(captions)].to(dtype)
-        hidden = torch.tanh(self.into((noisy / (1 + at)).to(dtype)))
-        q = self.to_q(hidden.flatten(2).transpose(1, 2))
-        attention = torch.softmax(q @ self.to_k(context).transpose(1, 2) / 4, -1) @ self.to_v(context)
-        hidden = hidden + attention.transpose(1, 2).reshape(hidden.shape)
-        output = self.out(hidden).float()
-        if self.prediction == X0:
-            return output
-        if self.prediction == V:
-            return noisy / (at**2 + 1) - output * at / (at**2 + 1).sqrt()
-        return noisy - at * output
-
-
-def latents(count: int = 9) -> list[Tensor]:
-    """Pictures of two shapes, mixed."""
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randn(4, 4, 6 if i % 3 == 2 else 4, generator=generator) for i in range(count)]
-
-
-def told(**changes: Any) -> TrainingConfig:
-    return TrainingConfig(
-        **{
-            "steps": 12,
-            "learning_rate": 1e-2,
-            "rank_learning_rate": 5e-2,
-            "batch_size": 2,
-            "target_rank": 2,
-            "initial_rank": 9,
-            "sync_every": 3,
-            "rank_weight": 1e-2,
-            "seed": 1,
-            **changes,
-        }
-    )
-
-
-def trainer_of(toy: Toy | None = None, compute: torch.dtype = torch.float32, **changes: Any) -> Trainer:
-    """compute: the type that the denoiser computes in; the adapter's factors are float32."""
-    toy = (toy or Toy(changes.pop("prediction", EPSILON))).to(compute)
-    config = told(**changes)
-    network = AdaptiveNetwork(toy.layers(), config, compute=compute)
-    return Trainer(network, toy, latents(), config, toy.probe())
-
-
-def toy_of(trainer: Trainer) -> Toy:
-    assert isinstance(trainer.denoiser, Toy)
-    return trainer.denoiser
-
-
-def state(trainer: Trainer) -> list[Tensor]:
-    """All that training changes, copied."""
-    return [p.detach().clone() for p in (*trainer.network.parameters(), trainer.network.theta)]
-
-
-def learned(trainer: Trainer) -> list[Tensor]:
-    factors, _ = trainer.network.final_factors()
-    return [t for f in factors.values() for t in (f.up, f.down)]
-
-
-def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) for m in model.modules())
-
-
 # -- seeds ---------------------------------------------------------------------------------------------------
 
 types = pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-EVERYTHING: dict[str, Any] = {
-    "accumulation": 2,
-    "caption_dropout": 0.3,
-    "min_snr_gamma": 5.0,
-    "entropy_weight": 1e-2,
-    "weight_decay": 0.01,
-}
 
 
 @pytest.mark.parametrize(
@@ -250,10 +130,6 @@ def test_latents_with_a_nan_stop_the_first_step() -> None:
 
 
 # -- stopping ------------------------------------------------------------------------------------------------
-
-
-class Stop(BaseException):
-    """What a host raises when a person cancels."""
 
 
 @pytest.mark.parametrize("at", [1, 5, 6, 12])

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_state import kept, made, stopped
-from test_trainer import Toy, toy_of, trainer_of
+from toy_trainer import Toy, kept, made, stopped, toy_of, trainer_of
 
 from lora2.adapters.network import AdaptiveNetwork
 from lora2.config import TrainingConfig
