@@ -4,6 +4,7 @@
 # make test-oldest   the nodes' tests on the oldest ComfyUI that they work with
 # make fuzz    read mutated LoRA files for ten minutes, or ARGS="--seconds N"
 # make evidence   the experiments of docs/evidence/ at a reduced size: checks what they claim
+# make package   the registry's package: checked, zipped into dist/ and listed
 # make soak    hours of faults: figures of docs/reliability.md
 
 SHELL := /bin/bash
@@ -15,7 +16,7 @@ OLDEST := comfy/training comfy/load comfy/load_reduced comfy/families comfy/base
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev demo ui test soak test-gpu test-oldest lint format bench evidence fuzz clean
+.PHONY: setup setup-dev demo ui test soak test-gpu test-oldest lint format bench evidence fuzz package clean
 
 setup:
 	@$(BASE) dev/host.py
@@ -41,12 +42,14 @@ test-gpu: setup-dev
 
 lint: setup-dev
 	@$(VENV) -m ruff check .
+	@$(VENV) -m ruff format --check --quiet .
 	@mkdir -p .host/typing && ln -sfn ../.. .host/typing/pack  # the pack's relative imports need a package around it
 	@MYPYPATH=.host/typing $(VENV) -m mypy -p pack.lora2 -p pack.nodes
 	@$(VENV) -m mypy dev benchmarks
 
 format: setup-dev
 	@$(VENV) -m ruff check --fix .
+	@$(VENV) -m ruff format .
 
 bench: setup-dev
 	@$(VENV) -m benchmarks.speed $(ARGS)
@@ -66,5 +69,8 @@ fuzz: setup-dev
 evidence: setup-dev
 	@OMP_WAIT_POLICY=PASSIVE $(VENV) -m benchmarks.evidence --check $(ARGS)
 
+package: setup-dev
+	@$(VENV) -m dev.package
+
 clean:
-	rm -rf .venv .host .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .host dist .pytest_cache .ruff_cache .mypy_cache

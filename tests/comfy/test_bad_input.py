@@ -53,11 +53,11 @@ BAD_DATA: dict[str, tuple[str, dict[str, Any]]] = {
     "no dict": (r"Latents entry 2 is not a picture latent", {"latents": [latents("flux")[0], torch.zeros(1)]}),
     "nested": (r"Latents entry 1 is not a picture latent", {"latents": [{"samples": NESTED}]}),
     "video": (
-        r"Picture 1 has a latent of shape \[16, 5, 8, 8\].*works on 2 dimensions",
+        r"Picture 1 has a latent of shape \[16, 5, 8, 8\].*expects 2 dimensions",
         {"latents": one(1, 16, 5, 8, 8) * 3},
     ),
     "audio": (r"Picture 1 .*shape \[16, 32\]", {"latents": one(1, 16, 32) * 3}),
-    "wrong channels": (r"Picture 1 has a latent of 4 channels.*works on 16.*VAE", {"latents": one(1, 4, 8, 8) * 3}),
+    "wrong channels": (r"Picture 1 has a latent of 4 channels.*expects 16.*VAE", {"latents": one(1, 4, 8, 8) * 3}),
     "NaN": (r"Latents entry 2 holds NaN.*encode again", {"latents": with_value(math.nan)}),
     "infinity": (r"Latents entry 2 holds NaN or infinity", {"latents": with_value(-math.inf)}),
     "no conditioning": (r"no conditioning.*Connect", {"conditioning": []}),
@@ -79,7 +79,7 @@ BAD_DATA: dict[str, tuple[str, dict[str, Any]]] = {
     "infinity in a pooled text": (r"Caption 3 holds NaN", {"conditioning": caption_with(math.inf, pooled=True)}),
     "another text encoder": (r"width 768.*reads text of width 4096.*Encode", {"conditioning": captions("sd15", 3)}),
     "a ControlNet": (
-        r"carries control, which cannot be trained with. Remove it",
+        r"has control, which training does not support. Remove it",
         {"conditioning": with_option("control")},
     ),
     "hooks": (r"carries hooks", {"conditioning": with_option("hooks")}),
@@ -113,7 +113,7 @@ def test_captions_without_what_the_model_needs_are_refused(small_model: SmallMod
     """SD's text encoder gives no pooled text, which SDXL is conditioned on."""
     with torch.inference_mode():
         model = small_model("koala")
-    words = r"does not suit this model \(KeyError: 'pooled_output'\).*Encode the captions with the text encoder"
+    words = r"does not fit this model \(KeyError: 'pooled_output'\).*Encode the captions with the model's own text encoder"
     refused(model, words, folders, "koala", conditioning=captions("sd15", 3))
 
 
@@ -269,6 +269,6 @@ def test_choices_that_no_widget_offers_are_refused(given: dict[str, Any], says: 
 def test_a_caption_for_a_part_of_the_timesteps_is_refused(model: Any, folders: Path) -> None:
     given = captions("flux", 3)
     given[1][0][1]["start_percent"] = 0.5
-    refused(model, "carries start_percent, which cannot be trained with", folders, conditioning=given)
+    refused(model, "has start_percent, which training does not support", folders, conditioning=given)
     given[1][0][1]["start_percent"] = 0.0
     assert train(model, conditioning=given, steps=1)

@@ -286,4 +286,4 @@ def test_a_text_encoder_without_its_projection(vision: Any, clip: Any, memory: f
 
 def test_broken_weights(vision: Any) -> None:
     vision.model.visual_projection.weight.data[0] = float("nan")
-    assert "NaN, infinity or only zeros" in refused(pictures(1, 0), encoder=vision)
+    assert "NaN, infinity or zero vectors" in refused(pictures(1, 0), encoder=vision)

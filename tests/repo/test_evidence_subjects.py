@@ -22,6 +22,7 @@ from benchmarks.evidence import (
     decay,
     entropy,
     equal_bytes,
+    keep_records,
     keeping,
     needs,
     pareto,
@@ -30,6 +31,7 @@ from benchmarks.evidence import (
     twists,
     variants,
 )
+from benchmarks.evidence.__main__ import page_of
 from benchmarks.evidence.comparison import RESIZED, UNIT, Choice
 from benchmarks.evidence.effects import effects, mixtures, standard_error
 from benchmarks.evidence.equal_bytes import Point
@@ -345,8 +347,8 @@ def test_a_page_and_its_figures_from_records(
 ) -> None:
     kept, _ = run_of()
     path = tmp_path / "records.jsonl.gz"
-    about, slim, missing = records.compact(kept)
-    records.write(path, about, slim)
+    about, slim, missing = keep_records.compact(kept)
+    keep_records.write(path, about, slim)
     assert not missing
     told, read = records.read.__wrapped__(path)
     tuned = records.choices(records.Stored(read))
@@ -356,7 +358,8 @@ def test_a_page_and_its_figures_from_records(
     made = [{"weight": w, "before": looked[0], "after": looked[w > 0], "ranks": [0, 1.0, 2]} for w in entropy.WEIGHTS]
     monkeypatch.setattr(entropy, "run", lambda full: {"steps": 1, "seeds": [0], "runs": made})
     results = json.loads(json.dumps(experiment.run(full=True)))
-    page = experiment.page(results, tmp_path)
+    write_page = page_of(experiment.__name__.rpartition(".")[2])
+    page = write_page(results, tmp_path)
     for picture in tmp_path.glob("*.png"):
         assert f"({picture.name})" in page
     assert results["about"]["device"] == "a GPU"
@@ -375,7 +378,9 @@ def test_a_page_and_its_figures_from_records(
         for row in worse:
             row["loss"] = 1.0
         assert experiment.summary(results)["beats_fixed"] == 9
-        assert "Not better than every fixed rank at every size: grid 4x4." in experiment.page(results, tmp_path)
+        assert "Not better than every fixed rank at every size: grid 4x4." in page_of(
+            experiment.__name__.rpartition(".")[2]
+        )(results, tmp_path)
         # The made-up loss at the end does not depend on the steps, and ours is 3 % lower.
         assert [(row["pictures"], row["rank"]) for row in results["longer"]] == [(24, 8), (24, 32), (5, 8), (5, 32)]
         for row in results["longer"]:
@@ -413,19 +418,19 @@ def test_a_page_and_its_figures_from_records(
 def test_a_change_of_ours_is_begun_with_what_is_kept() -> None:
     """All records that are kept can be gone on from, and say where they were made; after a change of ours the others alone."""
     made, _ = run_of()
-    about, slim, _ = records.compact(made)
+    about, slim, _ = keep_records.compact(made)
     kept_before = {record["key"]: record for record in slim}
-    whole = {record["key"]: record for record in records.beginning(kept_before, changed=False)}
-    assert records.compact(whole) == (about, slim, set()), "nothing is lost on the way"
-    begun = records.beginning(kept_before, changed=True)
+    whole = {record["key"]: record for record in keep_records.beginning(kept_before, changed=False)}
+    assert keep_records.compact(whole) == (about, slim, set()), "nothing is lost on the way"
+    begun = keep_records.beginning(kept_before, changed=True)
     assert {record["method"] for record in begun} == {FIXED, PAPER}
     ours = {key: {**record, "device": "another"} for key, record in made.items() if record["method"] == SETTLING}
-    again, kept, missing = records.compact({record["key"]: record for record in begun} | ours)
+    again, kept, missing = keep_records.compact({record["key"]: record for record in begun} | ours)
     assert not missing
     assert [{**record, "device": ""} for record in kept] == [{**record, "device": ""} for record in slim]
     assert again["devices"]["another"] == sum(record["method"] == SETTLING for record in slim)
     assert sum(again["devices"].values()) == again["runs"] == about["runs"]
-    assert all(records.job_of(key).key == key for key in made)
+    assert all(keep_records.job_of(key).key == key for key in made)
 
 
 def test_mixtures_are_compared_at_the_best_of_either() -> None:

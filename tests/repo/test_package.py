@@ -4,41 +4,23 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import fnmatch
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pathspec
 import pytest
 import tomllib
 from graph import imported
 from scanner import MODULES, findings
 
 from dev.host import ROOT, comfy_path
+from dev.package import build, faults, files
 
-SHIPPED = (
-    "__init__.py",
-    "pyproject.toml",
-    "requirements.txt",
-    "README.md",
-    "CHANGELOG.md",
-    "LICENSE",
-    "lora2/*.py",
-    "lora2/*/*.py",
-    "nodes/*.py",
-    "nodes/comfy/*.py",
-    "nodes/runs/*.py",
-    "web/docs/*.md",
-    "locales/*/nodeDefs.json",
-    "workflows/*.json",
-    "workflows/*.jpg",
-)
 TEMPLATES = ("Train Adaptive LoRA", "Load Adaptive LoRA", "Inspect Ranks")
 LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 """What the method may import beside Python's own."""
@@ -47,17 +29,8 @@ HOST = {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_path
 """ComfyUI's modules; its `server` and `nodes` as absolute imports."""
 
 
-@cache
-def shipped() -> list[str]:
-    """The files that `comfy node publish` packs: those of git, less what .comfyignore names (comfy_cli/file_utils.py)."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    ignored = pathspec.PathSpec.from_lines("gitwildmatch", (ROOT / ".comfyignore").read_text().splitlines())
-    return sorted(f for f in files if not ignored.match_file(f) and (ROOT / f).is_file())
-
-
 def trees(under: str = "") -> Iterator[tuple[str, ast.Module]]:
-    for name in shipped():
+    for name in files():
         if name.endswith(".py") and name.startswith(under):
             yield name, ast.parse((ROOT / name).read_text(encoding="utf-8"))
 
@@ -75,24 +48,24 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_users_get_what_they_need_and_nothing_else() -> None:
-    for name in shipped():
-        depth = name.count("/")
-        assert any(fnmatch.fnmatchcase(name, p) and p.count("/") == depth for p in SHIPPED), f"{name} would be shipped"
-    for pattern in SHIPPED:
-        assert fnmatch.filter(shipped(), pattern), f"nothing is shipped as {pattern}"
+def test_users_get_the_files_that_they_need_and_no_other() -> None:
+    assert faults(files()) == []
+
+
+def test_a_stray_file_and_a_missing_one_are_found() -> None:
+    assert faults([*files(), "tests/conftest.py"]) == ["tests/conftest.py is not for users"]
+    assert faults([name for name in files() if name != "LICENSE"]) == ["no file matches LICENSE"]
+
+
+def test_the_archive_holds_those_files(tmp_path: Path) -> None:
+    with zipfile.ZipFile(build(tmp_path)) as archive:
+        assert archive.namelist() == files()
 
 
 def test_every_template_has_its_picture() -> None:
-    assert {f for f in shipped() if f.startswith("workflows/")} == {
+    assert {f for f in files() if f.startswith("workflows/")} == {
         f"workflows/{name}.{ending}" for name in TEMPLATES for ending in ("json", "jpg")
     }
-
-
-def test_nothing_that_is_shipped_is_large() -> None:
-    sizes = {name: (ROOT / name).stat().st_size for name in shipped()}
-    assert max(sizes.values()) < 500_000
-    assert sum(sizes.values()) < 3_000_000
 
 
 def test_shipped_code_runs_nothing_and_calls_nobody() -> None:
@@ -122,7 +95,7 @@ def test_the_scanner_finds_what_it_is_for(code: str) -> None:
 
 def packed(folder: Path) -> Path:
     """The shipped files alone, as the registry unpacks them."""
-    for name in shipped():
+    for name in files():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, target)
@@ -189,10 +162,10 @@ def test_pyproject_is_what_the_registry_takes() -> None:
 
 
 def test_patterns_of_comfyignore_still_hit_something() -> None:
-    """All are rooted, so that none hits a folder of that name inside the pack; .github/ and benchmarks/ may be absent."""
+    """All are rooted, so that none hits a folder of that name inside the pack."""
     patterns = [line for line in (ROOT / ".comfyignore").read_text().splitlines() if line and not line.startswith("#")]
     assert all(pattern.startswith("/") for pattern in patterns)
-    assert all((ROOT / p.strip("/")).exists() for p in patterns if p not in ("/.github/", "/benchmarks/"))
+    assert all((ROOT / p.strip("/")).exists() for p in patterns)
 
 
 def test_the_shipped_files_alone_are_a_pack(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

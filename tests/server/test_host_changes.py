@@ -23,7 +23,7 @@ from dev.server import ComfyServer
 
 SmallModel = Callable[[str], Any]
 VERSIONS = (
-    r"^LoRA² [\d.]+ and this ComfyUI \([\d.]+\) do not fit together: .*{what}.*tested with ComfyUI \d.* to \d.*report"
+    r"^LoRA² [\d.]+ is incompatible with this ComfyUI \([\d.]+\): .*{what}.*tested with ComfyUI \d.* to \d.*report"
 )
 
 
@@ -163,4 +163,4 @@ def test_a_comfyui_that_breaks_the_pack_starts_all_the_same(tmp_path: Path, monk
     assert "KSampler" in nodes
     assert not [name for name in nodes if name.startswith("LoRA2_")]
     version = re.escape(host.COMFYUI_VERSION)
-    assert re.search(rf"LoRA² \S+ and this ComfyUI \({version}\) do not fit together: .*'ControlAfterGenerate'", log)
+    assert re.search(rf"LoRA² \S+ is incompatible with this ComfyUI \({version}\): .*'ControlAfterGenerate'", log)

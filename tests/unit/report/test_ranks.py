@@ -16,6 +16,7 @@ from lora2.files.document import LoraDocument
 from lora2.method.factors import Factors
 from lora2.method.svd import energy_rank, squared_singular_values
 from lora2.report.layer_names import parse_layer_name
+from lora2.report.markdown import markdown
 from lora2.report.ranks import build_report
 from lora2.util.errors import LoraError
 from lora2.util.text import clean, escape_markdown, format_size
@@ -139,7 +140,7 @@ def test_what_is_no_plain_pair_is_counted_beside() -> None:
     report = build_report(doc, "x")
     assert (report.other_tensors, report.other_bytes) == (2, 2600)
     assert report.bytes == 2600 + 2 * 4 * 1280 * 2
-    assert "2 of 2.6 KB" in report.to_markdown()
+    assert "2 of 2.6 KB" in markdown(report)
 
 
 def test_a_file_without_plain_layers_is_refused() -> None:
@@ -176,7 +177,7 @@ def test_ranks_in_use_are_told_in_every_form() -> None:
     layer = Factors(torch.ones(16, 8), torch.ones(8, 16))
     report = build_report(LoraDocument({"a.0.q": layer}, {"a.0.q": "kohya"}), "x", energy=True)
     assert (report.layers[0].rank, report.layers[0].energy_rank, report.mean_energy_rank) == (8, 1, 1.0)
-    assert "1.0 on average hold 99 % of the energy" in report.to_markdown()
+    assert "1.0 on average hold 99 % of the energy" in markdown(report)
     assert build_report(LoraDocument({"a.0.q": layer}, {"a.0.q": "kohya"}), "x").mean_energy_rank is None
 
 
@@ -195,7 +196,7 @@ def test_data_is_plain_json() -> None:
 
 def test_markdown_has_a_row_per_block_and_a_column_per_projection() -> None:
     report = build_report(document(unet("koala") + text_encoder(1, 2, 64), 8), "a")
-    text = report.to_markdown()
+    text = markdown(report)
     heads = [f"{attention} {projection}" for attention in ("attn1", "attn2") for projection in "qkvo"]
     assert f"| block | {' | '.join(heads)} | mean |" in text
     assert "| down 1.0 | 8 | 8 | 8 | 8 | 8 | 8 | 8 | 8 | 8.0 |" in text
@@ -205,7 +206,7 @@ def test_markdown_has_a_row_per_block_and_a_column_per_projection() -> None:
 
 def test_markdown_of_differing_ranks_gives_mean_and_range() -> None:
     layers = [layer for layer in unet("koala")[:16] if layer[0].endswith("attn1_to_q")]
-    text = build_report(document(layers, lambda i: 2 + 2 * i), "a").to_markdown()
+    text = markdown(build_report(document(layers, lambda i: 2 + 2 * i), "a"))
     assert "| down 1.0 | 3.0 (2-4) | 3.0 |" in text
 
 
@@ -240,7 +241,7 @@ def test_strangers_words_stay_words(text: str) -> None:
     doc.info = {"format": 1, "layers": {}, "training": {text: text}}
     doc.notes = [text]
     report = build_report(doc, text)
-    shown = report.to_markdown()
+    shown = markdown(report)
     assert "<" not in shown
     assert "://" not in shown
     assert "](" not in shown.replace("\\](", "")
@@ -255,8 +256,8 @@ def test_strangers_words_stay_words(text: str) -> None:
 def test_thousands_of_layers_stay_readable() -> None:
     report = build_report(document(experts(4000), waves), "x")
     assert len(report.layers) == 4000
-    assert len(report.to_markdown()) < 60_000
-    assert "160 blocks and 75 projections; the data lists every layer" in report.to_markdown()
+    assert len(markdown(report)) < 60_000
+    assert "160 blocks and 75 projections; the data lists every layer" in markdown(report)
 
 
 def test_text_is_cut_at_its_limit() -> None:

@@ -12,10 +12,10 @@ from lora2.report.similarity import (
     CLIP_I,
     CLIP_T,
     DINO,
-    against_all,
-    against_own,
     cosines,
+    mean_cosines,
     mean_scores,
+    paired_cosines,
     prompts_of,
     unit,
 )
@@ -38,13 +38,13 @@ def test_mean_pairwise_cosine(dtype: torch.dtype) -> None:
     expected = [[cosine(a, b) for b in other.double().numpy()] for a in one.double().numpy()]
     # Sums of 16 products in float64.
     assert cosines(one, other).numpy() == pytest.approx(np.array(expected), abs=1e-14)
-    assert against_all(one, other).numpy() == pytest.approx(np.array(expected).mean(1), abs=1e-14)
+    assert mean_cosines(one, other).numpy() == pytest.approx(np.array(expected).mean(1), abs=1e-14)
     assert cosines(one, other).dtype == torch.float64
 
 
 def test_lengths_do_not_matter_and_a_picture_is_like_itself() -> None:
     one, other = torch.from_numpy(PICTURES), torch.from_numpy(REFERENCES)
-    assert torch.allclose(against_all(one, other), against_all(7 * one, other / 9), rtol=0, atol=1e-14)
+    assert torch.allclose(mean_cosines(one, other), mean_cosines(7 * one, other / 9), rtol=0, atol=1e-14)
     assert cosines(one, one).diagonal().numpy() == pytest.approx(np.ones(5), abs=1e-14)
     assert cosines(one, -one).diagonal().numpy() == pytest.approx(-np.ones(5), abs=1e-14)
 
@@ -53,18 +53,18 @@ def test_every_picture_with_its_own_prompt_or_all_with_one() -> None:
     one = torch.from_numpy(PICTURES)
     texts = torch.from_numpy(GENERATOR.normal(size=(5, 16)))
     own = [cosine(a, b) for a, b in zip(PICTURES, texts.numpy(), strict=True)]
-    assert against_own(one, texts).numpy() == pytest.approx(np.array(own), abs=1e-14)
+    assert paired_cosines(one, texts).numpy() == pytest.approx(np.array(own), abs=1e-14)
     first = [cosine(a, texts[0].numpy()) for a in PICTURES]
-    assert against_own(one, texts[:1]).numpy() == pytest.approx(np.array(first), abs=1e-14)
-    with pytest.raises(LoraError, match="2 prompts do not go with 5 pictures"):
-        against_own(one, texts[:2])
+    assert paired_cosines(one, texts[:1]).numpy() == pytest.approx(np.array(first), abs=1e-14)
+    with pytest.raises(LoraError, match="2 prompts do not match 5 pictures"):
+        paired_cosines(one, texts[:2])
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_a_vector_that_says_nothing_is_refused(bad: float) -> None:
     vectors = torch.ones(2, 4)
     vectors[1] = bad
-    with pytest.raises(LoraError, match="NaN, infinity or only zeros"):
+    with pytest.raises(LoraError, match="NaN, infinity or zero vectors"):
         unit(vectors)
 
 
