@@ -12,7 +12,7 @@ BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v
 VENV := .venv/bin/python
 HOST := $(or $(COMFYUI_PYTHON),$(VENV))
 
-OLDEST := server training load load_less inspect families bases cancel bad_files bad_input trouble progress
+OLDEST := comfy/training comfy/load comfy/load_reduced comfy/families comfy/base_models comfy/bad_files comfy/bad_input comfy/failures comfy/progress server/server server/inspect server/cancel
 
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -58,10 +58,10 @@ bench: setup-dev
 test-oldest: setup-dev
 	@$(BASE) dev/host.py --oldest
 	@COMFYUI_PYTHON= COMFYUI_PATH=.host/ComfyUI-0.16.3 $(VENV) -m pytest -p no:cacheprovider \
-	  --deselect tests/test_bases.py::test_weights_that_training_patches_are_like_those_that_sampling_patches \
-	  --deselect "tests/test_bad_input.py::test_bad_data_is_refused[another text encoder]" \
-	  --deselect "tests/test_bad_input.py::test_bad_data_is_refused[an empty caption of another encoder]" \
-	  $(or $(ARGS),$(addprefix tests/test_,$(addsuffix .py,$(OLDEST))))
+	  --deselect tests/comfy/test_base_models.py::test_weights_that_training_patches_are_like_those_that_sampling_patches \
+	  --deselect "tests/comfy/test_bad_input.py::test_bad_data_is_refused[another text encoder]" \
+	  --deselect "tests/comfy/test_bad_input.py::test_bad_data_is_refused[an empty caption of another encoder]" \
+	  $(or $(ARGS),$(foreach name,$(OLDEST),tests/$(dir $(name))test_$(notdir $(name)).py))
 
 fuzz: setup-dev
 	@$(VENV) -m dev.fuzzing $(ARGS)
