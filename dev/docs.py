@@ -1,6 +1,6 @@
 """The node tables of README.md and the help pages, from the nodes' own words: `python -m dev.docs` writes them anew.
 
-Also keeps tests/english.json, the English that the translations in locales/ were made from. A changed tooltip shows up
+Also keeps tests/repo/english.json, the English that the translations in locales/ were made from. A changed tooltip shows up
 there as a difference: translate it in every language, then run this.
 """
 
@@ -26,7 +26,7 @@ NODES = {
 }
 HELP = ROOT / "web" / "docs"
 LOCALES = ROOT / "locales"
-ENGLISH = ROOT / "tests" / "english.json"
+ENGLISH = ROOT / "tests" / "repo" / "english.json"
 BLOCK = re.compile(r"(<!-- (inputs|advanced|outputs) (LoRA2_\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FILES = ("lora_name", "continue_from")
 """Lists that depend on the machine."""
