@@ -6,6 +6,7 @@ import json
 import math
 import re
 import types
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -100,8 +101,13 @@ def record(name: str) -> Any:
 
 
 def percent(mean: float, error: float, digits: int) -> str:
-    """A difference with its error as the pages write it."""
-    return f"{100 * mean:+.{digits}f} ± {100 * error:.{digits}f}".replace("-", "−")
+    """A difference with its error as the pages write it, halves rounded away from zero."""
+    value, spread = (round_half_up(100 * Decimal(repr(x)), Decimal(10) ** -digits) for x in (mean, error))
+    return f"{value:+} ± {spread}".replace("-", "−")
+
+
+def round_half_up(value: Decimal, unit: Decimal) -> Decimal:
+    return value.quantize(unit, ROUND_HALF_UP)
 
 
 # -- links ---------------------------------------------------------------------------------------------------------
@@ -131,7 +137,7 @@ def test_paths_in_the_pages_exist() -> None:
     tops = ("lora2", "nodes", "dev", "benchmarks", "tests", "web", "locales", "workflows", "docs")
     for page in (path for path in PAGES if "evidence/README" not in path.as_posix()):
         for name in re.findall(r"`([\w./*-]+)`", page.read_text(encoding="utf-8")):
-            if name.split("/")[0] in tops and not re.search(r"NAME|ROOM|\*", name):
+            if name.split("/")[0] in tops and not re.search(r"NAME|ROOM|\*|safetensors", name):
                 assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
@@ -219,6 +225,14 @@ def test_minutes_in_the_readme() -> None:
         assert f"| {model}, bf16 | {weights} | – | – | – | – | {minutes(ms[model])} |" in page
     weights = f"{parameters['FLUX.1'] * 1e9 / 2**30:.1f} GiB"
     assert f"| FLUX.1, fp8 | {weights} | – | – | – | ckpt, {flux['peak_gib']:.1f} GiB | {minutes(flux['ms'])} |" in page
+
+
+def test_families_in_the_notes() -> None:
+    notes = text(ROOT / "docs" / "benchmarks" / "notes.md")
+    for found in record("benchmarks/families.json")["rows"]:
+        size = f", {found['parameters_b']:g} B" if "parameters_b" in found else ""
+        times = f"{found['limit_ms']} ms | {found['ms']} ms | {found['ms'] / found['limit_ms']:.2f}"
+        assert f"| {found['model']}{size} | {found['rank']} | {times} |" in notes
 
 
 # -- results -------------------------------------------------------------------------------------------------------
