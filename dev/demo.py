@@ -31,8 +31,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "LoadImageTextDataSetFromFolder": {"folder": "mug"},
     "ImageScale": {"width": SIDE, "height": SIDE},
     "EmptyLatentImage": {"width": SIDE, "height": SIDE},
-    "LoRA2_TrainAdaptiveLora": {"steps": 120, "learning_rate": 0.003, "batch_size": 4, "target_rank": 4},
-    "KSampler": {"steps": 15, "cfg": 4.0},
+    "LoRA2_TrainAdaptiveLora": {"steps": 120, "learning_rate": 0.01, "batch_size": 4, "target_rank": 4},
+    "KSampler": {"steps": 15, "cfg": 3.0, "scheduler": "simple"},
 }
 
 
