@@ -46,7 +46,7 @@ def trained(
     session, settings = models.pack("nodes.runs.run"), models.pack("lora2.config").TrainingConfig
     latents = [{"samples": t} for t in painter.latents([image for image, _ in drawn])]
     captions = [painter.encode(caption) for _, caption in drawn]
-    request = session.RunRequest(save_name=name, target="attention", state_every=0)
+    request = session.RunRequest(save_name=name, layers="attention", state_every=0)
     run = session.train(
         painter.patcher,
         latents,
