@@ -20,6 +20,7 @@ from dev import assets, host
 from dev.convert import change, to_prompt
 from dev.server import ComfyServer, PromptError
 from lora2.files.document import read
+from lora2.report.markdown import markdown
 from lora2.report.ranks import RankReport, build_report
 
 WORKFLOWS = host.ROOT / "workflows"
@@ -107,7 +108,7 @@ def side_by_side(paths: list[Path], height: int = 384) -> Image.Image:
 
 def rank_table(report: RankReport) -> str:
     """Rank per block and projection, as in the node's Markdown, with aligned columns."""
-    rows = [line for line in report.to_markdown().split("###")[1].splitlines() if line.startswith("|")]
+    rows = [line for line in markdown(report).split("###")[1].splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if "---" not in row]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in cells]

@@ -1,7 +1,7 @@
 """Help pages of the nodes (web/docs) and docs/nodes.md, from the nodes' schemas: `python -m dev.docs` writes them.
 
 The text of a help page that no schema holds is in dev/help. It also lists the texts whose English has changed since they were
-translated; `python -m dev.docs --translated` takes the English of now into tests/english.json, once locales/ is up to date.
+translated; `python -m dev.docs --translated` takes the English of now into tests/repo/english.json, once locales/ is up to date.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HELP = ROOT / "web" / "docs"
 HELP_TEXTS = ROOT / "dev" / "help"
 REFERENCE = ROOT / "docs" / "nodes.md"
 LOCALES = ROOT / "locales"
-ENGLISH = ROOT / "tests" / "english.json"
+ENGLISH = ROOT / "tests" / "repo" / "english.json"
 FILES = ("lora_name", "continue_from")
 """Inputs whose choices are the files of the machine."""
 
@@ -77,11 +77,11 @@ def tables(info: Info, level: str) -> str:
     for kind, heading in HEADINGS.items():
         if kind == "outputs":
             outputs = zip(info["output_name"], info["output"], info["output_tooltips"], strict=True)
-            rows = [(f"`{name}`", f"`{type_}`", tooltip) for name, type_, tooltip in outputs]
             head: tuple[str, ...] = ("output", "type", "description")
+            rows: list[tuple[str, ...]] = [(f"`{name}`", f"`{type_}`", tooltip) for name, type_, tooltip in outputs]
         else:
-            rows = [_input_row(*i) for i in inputs(info) if bool(i[2].get("advanced")) == (kind == "advanced")]
             head = ("input", "default", "values", "description")
+            rows = [_input_row(*i) for i in inputs(info) if bool(i[2].get("advanced")) == (kind == "advanced")]
         if rows:
             sections.append(f"{level} {heading}\n\n{_table(head, rows)}")
     return "\n".join(sections)

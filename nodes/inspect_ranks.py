@@ -8,7 +8,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..lora2.files import document as lora_format
+from ..lora2.files import document as documents
+from ..lora2.report.markdown import markdown
 from ..lora2.report.ranks import build_report
 from ..lora2.util.errors import LoraError
 from ..lora2.util.text import escaped
@@ -100,16 +101,16 @@ class InspectRanks(io.ComfyNode):
         document, title = _document(lora_name, lora)
         report = build_report(document, title, energy=show == IN_USE, between=stop_if_cancelled)
         image = rank_image(report, in_use=show == IN_USE)
-        return io.NodeOutput(image, report.to_markdown(), report, report.to_json(), ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(image, markdown(report), report, report.to_json(), ui=ui.PreviewImage(image, cls=cls))
 
 
-def _document(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[lora_format.LoraDocument, str]:
+def _document(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[documents.LoraDocument, str]:
     """The LoRA to inspect and its title."""
     if lora_name != CONNECTED:
-        return lora_format.read(files.lora_path(lora_name)), files.lora_title(lora_name)
+        return documents.read(files.lora_path(lora_name)), files.lora_title(lora_name)
     if lora is None:
         raise LoraError("There is no LoRA to inspect. Choose a file in lora_name, or connect a LoRA to the input lora.")
-    document = lora_format.parse(lora)
+    document = documents.parse(lora)
     return document, document.metadata.get("ss_output_name") or document.metadata.get("modelspec.title") or "LoRA"
 
 

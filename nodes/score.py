@@ -14,9 +14,9 @@ from ..lora2.report.similarity import (
     DINO,
     METRICS,
     Scores,
-    against_all,
-    against_own,
+    mean_cosines,
     mean_scores,
+    paired_cosines,
     prompts_of,
 )
 from ..lora2.util.errors import LoraError
@@ -147,9 +147,9 @@ def _scores(images: list[Tensor], references: list[Tensor], encoders: dict[str, 
     measured: list[tuple[str, Tensor]] = []
     for metric, encoder in encoders.items():
         vectors = picture_vectors(encoder, images)
-        measured.append((metric, against_all(vectors, picture_vectors(encoder, references))))
+        measured.append((metric, mean_cosines(vectors, picture_vectors(encoder, references))))
         if metric == CLIP_I and clip is not None:
-            measured.append((CLIP_T, against_own(vectors, prompt_vectors(clip, prompts, vectors.shape[1]))))
+            measured.append((CLIP_T, paired_cosines(vectors, prompt_vectors(clip, prompts, vectors.shape[1]))))
     return mean_scores(measured, others, {metric: name_of(encoder) for metric, encoder in encoders.items()})
 
 
