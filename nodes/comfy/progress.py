@@ -1,4 +1,4 @@
-"""Messages and previews of a running node."""
+"""Status texts and pictures from a running node to the page."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from PIL import Image
 from server import PromptServer
 
 _LINKS = re.compile(r"\[(?=\[)|www(?=\.)|__(?=LNK)", re.IGNORECASE)
-"""Starts of links in the frontend: [[label|address]], www., and its own placeholder."""
+"""Starts of links in the frontend: [[label|address]], www., and its internal markers."""
 
 log = logging.getLogger("lora2")
 
 
 def status_sender(node_id: str | None) -> Callable[[str], None]:
-    """A function that shows a message on the node and writes it to the log."""
+    """A function that writes a text to the log and to the node."""
 
-    def say(message: str) -> None:
-        log.info("LoRA²: %s", message)
+    def send(text: str) -> None:
+        log.info("LoRA²: %s", text)
         server = getattr(PromptServer, "instance", None)
         if server is not None and node_id is not None:
-            server.send_progress_text(inert(message), node_id)
+            server.send_progress_text(inert(text), node_id)
 
-    return say
+    return send
 
 
 def stop_if_cancelled() -> None:
-    """Raise ComfyUI's exception if its cancel button was pressed."""
+    """Raise the host's interrupt exception if the user pressed cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def inert(message: str) -> str:
-    """The message without HTML and links, which the frontend would render: names in it come from files."""
-    for sign, replacement in (("<", "‹"), (">", "›"), ("&", "＆"), ("://", ":/ /")):
-        message = message.replace(sign, replacement)
-    return _LINKS.sub(r"\g<0> ", message)
+def inert(text: str) -> str:
+    """The text without HTML and links, which the frontend would render: names in it come from files."""
+    for sign, other in (("<", "‹"), (">", "›"), ("&", "＆"), ("://", ":/ /")):
+        text = text.replace(sign, other)
+    return _LINKS.sub(r"\g<0> ", text)
 
 
 def send_preview(picture: Image.Image) -> None:
-    """Replace the last preview of the running node: the frontend shows it over the node's output when the run has ended."""
+    """Send a picture to the running node: the frontend keeps showing the last live picture over the node's output."""
     comfy.utils.ProgressBar(1).update_absolute(1, 1, ("JPEG", picture, max(picture.size)))

@@ -129,7 +129,7 @@ def _save(trainer: Trainer, plan: Plan) -> TrainedLora:
     losses = [loss for loss in progress.losses if math.isfinite(loss)]
     training: dict[str, Any] = dict(
         trainer.config.to_dict(),
-        layers=plan.request.target,
+        layers=plan.request.layers,
         pictures=len(plan.latents),
         steps_done=progress.step,
         last_loss=losses[-1],

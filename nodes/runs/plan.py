@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def make_plan(
     replacement = empty_caption(captions, empty)
     host = HostModel(patcher, training_dtype(patcher, request.precision))
     host.check_latents(pictures)
-    layers = select_layers(host.model, request.target, request.include, request.exclude)
+    layers = select_layers(host.model, request.layers, request.include.split(), request.exclude.split())
     saved = open_source(source, layers)
     dropped = replacement if config.caption_dropout > 0 else None
     fingerprint = data_fingerprint(host, layers, pictures, captions, dropped)
@@ -120,7 +120,12 @@ def _with_file_size(
     shapes = {name: module_shape(module) for name, module in layers.items()}
     table = config.to_dict()
     layer_overhead = file.layer_overhead(shapes, target.stem, table) if config.budget_mb else 0
-    config = config.with_file_format(file.overhead(shapes, target.stem, table), file.dtype.itemsize, layer_overhead)
+    config = replace(
+        config,
+        file_overhead=file.overhead(shapes, target.stem, table),
+        bytes_per_parameter=file.dtype.itemsize,
+        layer_overhead=layer_overhead,
+    )
     size, max_size = file_size_range(shapes, config)
     check_target(target, size)
     if size < max_size and free_bytes(target) < max_size:

@@ -1,47 +1,49 @@
-"""What the node was asked for, beside the training configuration."""
+"""Options of a run that concern the host: what to adapt, how to compute, what to save and where to start."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...lora2.config import LAYER_CHOICES, PRECISIONS, TRISTATE
-from ...lora2.util.errors import LoraError
+from ...lora2.config import LAYER_CHOICES, MAX_STEPS, TRISTATE
+from ...lora2.util.knobs import check_knobs, knob
 from .lora_file import DTYPES
-from .resume import ON_DIFFERENCE, REFUSE
+from .resume import ON_DIFFERENCE
 from .states import NOTHING
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What the node was asked for, beside the settings."""
+    """Options of a run besides its TrainingConfig. Raises LoraError, naming the field, for a value outside its limits.
 
-    save_name: str
-    target: str
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    checkpointing: str = "auto"
-    precision: str = "auto"
-    save_dtype: str = "fp16"
-    continue_from: str = NOTHING
-    on_difference: str = REFUSE
-    state_every: int = 200
-    states_kept: int = 2
+    include, exclude: patterns separated by whitespace. continue_from: checked where it is resolved (states.py).
+    """
+
+    # fmt: off
+    save_name: str = knob("lora2/adaptive", advanced=False, tooltip=
+        "File name in ComfyUI's LoRA folder, optionally with a subfolder. A number is appended; nothing is overwritten.")
+    layers: str = knob(LAYER_CHOICES[0], choices=LAYER_CHOICES, advanced=False, tooltip=
+        "Layers to adapt. attention, the paper's choice, is enough for a subject; more layers also learn a style.")
+    include: str = knob("", tooltip=
+        "Additional layers: patterns such as *ff.net*, separated by spaces, for module paths in the diffusion model.")
+    exclude: str = knob("", tooltip=
+        "Layers to leave out: patterns such as *attn1*, separated by spaces. Takes precedence over layers and include.")
+    checkpointing: str = knob("auto", choices=TRISTATE, tooltip=
+        "Gradient checkpointing: much less memory for about a third more time. auto: on when memory is short.")
+    precision: str = knob("auto", choices=("auto", "bf16", "fp32"), tooltip=
+        "Compute type of the model. auto: the model's own, except that bf16 or fp32 replaces fp16, whose gradients underflow.")
+    save_dtype: str = knob("fp16", choices=tuple(DTYPES), tooltip=
+        "Number type of the saved file.")
+    continue_from: str = knob(NOTHING, tooltip=
+        "Resume a training state (steps counts from its start), or start from a LoRA file. "
+        "newest state: the latest one of this save_name.")
+    on_difference: str = knob(ON_DIFFERENCE[0], choices=ON_DIFFERENCE, tooltip=
+        "When a state has another model, dataset, layers or fixed options. refuse: stop and name the differences. "
+        "start from its factors: a new run that starts with the state's factors.")
+    state_every: int = knob(200, low=0, high=MAX_STEPS, tooltip=
+        "Steps between training states: the most that a crash costs. 0 = only when the run ends or is stopped.")
+    states_kept: int = knob(2, low=1, high=1000, tooltip=
+        "Training states that a run keeps in output/lora2_states. A finished run keeps its last one only.")
+    # fmt: on
 
     def __post_init__(self) -> None:
-        if not isinstance(self.save_name, str):
-            raise LoraError("save_name must be a text: the file's name, such as subjects/mug.")
-        for name, choices in (
-            ("target", LAYER_CHOICES),
-            ("checkpointing", TRISTATE),
-            ("precision", PRECISIONS),
-            ("save_dtype", tuple(DTYPES)),
-            ("on_difference", ON_DIFFERENCE),
-        ):
-            if getattr(self, name) not in choices:
-                label = "layers" if name == "target" else name
-                raise LoraError(f"{label} = {getattr(self, name)!r} must be one of {', '.join(choices)}.")
-        for name, least in (("state_every", 0), ("states_kept", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise LoraError(f"{name} = {value!r} must be a whole number, at least {least}.")
+        check_knobs(self)
