@@ -52,7 +52,7 @@ def trained(
     run_module, config = models.pack("nodes.runs.run"), models.pack("lora2.config").TrainingConfig
     latents = [{"samples": t} for t in painter.latents([image for image, _ in drawn])]
     captions = [painter.encode(caption) for _, caption in drawn]
-    request = run_module.RunRequest(save_name=name, target="attention", state_every=0)
+    request = run_module.RunRequest(save_name=name, layers="attention", state_every=0)
     values = {"steps": STEPS, "batch_size": BATCH, "learning_rate": RATE, "seed": SEED} | values
     run = run_module.train(painter.patcher, latents, captions, config(**values), request, say=print)
     return run.lora, run.path
