@@ -31,13 +31,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "LoadImageTextDataSetFromFolder": {"folder": "mug"},
     "ImageScale": {"width": SIDE, "height": SIDE},
     "EmptyLatentImage": {"width": SIDE, "height": SIDE},
-    "LoRA2_TrainAdaptiveLora": {"steps": 120, "learning_rate": 0.003, "batch_size": 4, "target_rank": 4},
-    "KSampler": {"steps": 15, "cfg": 4.0},
+    "LoRA2_TrainAdaptiveLora": {"steps": 120, "learning_rate": 0.01, "batch_size": 4, "target_rank": 4},
+    "KSampler": {"steps": 15, "cfg": 3.0, "scheduler": "simple"},
 }
 
 
-PROMPT = "a photo of a big sks mug in a field of flowers, left"
-"""In the words of the subject's captions, at a place where it was never seen."""
+PROMPT = "a photo of a big sks mug in the desert, centre"
+"""In the words of the subject's captions, in a place where no training picture shows it."""
 
 
 def template(name: str) -> dict[str, Any]:

@@ -82,7 +82,7 @@ BAD_DATA: dict[str, tuple[str, dict[str, Any]]] = {
         r"has control, which training does not support. Remove it",
         {"conditioning": with_option("control")},
     ),
-    "hooks": (r"carries hooks", {"conditioning": with_option("hooks")}),
+    "hooks": (r"has hooks", {"conditioning": with_option("hooks")}),
     "an empty caption of NaN": (
         r"The empty caption holds NaN",
         {"empty_caption": [[[torch.full((1, 7, 4096), math.nan), {}]]], "caption_dropout": 0.5},
@@ -113,7 +113,9 @@ def test_captions_without_what_the_model_needs_are_refused(small_model: SmallMod
     """SD's text encoder gives no pooled text, which SDXL is conditioned on."""
     with torch.inference_mode():
         model = small_model("koala")
-    words = r"does not fit this model \(KeyError: 'pooled_output'\).*Encode the captions with the model's own text encoder"
+    words = (
+        r"does not fit this model \(KeyError: 'pooled_output'\).*Encode the captions with the model's own text encoder"
+    )
     refused(model, words, folders, "koala", conditioning=captions("sd15", 3))
 
 

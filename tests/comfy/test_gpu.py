@@ -66,7 +66,7 @@ def run(model: Any, family: str, graphs: bool = True, shapes: Any = SHAPES[:1] *
     engine.GraphStepRunner._record, network.sync = counted, watched
     if not graphs:
         trainer.step_runner = lambda net, loss, _: engine.StepRunner(net, loss)
-    request = {k: told.pop(k) for k in ("checkpointing", "precision", "target") if k in told}
+    request = {k: told.pop(k) for k in ("checkpointing", "precision", "layers") if k in told}
     config = {
         "steps": STEPS, "batch_size": 2, "target_rank": 6, "initial_rank": 12, "learning_rate": 1e-3, "sync_every": 4,
         "rank_learning_rate": 0.05, "rank_weight": 1e-2, **told,
@@ -75,7 +75,7 @@ def run(model: Any, family: str, graphs: bool = True, shapes: Any = SHAPES[:1] *
         result = session.train(
             model, latents(family, shapes), captions(family, len(shapes)), pack("lora2.config").TrainingConfig(**config),
             session.RunRequest(
-                **{"save_name": "t/x", "target": "attention", "save_dtype": "fp32", "checkpointing": "off", **request}
+                **{"save_name": "t/x", "layers": "attention", "save_dtype": "fp32", "checkpointing": "off", **request}
             ),
         )  # fmt: skip
     finally:

@@ -25,9 +25,9 @@ def run(model: Any, family: str, **changes: Any) -> Any:
     """A short run through the host bridge, the file in float32."""
     session = pack("nodes.runs.run")
     request = {
-        k: changes.pop(k) for k in ("target", "include", "exclude", "checkpointing", "precision") if k in changes
+        k: changes.pop(k) for k in ("layers", "include", "exclude", "checkpointing", "precision") if k in changes
     }
-    request = {"target": "attention", "save_name": "t/subject", "save_dtype": "fp32", **request}
+    request = {"layers": "attention", "save_name": "t/subject", "save_dtype": "fp32", **request}
     config = {
         "steps": 4,
         "batch_size": 2,

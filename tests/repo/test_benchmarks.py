@@ -17,7 +17,7 @@ def test_the_pages_are_those_of_the_json() -> None:
     readme = speed.README.read_text(encoding="utf-8")
     assert table.render(readme, ROWS, speed.README_WORKS) == readme
     assert (speed.DOCS / "speed.md").read_text(encoding="utf-8") == table.page(ROWS)
-    assert "| **training, as a graph** |" in readme
+    assert "| **LoRA², step recorded as a CUDA graph** |" in readme
 
 
 def test_a_run_is_watched_and_leaves_nothing(folders: Path) -> None:

@@ -1,4 +1,8 @@
-"""Translations: the words of every node in every language, no more and no less, and served by ComfyUI."""
+"""Translations: the texts of every node in every language, no more and no less, and served by ComfyUI.
+
+tests/repo/english.json is the English that they were made from. The nodes' own may be ahead of it: `python -m dev.docs` lists the
+difference.
+"""
 
 from __future__ import annotations
 
@@ -13,46 +17,40 @@ from typing import Any
 import pytest
 
 from dev import docs
+from dev.docs import leaves
 from dev.server import ComfyServer
 
 LANGUAGES = sorted(path.name for path in docs.LOCALES.iterdir())
 ENGLISH: dict[str, Any] = json.loads(docs.ENGLISH.read_text(encoding="utf-8"))
 COMPILED = ("display_name", "description", "name")
-"""Texts that the frontend compiles (vue-i18n): in them @, {}, and | mean something. Tooltips are shown as they are."""
+"""Texts that the frontend compiles (vue-i18n), where @, {}, and | are syntax. Tooltips are shown as they are."""
 
 
 @cache
-def words(language: str) -> dict[str, Any]:
+def translation(language: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((docs.LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
     return found
 
 
-def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from leaves(value, (*path, key))
-    else:
-        yield path, tree
-
-
 def pairs(language: str) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """Where, in English, in the language."""
-    other = dict(leaves(words(language)))
+    """Path, English and translation of every text."""
+    other = dict(leaves(translation(language)))
     for path, english in leaves(ENGLISH):
         yield path, english, other[path]
 
 
-def test_english_is_what_the_nodes_say() -> None:
-    """Where this fails, a node's words have changed: translate them in locales/, then run python -m dev.docs."""
-    now = {node: docs.texts(info) for node, info in docs.schemas().items()}
-    assert dict(leaves(ENGLISH)) == dict(leaves(now))
+def test_english_has_the_keys_of_the_nodes() -> None:
+    """If this fails, translate what `python -m dev.docs` lists, then run `python -m dev.docs --translated`."""
+    assert [path for path, _ in leaves(ENGLISH)] == [path for path, _ in leaves(docs.english())]
+    names = {path: text for path, text in leaves(docs.english()) if path[-1] == "name"}
+    assert names == {path: text for path, text in leaves(ENGLISH) if path[-1] == "name"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_text_is_translated_and_none_is_stale(language: str) -> None:
     assert {path.name for path in (docs.LOCALES / language).iterdir()} == {"nodeDefs.json"}
-    assert [path for path, _ in leaves(words(language))] == [path for path, _ in leaves(ENGLISH)]
-    assert all(value.strip() == value != "" for _, value in leaves(words(language)))
+    assert [path for path, _ in leaves(translation(language))] == [path for path, _ in leaves(ENGLISH)]
+    assert all(value.strip() == value != "" for _, value in leaves(translation(language)))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -86,7 +84,7 @@ def numbers(text: str) -> set[str]:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_frontend_can_compile_the_texts(language: str) -> None:
-    for path, text in leaves(words(language)):
+    for path, text in leaves(translation(language)):
         assert path[-1] not in COMPILED or not set("@{}|") & set(text), path
 
 
@@ -104,4 +102,4 @@ def test_the_server_gives_every_language(server: ComfyServer) -> None:
     served = server.get("/i18n")
     assert LANGUAGES == ["es", "fr", "ja", "ko", "zh", "zh-TW"]
     for language in LANGUAGES:
-        assert {node: served[language]["nodeDefs"][node] for node in docs.NODES} == words(language)
+        assert {node: served[language]["nodeDefs"][node] for node in docs.NODES} == translation(language)

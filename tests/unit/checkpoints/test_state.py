@@ -482,7 +482,7 @@ def test_what_decides_ranks_is_refused_once_they_rest_but_they_may_settle() -> N
 def test_going_on_with_another_rate_trains_with_it(tmp_path: Path) -> None:
     """Moments and everything else stay; the new rate acts from the next step on."""
     found = kept(stopped(trainer_of(optimizer="sgd"), 8), tmp_path)
-    slow, fast = (trainer_of(optimizer="sgd", learning_rate=rate) for rate in (1e-9, 1e-2))
+    slow, fast = (trainer_of(optimizer="sgd", learning_rate=rate) for rate in (1e-8, 1e-2))
     for trainer in (slow, fast):
         trainer.restore(found)
         before = learned(trainer)

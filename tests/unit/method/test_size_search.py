@@ -277,7 +277,7 @@ def test_the_choice_does_not_touch_the_runs_own_order_of_pictures_and_noise() ->
 
 def test_where_nothing_was_learned_the_target_is_filled_and_that_is_said() -> None:
     said: list[str] = []
-    trainer = trainer_of(**{**GROWING, "learning_rate": 1e-12})
+    trainer = trainer_of(**{**GROWING, "learning_rate": 1e-8})
     trainer._say = said.append
     trainer.loss = lambda clean, noise, sigma, conditioning: torch.ones(()) + 0 * clean.sum() + _sum(trainer.network)  # type: ignore
     trainer.run()
