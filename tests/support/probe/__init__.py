@@ -117,10 +117,10 @@ class Points:
             "start": ("lora2.training.trainer", "Trainer", "run"),
             "step": ("nodes.comfy.model", "HostModel", "denoise"),
             "sync": ("lora2.adapters.network", "AdaptiveNetwork", "sync"),
-            "settling": ("lora2.adapters.network", "AdaptiveNetwork", "settle"),
-            "preview": ("nodes.runs.run", "", "live_picture"),
+            "settling": ("lora2.adapters.network", "AdaptiveNetwork", "prune"),
+            "preview": ("nodes.runs.run", "", "preview_picture"),
             "factors": ("lora2.adapters.network", "AdaptiveNetwork", "final_factors"),
-            "saving": ("nodes.runs.unsaved", "", "write_new"),
+            "saving": ("nodes.runs.save", "", "write_new"),
             "after": ("nodes.train", "", "rank_picture"),
         }.items():
             found = pack(module)
