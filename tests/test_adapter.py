@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora2.adapters.layer import Adapter, adaptable, module_shape, next_capacity, round_up_capacity
+from lora2.adapters.capacity import next_capacity
+from lora2.adapters.layer import Adapter, adaptable, module_shape, round_up_capacity
 from lora2.method.factors import Factors
 from lora2.util.errors import LoraError
 
@@ -541,7 +542,7 @@ def test_a_single_position_lies_like_many() -> None:
     assert (adapter.down.stride(), adapter.up.stride()) == ((12, 1), (20, 1))
     down, up = torch.randn(12, 1).t(), torch.randn(20, 1).t()
     assert up.is_contiguous()
-    adapter.load_arrays(down, up, adapter.std)
+    adapter.load_arrays(down, up, adapter.down_std)
     assert (adapter.down.stride(), adapter.up.stride()) == ((12, 1), (20, 1))
     assert torch.equal(adapter.up, up)
     assert adapter.up.data_ptr() != up.data_ptr()

@@ -43,7 +43,7 @@ def layer_of(kind: str, compute: torch.dtype) -> tuple[nn.Module, AdaptiveNetwor
     """An adapted layer for inputs of SIZE × SIZE: linear, linear that others have a hand in, or a convolution."""
     layer = frozen((nn.Conv2d(4, 8, 3, padding=1) if kind == "convolution" else nn.Linear(SIZE, 16)).to(compute))
     plain = None if kind == "linear" else (lambda _module: False)
-    network = AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=compute, plain=plain)
+    network = AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=compute, is_plain=plain)
     return layer, randomise(network)
 
 
@@ -245,9 +245,9 @@ def test_training_a_host_model_is_the_same_to_the_last_bit(
     """All layers of a UNet, and of a transformer: losses and the file, whether inputs are kept or made again (but for norms')."""
     found: list[str] = []
     module = pack("lora2.adapters.recompute")
-    monkeypatch.delitem(module._KNOWN, "NativeLayerNormBackward0")
-    for name, of in module._KNOWN.items():
-        monkeypatch.setitem(module._KNOWN, name, lambda node, name=name, of=of: found.append(name) or of(node))
+    monkeypatch.delitem(module._RECIPES, "NativeLayerNormBackward0")
+    for name, of in module._RECIPES.items():
+        monkeypatch.setitem(module._RECIPES, name, lambda node, name=name, of=of: found.append(name) or of(node))
     session, losses, layers = pack("nodes.runs.run"), [], []
     for large in (0, 10**12):
         monkeypatch.setattr(module, "MIN_BYTES", large)

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora2.adapters.network import AdaptiveNetwork
+from lora2.adapters.prune import final_factors, prune
 from lora2.config import TrainingConfig
 from lora2.method.allocation import cut_to_budget, next_multiplier, scaled_ranks
 from lora2.method.factors import Factors
@@ -142,7 +143,7 @@ def test_a_rank_waits_at_the_arrays_end_until_they_follow() -> None:
     network = network_of(Model(), initial_rank=12)
     set_ranks(network, 18, 19, 20)
     assert list(network.ranks().values()) == [16, 16, 16]
-    assert network.sync()
+    assert network.sync_capacities()
     assert list(network.ranks().values()) == [18, 19, 20]
 
 
@@ -154,9 +155,9 @@ def test_ranks_stay_within_their_limits_whatever_theta_does() -> None:
         wanted = min(13, max(2, math.ceil(math.exp(theta))))
         assert list(network.ranks().values()) == [wanted] * 3
         network.theta.data.fill_(theta)
-        assert {f.rank for f in network.export().values()} == {wanted}
+        assert {f.rank for f in network.export_factors().values()} == {wanted}
         network.theta.data.fill_(theta)
-        network.sync()
+        network.sync_capacities()
         assert max(a.capacity for a in network.adapters) <= 16
         assert bool(network.theta.isfinite().all())
 
@@ -167,7 +168,7 @@ def test_no_layer_has_more_rank_than_its_weight() -> None:
     assert network.ranks() == {"small": 3, "conv": 2, "large": 16}
     network.theta.data.fill_(99.0)
     for _ in range(3):
-        network.sync()
+        network.sync_capacities()
     assert network.ranks() == {"small": 3, "conv": 2, "large": 40}
 
 
@@ -256,7 +257,7 @@ def in_float64(network: AdaptiveNetwork) -> AdaptiveNetwork:
         adapter.down = nn.Parameter(adapter.down.data.double())
         adapter.up = nn.Parameter(adapter.up.data.double())
     network.theta.data = network.theta.data.double()
-    network._positions = network._positions.double()
+    network._components = network._components.double()
     network._importance = network._importance.double()
     for row, adapter in zip(network._importance, network.adapters, strict=True):
         adapter.importance = row
@@ -398,11 +399,11 @@ def test_outputs_in_another_type_follow_ranks_resizing_and_settling(settled: boo
     network = randomise(AdaptiveNetwork(model.layers(), config(initial_rank=16, target_rank=5), compute=torch.float64))
     for rhos in ([16, 7.2, 3], [20, 20, 20], [2.5, 17, 1]):
         set_ranks(network, *rhos)
-        network.sync()
+        network.sync_capacities()
         randomise(network)
         if settled:
-            change = {n: f.delta().double() for n, f in cut_to_budget(network.export(), network.budget).items()}
-            network.prune()
+            change = {n: f.delta().double() for n, f in cut_to_budget(network.export_factors(), network.budget).items()}
+            prune(network)
         else:
             change = deltas(network, *rhos)
         network.refresh()
@@ -428,7 +429,7 @@ def test_sync_follows_in_multiples_of_eight_and_changes_no_output() -> None:
         network.refresh()
         inside = [min(math.ceil(rho), a.capacity) for rho, a in zip(rhos, network.adapters, strict=True)]
         before = answer(network, model, x)
-        network.sync()
+        network.sync_capacities()
         for adapter, rho, rank in zip(network.adapters, rhos, inside, strict=True):
             assert adapter.capacity % 8 == 0
             assert adapter.capacity >= math.ceil(rho)
@@ -441,12 +442,12 @@ def test_sync_follows_in_multiples_of_eight_and_changes_no_output() -> None:
 def test_positions_that_were_in_use_for_a_while_are_forgotten_too() -> None:
     """A rank that rises and falls again between two syncs; what lies inside the rank is kept, bit for bit."""
     network = network_of(Model(), initial_rank=16)
-    network.sync()
+    network.sync_capacities()
     for ranks in ([6, 6, 6], [14, 11, 6], [6, 6, 6]):
         set_ranks(network, *map(float, ranks))
         network.refresh()
         if ranks[0] == 6:
-            network.sync()
+            network.sync_capacities()
         else:
             for adapter, rank in zip(network.adapters, ranks, strict=True):
                 adapter.up.data[:rank] = 1.0
@@ -464,7 +465,7 @@ def test_a_single_layer_among_hundreds_gets_about_the_rank_that_it_wants() -> No
     resized = 0
     for wanted in range(16, 49):
         network.theta.data[7] = math.log(wanted)
-        resized += network.sync()
+        resized += network.sync_capacities()
         assert wanted / 1.3 <= network.ranks()["7"] <= wanted
     assert 1 <= resized <= 4, "without recording a step anew for each position"
 
@@ -472,14 +473,14 @@ def test_a_single_layer_among_hundreds_gets_about_the_rank_that_it_wants() -> No
 def test_capacities_have_hysteresis() -> None:
     """A rank that swings by a few does not reallocate; falling far does."""
     network = network_of(Model(), initial_rank=20)
-    network.sync()
+    network.sync_capacities()
     for rank in (20, 22, 18, 23, 16, 20, 15, 22):
         set_ranks(network, *[float(rank)] * 3)
-        assert not network.sync()
+        assert not network.sync_capacities()
     set_ranks(network, 3.0, 20.0, 20.0)
-    assert network.sync()
+    assert network.sync_capacities()
     assert [a.capacity for a in network.adapters] == [16, 24, 24]
-    assert not network.sync()
+    assert not network.sync_capacities()
 
 
 def test_ranks_and_optimizer_follow_through_a_whole_run() -> None:
@@ -491,7 +492,7 @@ def test_ranks_and_optimizer_follow_through_a_whole_run() -> None:
     changed = 0
     for step in range(24):
         set_ranks(network, *(1 + 18 * torch.rand(3, generator=generator)).tolist())
-        changed += network.sync(optimizer.inner)
+        changed += network.sync_capacities(optimizer.inner)
         device_step(network, model, pictures(4, 5, 24, seed=step))
         before = [a.up.detach().clone() for a in network.adapters]
         assert optimizer.step(1.0, False, torch.ones(()))
@@ -520,7 +521,7 @@ def test_memory_falls_when_ranks_fall() -> None:
     optimizer.step(1.0, False, torch.ones(()))
     before = live_bytes()
     set_ranks(network, 3, 5)
-    network.sync(optimizer.inner)
+    network.sync_capacities(optimizer.inner)
     buffers = 4 * 5 * 240  # Λ and its gradient for two layers, and the positions
     # Beside them only θ's limits, a few bytes, are laid out anew.
     gradients = 4 * 2 * 256 * 600
@@ -536,18 +537,18 @@ def test_settling_without_a_cut_changes_the_output_by_rounding_only() -> None:
     set_ranks(network, *rhos)
     network.refresh()
     before, change = answer(network, model, x), deltas(network, *rhos)
-    network.prune(network.size())
+    prune(network, network.size())
     assert network.pruned
     assert network.ranks() == {"a": 8, "b": 16, "c": 3}
     # Factors are rounded to float32 once, after a float64 SVD.
     assert relative(answer(network, model, x), before) < 1e-6
-    for name, factors in network.export().items():
+    for name, factors in network.export_factors().items():
         assert relative(factors.delta(), change[name]) < 5e-7
     for adapter in network.adapters:
         assert adapter.importance is None
         lengths = adapter.down.detach().flatten(1).norm(dim=1)
         assert float(lengths.max() / lengths.min()) < 5, "what is trained from here on are mixtures (mixing.py)"
-    for factors in network.export().values():
+    for factors in network.export_factors().values():
         up = factors.up.double().flatten(1).T
         weights = up.norm(dim=1) * factors.down.flatten(1).double().norm(dim=1)
         assert bool((weights.diff() < 1e-6).all()), "what is written is in the order of singular values"
@@ -562,14 +563,14 @@ def test_settling_cuts_to_the_budget_and_every_layer_is_its_best_approximation()
         network, rhos = randomise(network_of(model, initial_rank=16, target_rank=budget_rank)), [15.3, 16, 12]
         set_ranks(network, *rhos)
         change = deltas(network, *rhos)
-        network.prune()
+        prune(network)
         costs = {"a": 24 + 32, "b": 32 + 20, "c": 20 * 3 + 28}
         assert network.budget == budget_rank * sum(costs.values())
         ranks = network.ranks()
         assert sum(ranks[n] * costs[n] for n in costs) == network.size()
         growable = [costs[n] for n, rho in zip(costs, rhos, strict=True) if ranks[n] < math.ceil(rho)]
         assert 0 <= network.budget - network.size() < min(growable)
-        for name, factors in network.export().items():
+        for name, factors in network.export_factors().items():
             sigma = torch.linalg.svdvals(change[name].flatten(1))
             error = (factors.delta().double() - change[name]).norm()
             best = sigma[ranks[name] :].square().sum().sqrt()
@@ -584,7 +585,7 @@ def test_all_layers_are_cut_by_one_measure() -> None:
     for strength, adapter in zip((3.0, 1.0, 0.5, 1e-4), network.adapters, strict=True):
         adapter.up.data *= strength
     change = deltas(network, 16, 16, 16, 16)
-    network.prune()
+    prune(network)
     ranks = network.ranks()
     sigmas = {name: torch.linalg.svdvals(delta) for name, delta in change.items()}
     assert sum(ranks.values()) == 4 * 4
@@ -597,7 +598,7 @@ def test_settling_keeps_min_rank_everywhere() -> None:
     layers = {name: frozen(nn.Linear(24, 24)) for name in "abc"}
     network = randomise(AdaptiveNetwork(layers, config(initial_rank=16, target_rank=6, min_rank=3)))
     network.adapters[1].up.data *= 1e-6
-    network.prune()
+    prune(network)
     assert network.ranks()["b"] == 3
     assert network.size() == network.budget
 
@@ -611,7 +612,7 @@ def test_settling_before_anything_was_learned_gives_a_plain_lora_that_learns(cut
         network.adapters[0].up.data.normal_(generator=torch.Generator().manual_seed(0))
     x = pictures(3, 5, 24)
     before = answer(network, model, x)
-    network.prune(None if cut else network.size())
+    prune(network, None if cut else network.size())
     assert relative(answer(network, model, x), before) < 1e-6
     assert set(network.ranks().values()) == {4 if cut else 16}
     for adapter in network.adapters[0 if cut else 1 :]:
@@ -635,10 +636,10 @@ def test_a_settled_network_trains_as_a_plain_lora() -> None:
     """No θ, no Λ, no resizing; the ranks stay and ν is no longer known."""
     model = Model()
     network = randomise(network_of(model, target_rank=3, initial_rank=16))
-    network.prune()
+    prune(network)
     ranks, optimizer = network.ranks(), Optimizer(network, config(learning_rate=1e-2))
     assert optimizer.theta is None
-    assert network.rates() == dict.fromkeys("abc")
+    assert network.nu_by_layer() == dict.fromkeys("abc")
     x, losses = pictures(8, 5, 24), []
     for _ in range(20):
         with network.attached():
@@ -646,10 +647,10 @@ def test_a_settled_network_trains_as_a_plain_lora() -> None:
         loss.backward()
         losses.append(float(loss.detach()))
         optimizer.step(1.0, True, loss.detach())
-        assert not network.sync(optimizer.inner)
+        assert not network.sync_capacities(optimizer.inner)
     assert losses[-1] < 0.8 * losses[0]
     assert network.ranks() == ranks
-    factors, ordered = network.final_factors()
+    factors, ordered = final_factors(network)
     assert ordered
     change = {name: layer.delta().double() for name, layer in factors.items()}
     assert relative(answer(network, model, x), patched(model, change, x)) < 1e-6
@@ -696,7 +697,7 @@ def test_a_budget_steers_the_papers_form(budget_rank: int, initial: int) -> None
         torch.stack(errors).sum().backward()
         optimizer.step(1.0, step >= 15, torch.ones(()))
         if step % 10 == 9:
-            network.sync(optimizer.inner)
+            network.sync_capacities(optimizer.inner)
     assert abs(start / budget - 1) > 0.4
     assert network.size() / budget == pytest.approx(1, abs=0.25)
     a, b, c, d, _ = network.ranks().values()
@@ -704,7 +705,7 @@ def test_a_budget_steers_the_papers_form(budget_rank: int, initial: int) -> None
         "the harder the task, the more of the budget (what rank 16 would need does not fit it)"
     )
     assert a < d
-    factors, _ = network.final_factors()
+    factors, _ = final_factors(network)
     assert sum(f.parameters for f in factors.values()) <= budget
 
 
@@ -748,10 +749,10 @@ def test_ranks_at_rest_meet_the_budget_and_growing_changes_no_output(budget_rank
         network_of(model, budget_mb=2 * budget_rank * total / 1e6, settle_at=1.0, initial_rank=8, q=0.9)
     )
     set_ranks(network, 7.5, 3.2, 7.9)
-    network.sync()
-    before, ranks = network.export(), network.ranks()
-    network.rest()
-    after = network.export()
+    network.sync_capacities()
+    before, ranks = network.export_factors(), network.ranks()
+    network.freeze_ranks()
+    after = network.export_factors()
     assert 0 <= network.budget - network.size() < max(a.cost for a in network.adapters)
     assert network.size() == sum(f.parameters for f in after.values())
     for name, factors in before.items():
@@ -790,7 +791,7 @@ def test_export_folds_importance_evenly_and_keeps_its_order() -> None:
     network, rhos = randomise(network_of(Model(), initial_rank=16, settle_at=1.0)), [3.5, 16, 9]
     network.refresh()
     set_ranks(network, *rhos)
-    factors = network.export()
+    factors = network.export_factors()
     change = deltas(network, *rhos)
     for name, adapter, rho in zip(network.names, network.adapters, rhos, strict=True):
         layer, root = factors[name], (gain_of(network) * importance_of(rho)).sqrt()
@@ -800,15 +801,15 @@ def test_export_folds_importance_evenly_and_keeps_its_order() -> None:
         assert relative(layer.down.flatten(1), down * root[:, None]) < 1e-6
         assert relative(layer.up.flatten(1).T, up * root[:, None]) < 1e-6
         assert relative(layer.delta(), change[name]) < 1e-6
-    final, ordered = network.final_factors()
+    final, ordered = final_factors(network)
     assert not ordered
     assert all(torch.equal(final[n].down, factors[n].down) for n in final)
-    assert list(network.rates().values()) == pytest.approx([C / rho for rho in rhos], rel=1e-6)
+    assert list(network.nu_by_layer().values()) == pytest.approx([C / rho for rho in rhos], rel=1e-6)
 
 
 def test_export_in_singular_order_is_the_same_update() -> None:
     network = randomise(network_of(Model(), initial_rank=16))
-    plain, ordered = network.export(), network.export(ordered=True)
+    plain, ordered = network.export_factors(), network.export_factors(ordered=True)
     for name in plain:
         assert relative(ordered[name].delta(), plain[name].delta()) < 1e-6
         assert bool((ordered[name].down.flatten(1).norm(dim=1).diff() <= 1e-6).all())
@@ -857,7 +858,7 @@ def test_impossible_networks_are_refused_in_words() -> None:
 
 def test_a_run_that_stops_before_its_ranks_settle_has_the_size_that_was_asked_for() -> None:
     network = randomise(network_of(Model(), target_rank=3, initial_rank=16, settle_at=0.5))
-    factors, ordered = network.final_factors()
+    factors, ordered = final_factors(network)
     assert ordered
     assert sum(f.parameters for f in factors.values()) <= network.budget
 

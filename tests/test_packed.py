@@ -136,8 +136,8 @@ def test_steps_over_blocks_are_the_steps_of_each_factor() -> None:
         if step in (3, 6):
             for network, optimizer in ((together, one.inner), (apart, plain)):
                 set_ranks(network, *((4.0, 30.0, 9.0) if step == 3 else (20.0, 5.0, 9.0)))
-                network.capacity_policy.at.clear()  # as if there had been time
-                assert network.sync(optimizer)
+                network.capacity_policy.resized_at.clear()  # as if there had been time
+                assert network.sync_capacities(optimizer)
         if step == 5:
             one.inner.load_state_dict(one.inner.state_dict())
         for network, model in ((together, models[0]), (apart, models[1])):
@@ -150,7 +150,7 @@ def test_steps_over_blocks_are_the_steps_of_each_factor() -> None:
         torch.nn.utils.clip_grad_norm_(apart.parameters(), apart.config.clip_norm or math.inf)
         plain.step()
         apart.clear_gradients()
-        assert not {id(p) for p in together.trained()[:4]} & {id(p) for p in together.parameters()}
+        assert not {id(p) for p in together.trained_tensors()[:4]} & {id(p) for p in together.parameters()}
         for a, b in zip(together.parameters(), apart.parameters(), strict=True):
             assert relative(a.detach(), b.detach()) < 1e-5
 
@@ -166,7 +166,7 @@ def test_arrays_are_resized_a_few_times_in_a_run_however_ranks_move() -> None:
         generator, resized = torch.Generator().manual_seed(0), 0
         for _ in range(15):
             network.theta.data += 0.15 * speed + 0.03 * torch.randn(12, generator=generator)
-            resized += network.sync()
+            resized += network.sync_capacities()
         assert 1 <= resized <= MAX_RESIZES, kind
         wanted = [min(256, math.exp(t)) for t in network.theta.tolist()]
         held = [a.capacity for a in network.adapters]

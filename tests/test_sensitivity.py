@@ -78,7 +78,7 @@ def test_it_says_what_the_loss_says(compute: torch.dtype) -> None:
     train(network, optimizer, layers)
     found = optimizer.sensitivities()
     assert found is not None
-    updates = {name: factors.delta().double() for name, factors in network.export().items()}
+    updates = {name: factors.delta().double() for name, factors in network.export_factors().items()}
     x = inputs(20_000, torch.Generator().manual_seed(2))
     rises = {n: float((x[n].double() @ u.T).square().sum(1).mean() / u.square().sum()) for n, u in updates.items()}
     for name in SCALES:
