@@ -14,7 +14,7 @@ from torch import Tensor
 from ..method.factors import Factors
 from ..util.errors import LoraError
 from ..util.text import escaped
-from ..util.thread_pool import run_parallel, workers
+from ..util.thread_pool import run_parallel, worker_count
 from .keys import BIASES, COMPANIONS, KEY_STYLES, stems
 from .rank_info import KEY, RankInfo
 from .rank_info import parse as parse_info
@@ -217,7 +217,7 @@ def _check_finite(layers: Mapping[str, Factors]) -> None:
     It is the first to touch a file's pages, and takes as long as memory takes to bring them: so all cores ask for some layers.
     """
     names = list(layers)
-    per_piece = max(1, len(names) // (4 * workers()) + 1)
+    per_piece = max(1, len(names) // (4 * worker_count()) + 1)
     pieces = [names[i : i + per_piece] for i in range(0, len(names), per_piece)]
     found = run_parallel(partial(_first_broken, layers, piece) for piece in pieces)
     broken = next((name for name in found if name is not None), None)
