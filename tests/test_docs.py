@@ -20,7 +20,7 @@ from dev.host import ROOT
 from dev.server import ComfyServer
 from lora2.adapters.layer import module_shape
 from lora2.config import LAYER_CHOICES, TrainingConfig
-from lora2.method import importance, losses
+from lora2.method import attention_entropy, importance
 from lora2.method.allocation import next_cut_size
 from lora2.method.factors import cost
 from lora2.method.init import initial_ranks
@@ -182,7 +182,7 @@ def test_figures_of_the_method_page() -> None:
         assert rank != 16 or f"about {gain:.0f} at rank 16" in page
     assert "from about 2 at the first position to about 0.2 at the last" in page
     assert f"first {defaults.rank_hold:.0%} of the steps".replace("%", " %") in page
-    assert f"at most {losses.ENTROPY_POSITIONS} queries" in page
+    assert f"at most {attention_entropy.MAX_QUERIES} queries" in page
     assert f"every {defaults.sync_every} steps" in page
     assert "In three cuts (`settle_cuts`), at 15, 30 and 45 % of the steps (`settle_at` is the last)" in page
     assert [step / defaults.steps for step in defaults.cut_steps] == [0.15, 0.3, 0.45]
