@@ -17,10 +17,10 @@ import torch
 from comfy.cli_args import args
 
 from ...lora2.config import LAYER_CHOICES
-from ...lora2.files.document import LoraStateDict, to_state_dict, write_new
-from ...lora2.files.metadata import LayerInfo, build, layer_info, with_info
-from ...lora2.files.rank_info import Order
-from ...lora2.files.writer import header
+from ...lora2.files.document import LoraStateDict, to_state_dict
+from ...lora2.files.metadata import build, with_info
+from ...lora2.files.rank_info import LayerInfo, Order, layer_info
+from ...lora2.files.writer import header, write_new
 from ...lora2.method.factors import Factors, full_rank
 from ...lora2.util.errors import LoraError
 from ...lora2.util.text import escaped
