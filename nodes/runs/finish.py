@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ...lora2.adapters.prune import final_factors
 from ...lora2.checkpoints.directory import CheckpointDirectory
 from ...lora2.checkpoints.state import State
 from ...lora2.files.document import LoraStateDict
@@ -135,8 +136,8 @@ def _save(trainer: Trainer, plan: Plan) -> TrainedLora:
         last_loss=losses[-1],
         seconds=round(progress.seconds, 1),
     )
-    factors, singular_order = network.final_factors(trainer.optimizer.sensitivities())
-    rates = dict.fromkeys(factors) if singular_order else network.rates()
+    factors, singular_order = final_factors(network, trainer.optimizer.sensitivities())
+    rates = dict.fromkeys(factors) if singular_order else network.nu_by_layer()
     lora = plan.file.state_dict(factors, plan.target.stem, training, rates, network.target_rank)
     path = save_lora(plan.target, lora)
     return TrainedLora(lora, path, plan.target.name_of(path), losses)

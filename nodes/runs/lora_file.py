@@ -12,8 +12,8 @@ from comfy.cli_args import args
 
 from ...lora2.config import LAYER_CHOICES
 from ...lora2.files.document import LoraStateDict, to_state_dict
-from ...lora2.files.metadata import LayerInfo, build, layer_info, with_info
-from ...lora2.files.rank_info import Order
+from ...lora2.files.metadata import build, with_info
+from ...lora2.files.rank_info import LayerInfo, Order, layer_info
 from ...lora2.files.writer import header
 from ...lora2.method.factors import Factors, full_rank
 from ...lora2.util.errors import LoraError
@@ -46,7 +46,7 @@ class LoraFile:
     def overhead(self, shapes: Mapping[str, tuple[int, ...]], stem: str, training: Mapping[str, Any]) -> int:
         """Upper bound of the file's bytes that are not factors: header, metadata and alphas.
 
-        A file with a budget is always in singular order (AdaptiveNetwork.final_factors), without ν.
+        A file with a budget is always in singular order (adapters/prune.py), without ν.
         """
         nu = None if training.get("budget_mb") else LONG_NUMBER
         order: Order = "importance" if nu else "singular"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ...lora2.files.document import LoraStateDict, write_new
+from ...lora2.files.document import LoraStateDict
+from ...lora2.files.writer import write_new
 from ...lora2.util.errors import LoraError
 from .target import SaveTarget
 
