@@ -385,11 +385,11 @@ def test_a_used_generator_is_restored() -> None:
         ('{"format": true}', "no format"),
         ('{"format": 4}', "has format 4, this version of LoRA² knows 3"),
         ('{"format": 2}', "has format 2, this version of LoRA² knows 3"),
-        ('{"format": 3, "x": NaN}', "holds NaN"),
+        ('{"format": 3, "x": NaN}', "contains NaN"),
         ('{"format": 3, "x": 1e999}', "not finite"),
         ('{"format": 3, "x": ' + "[" * 9 + "]" * 9 + "}", "nested more than"),
         ("[" * 100_000, "corrupted"),
-        ('{"format": 3, "x": "' + "y" * (12 << 20) + '"}', "the most that is read"),
+        ('{"format": 3, "x": "' + "y" * (12 << 20) + '"}', "the limit is"),
     ],
     ids=["empty", "list", "flag", "newer", "older", "NaN", "infinity", "deep", "very deep", "long"],
 )
