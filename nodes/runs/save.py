@@ -133,7 +133,7 @@ class LoraFile:
     def overhead(self, shapes: Mapping[str, tuple[int, ...]], stem: str, training: Mapping[str, Any]) -> int:
         """An upper bound of the file's bytes that are not factors: header, metadata and alphas.
 
-        A file that has to meet a budget is always in singular order (AdaptiveNetwork.final_factors), and then no ν is in it.
+        A file that has to meet a budget is always in singular order (adapters/prune.py), and then no ν is in it.
         """
         nu = None if training.get("budget_mb") else LONG_NUMBER
         order: Order = "importance" if nu else "singular"
