@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from probed_server import PICTURES
 from server_graphs import NODE, lora_list, node, painted, picture, progress, training, until
 from training import pack
 
@@ -64,7 +65,7 @@ def test_progress_and_live_pictures_arrived(cancelled: dict[str, Any]) -> None:
     assert steps == sorted(steps)
     assert steps[0] == 1
     assert {p["max"] for p in cancelled["progress"]} == {100_000}
-    assert cancelled["texts"][0] == "Training 8 layers on 12 pictures, 100000 steps."
+    assert cancelled["texts"][0] == f"Training 8 layers on {PICTURES} pictures, 100000 steps."
     for data in cancelled["previews"]:
         live = Image.open(io.BytesIO(data))
         live.load()
