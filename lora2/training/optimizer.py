@@ -104,7 +104,7 @@ class Optimizer:
     def sensitivities(self) -> dict[str, float] | None:
         """Loss per unit of each layer's energy now (method/sensitivity.py); None before the first step."""
         return sensitivity.sensitivities(
-            (name, a.up, a.folded_down(), self.inner.state.get(a.up, {}).get("exp_avg_sq"))
+            (name, a.up, a.scaled_down(), self.inner.state.get(a.up, {}).get("exp_avg_sq"))
             for name, a in zip(self.network.names, self.network.adapters, strict=True)
         )
 
@@ -132,17 +132,17 @@ class Optimizer:
     def _lay_out(self) -> None:
         """Let the moments lie as the factors do, where they do not yet."""
         network, state = self.network, self.inner.state
-        if not network.blocks():
+        if not network.flat_buffers():
             self._whole = self.inner
             return
         trained = self._whole.param_groups[0]["params"]
-        same = all(a is b for a, b in zip(trained, network.trained(), strict=False))
+        same = all(a is b for a, b in zip(trained, network.trained_tensors(), strict=False))
         if same and self._whole is not self.inner and all(state[p].get(k) is part for p, k, part in self._parts):
             return
         config = self.config
         self._whole, self._parts = self.inner, []  # frees the old layout, block by block
-        whole = self._make(network.trained(), config.optimizer, config.learning_rate, config.weight_decay)
-        for block in network.blocks():
+        whole = self._make(network.trained_tensors(), config.optimizer, config.learning_rate, config.weight_decay)
+        for block in network.flat_buffers():
             parameters = [parameter for _, parameter in block.members]
             step = next((state[p]["step"] for p in parameters if "step" in state.get(p, {})), None)
             held: dict[str, Tensor] = {}
@@ -152,7 +152,7 @@ class Optimizer:
                 )
             for key in MOMENTS[config.optimizer]:
                 held[key] = torch.zeros_like(block.master, requires_grad=False)
-                for parameter, part in zip(parameters, block.factors(held[key]), strict=True):
+                for parameter, part in zip(parameters, block.member_rows(held[key]), strict=True):
                     old = state[parameter].get(key)
                     if old is not None:
                         part.copy_(old)
@@ -162,7 +162,7 @@ class Optimizer:
                 if "step" in held:
                     state[parameter]["step"] = held["step"]
             whole.state[block.master] = held
-        for parameter in network.trained()[len(network.blocks()) :]:
+        for parameter in network.trained_tensors()[len(network.flat_buffers()) :]:
             whole.state[parameter] = state[parameter]
         self._whole = whole
 
@@ -175,7 +175,7 @@ class Optimizer:
         taken = torch.isfinite(norm) & torch.isfinite(loss)
         skip = (~taken).to(torch.float32)
         excess = (norm / self.config.clip_norm).clamp(min=1.0) if self.config.clip_norm > 0 else torch.ones_like(norm)
-        self._move(self._whole, [p.grad for p in self.network.trained() if p.grad is not None], excess, skip)
+        self._move(self._whole, [p.grad for p in self.network.trained_tensors() if p.grad is not None], excess, skip)
         self.partially_applied = True
         written = self.network.theta.grad
         if self.theta is not None and written is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.network import AdaptiveNetwork
+from ..adapters.prune import prune
 from ..checkpoints.network_state import restore, state_of
 from ..checkpoints.state import MAX_STEPS, State, raise_corrupted
 from ..config import TrainingConfig
@@ -135,7 +136,7 @@ class Trainer:
 
     def _sync(self) -> None:
         with self._changing():
-            if self._relieved(lambda: self.network.sync(self.optimizer.inner), self._graphs_dropped()):
+            if self._relieved(lambda: self.network.sync_capacities(self.optimizer.inner), self._graphs_dropped()):
                 self.engine.forget()
         self._note_ranks()
 
@@ -219,10 +220,10 @@ class Trainer:
         self._collect(0)
         self.engine.forget()
         with self._changing():
-            self._relieved(lambda: network.sync(self.optimizer.inner), self._graphs_dropped())
+            self._relieved(lambda: network.sync_capacities(self.optimizer.inner), self._graphs_dropped())
             size, weights = next_cut_size(network.size(), network.budget, left), self.optimizer.sensitivities()
             choose = None if left or self.config.keep_share == 1 else self._enough
-            self._relieved(lambda: network.prune(size, weights, choose), self._graphs_dropped())
+            self._relieved(lambda: prune(network, size, weights, choose), self._graphs_dropped())
             self.optimizer = Optimizer(network, self.config)
             self._size = network.size()
             progress.cuts.append(self._issued)
@@ -274,7 +275,7 @@ class Trainer:
         if self._issued >= self.config.rest_step and self.config.settle_at >= 1 and not self._rested:
             self._collect(0)
             with self._changing():
-                if self._relieved(lambda: self.network.rest(self.optimizer.inner), self._graphs_dropped()):
+                if self._relieved(lambda: self.network.freeze_ranks(self.optimizer.inner), self._graphs_dropped()):
                     self.engine.forget()
                 self._rested = True
             self._note_ranks()

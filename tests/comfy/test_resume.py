@@ -279,7 +279,7 @@ def begun(model: Any, family: str = "flux", **inputs: Any) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
 
     def run(self: Any, *_: Any) -> None:
-        seen.update({name: factors.delta().double() for name, factors in self.network.export(False).items()})
+        seen.update({name: factors.delta().double() for name, factors in self.network.export_factors(False).items()})
         raise Begun
 
     with pytest.MonkeyPatch.context() as patch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,18 +25,17 @@ def cancelled(server: ComfyServer) -> dict[str, Any]:
         until(lambda: run.done() or (len(progress(server)) >= 3 and len(server.previews) >= 3), 60)
         assert not run.done(), run.exception()
         server.interrupt()
-        start = time.monotonic()
+        seen["step"] = progress(server)[-1]["value"]
         with pytest.raises(PromptError, match=rf"interrupted at node 4 \({NODE}\)"):
             run.result(60)
-    seen |= {"seconds": time.monotonic() - start, "progress": progress(server), "previews": server.previews}
+    seen |= {"progress": progress(server), "previews": server.previews}
     return seen | {"texts": server.texts, "loras": lora_list(server)}
 
 
 def test_it_stops_within_a_step(server: ComfyServer, cancelled: dict[str, Any]) -> None:
     document = pack("lora2.files.document").read(server.base / "models/loras/cancel/mug_00001.safetensors")
-    trained = document.info["training"]
-    step = trained["seconds"] / trained["steps_done"]
-    assert cancelled["seconds"] < 2 * step + 2.0, "a step, and what saving and the way there and back take"
+    # The step that ran when the cancel came, and one whose report was on its way.
+    assert document.info["training"]["steps_done"] <= cancelled["step"] + 2
 
 
 def test_what_was_learned_is_saved_and_said(server: ComfyServer, cancelled: dict[str, Any]) -> None:

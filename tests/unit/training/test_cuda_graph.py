@@ -152,13 +152,13 @@ def test_a_model_that_waits_for_a_value_runs_as_written() -> None:
 def resizes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether arrays were resized, sync by sync."""
     seen: list[bool] = []
-    own = AdaptiveNetwork.sync
+    own = AdaptiveNetwork.sync_capacities
 
     def sync(self: Any, *given: Any, **more: Any) -> bool:
         seen.append(own(self, *given, **more))
         return seen[-1]
 
-    monkeypatch.setattr(AdaptiveNetwork, "sync", sync)
+    monkeypatch.setattr(AdaptiveNetwork, "sync_capacities", sync)
     return seen
 
 
@@ -207,7 +207,7 @@ def test_a_recording_of_memory_that_is_gone_is_noticed(fault: Callable[[Trainer]
 
 def test_without_the_check_of_places_results_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tape trains what it was recorded with: even unnoticed, a stale one cannot give the written steps' results."""
-    monkeypatch.setattr("recording.places", lambda trainer: {})
+    monkeypatch.setattr("cuda_graph_tapes.places", lambda trainer: {})
     recorded, written = pair(torch.bfloat16, "ranks fall")
     stale_after_resizing(recorded)
     recorded.run()
