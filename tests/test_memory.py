@@ -66,7 +66,7 @@ def test_the_batch_is_split_and_stays_the_same_batch(most: int, groups: int) -> 
     plain, poor = (trainer_of(batch_size=6, steps=8, **EVERYTHING) for _ in range(2))
     for trainer in (plain, poor):
         toy_of(trainer).groups = groups
-    poor._say = words.append
+    poor.recovery.notify = words.append
     plain.run()
     seen = limit(toy_of(poor), lambda: most)
     poor.run()
@@ -75,8 +75,8 @@ def test_the_batch_is_split_and_stays_the_same_batch(most: int, groups: int) -> 
     assert poor.progress.step == 8
     assert [w.split(":")[0] for w in words] == ["Memory ran out at step 1"] * len(poor.progress.changes)
     assert poor.progress.changes[0].startswith("3 of a batch's pictures at a time, not 6" if groups == 1 else "")
-    assert torch.equal(plain.samples.generator.get_state(), poor.samples.generator.get_state()), "drawn once"
-    assert torch.equal(plain.samples.data.generator.get_state(), poor.samples.data.generator.get_state())
+    assert torch.equal(plain.batches.generator.get_state(), poor.batches.generator.get_state()), "drawn once"
+    assert torch.equal(plain.batches.buckets.generator.get_state(), poor.batches.buckets.generator.get_state())
     assert hooks(toy_of(poor)) == 0
 
 
@@ -89,14 +89,14 @@ def test_it_goes_on_at_the_step_where_it_happened(at: int, compute: torch.dtype)
     """
     plain, poor = (trainer_of(steps=9, settle_at=0.5, accumulation=2, compute=compute) for _ in range(2))
     toy, words = toy_of(poor), []
-    toy.savings, poor._say = ["gradient checkpointing is on"], words.append
+    toy.savings, poor.recovery.notify = ["gradient checkpointing is on"], words.append
     failures = iter([True])
     limit(toy, lambda: 0 if poor.progress.step == at - 1 and toy.forwards % 2 == 0 and next(failures, False) else 99)
     plain.run()
     poor.run()
     assert poor.progress.losses == plain.progress.losses
     assert all(torch.equal(a, b) for a, b in zip(learned(plain), learned(poor), strict=True))
-    assert words == [f"Memory ran out at step {at}: gradient checkpointing is on, and the step is made again."]
+    assert words == [f"Memory ran out at step {at}: gradient checkpointing is on, and the step is repeated."]
     assert poor.progress.changes == ["gradient checkpointing is on"]
 
 
@@ -140,7 +140,7 @@ def test_nothing_left_to_change_stops_with_one_message_and_keeps_what_was_learne
         trainer.run(lambda _: kept.append(state(trainer)))
     assert str(error.value) == (
         "Memory ran out at step 6. Train on smaller pictures, adapt fewer layers, lower initial_rank, or turn checkpointing on "
-        "if it is off, beside what was done by itself (gradient checkpointing is on; 1 of a batch's pictures at a time, not 2)."
+        "if it is off (already changed: gradient checkpointing is on; 1 of a batch's pictures at a time, not 2)."
     )
     assert error.value.__context__ is None, "a chain of errors would hold their tensors"
     assert trainer.progress.step == 5
@@ -259,14 +259,14 @@ def test_a_step_that_is_half_taken_is_not_made_again(monkeypatch: pytest.MonkeyP
     """The factors have moved, ranks have not: twice would be wrong, so it stops."""
     trainer = trainer_of(rank_hold=0.0, settle_at=1.0)
     optimizer = trainer.optimizer
-    ordinary = optimizer._move
+    ordinary = optimizer._update
 
     def move(inner: Any, *more: Any) -> None:
         if inner is optimizer.theta and trainer.progress.step == 3:
             raise torch.OutOfMemoryError("2 bytes")
         ordinary(inner, *more)
 
-    monkeypatch.setattr(optimizer, "_move", move)
+    monkeypatch.setattr(optimizer, "_update", move)
     with pytest.raises(OutOfMemory, match="at step 4"):
         trainer.run()
     assert trainer.progress.step == 3
@@ -310,14 +310,14 @@ def test_no_memory_to_record_a_step_is_not_a_step_that_cannot_be_recorded(
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1), raising=False)
     plain, trainer = (trainer_of(steps=9, batch_size=2) for _ in range(2))
-    engine = trainer.engine = GraphStepRunner(trainer.network, trainer.engine.loss)
+    runner = trainer.runner = trainer.recovery.runner = GraphStepRunner(trainer.network, trainer.runner.loss)
     toy_of(trainer).savings = ["gradient checkpointing is on"]
     seen: list[bool] = []
-    trainer._say = lambda _: seen.append(engine.failed)
+    trainer.recovery.notify = lambda _: seen.append(runner.disabled)
     trainer.run()
     plain.run()
     assert [c.split(",")[0] for c in trainer.progress.changes] == [
-        "gradient checkpointing is on", "1 of a batch's pictures at a time", "steps run as written",
+        "gradient checkpointing is on", "1 of a batch's pictures at a time", "steps run without CUDA graphs",
     ]  # fmt: skip
     assert seen == [False, False, True]
     close(plain, trainer)

@@ -121,7 +121,7 @@ def test_more_steps_can_be_asked_for(model: Any, folders: Path, said: Callable[[
     ranks = [{k: v.shape for k, v in r[0].items() if v.ndim} for r in (first, longer)]
     assert ranks[0] == ranks[1]
     with pytest.raises(
-        pack("lora2.util.errors").LoraError, match=r"has 16 steps behind it already\. To go on, set steps above 16"
+        pack("lora2.util.errors").LoraError, match=r"has 16 steps behind it already\. To continue, set steps above 16"
     ):
         train(model, **{**LONG, "steps": 16}, continue_from="newest state")
 
@@ -322,7 +322,7 @@ def test_a_state_says_nothing_of_this_machine(settled: Any, folders: Path) -> No
     assert str(Path.home()).encode() not in data or str(Path.home()) == "/root"
     header = data[8 : 8 + int.from_bytes(data[:8], "little")]
     facts = json.loads(json.loads(header)["__metadata__"]["lora2_state"])
-    assert facts.keys() == {"format", "digest", "run", "network", "optimizer", "drawing", "config", "origin", "about"}
+    assert facts.keys() == {"format", "digest", "run", "network", "optimizer", "batches", "config", "origin", "about"}
 
 
 def test_a_link_out_of_the_folder_of_states_is_refused(model: Any, folders: Path) -> None:

@@ -219,14 +219,14 @@ def test_ranks_settle_once_whatever_steps_are_asked_for(
     until = min(steps, expected[-1] + 4)
     trainer = stopped(trainer, until) if until > trainer.progress.step else trainer
     assert trainer.progress.cuts == expected
-    assert trainer.progress.phase == "settled"
+    assert trainer.progress.phase == "pruned"
     assert trainer.network.size() <= trainer.network.budget
 
 
 def test_a_finished_run_says_what_to_do_for_more(tmp_path: Path) -> None:
     trainer = trainer_of(steps=3)
     trainer.run()
-    with pytest.raises(LoraError, match=r"3 steps behind it already. To go on, set steps above 3"):
+    with pytest.raises(LoraError, match=r"3 steps behind it already. To continue, set steps above 3"):
         trainer_of(steps=3).restore(kept(trainer, tmp_path))
 
 

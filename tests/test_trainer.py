@@ -228,8 +228,8 @@ def test_a_bad_step_is_not_taken(spoil: Any, compute: torch.dtype, accumulation:
     toy.denoise = denoise  # type: ignore[method-assign]
     with pytest.raises(Diverged, match=r"at step 7.*learning rate \(now 0.01\)") as raised:
         trainer.run(remember)
-    assert "not taken" in str(raised.value)
-    assert ("gradients are no longer numbers" in str(raised.value)) == (spoil is spoil_gradient)
+    assert "not applied" in str(raised.value)
+    assert ("gradients are not finite" in str(raised.value)) == (spoil is spoil_gradient)
     assert trainer.progress.step == len(trainer.progress.losses) == good
     assert all(math.isfinite(loss) for loss in trainer.progress.losses)
     assert same(state(trainer), kept[0])
@@ -300,9 +300,9 @@ def test_stopping_and_going_on_is_the_same_as_not_stopping(compute: torch.dtype)
 def test_a_model_that_fails_in_the_middle_of_a_step_leaves_no_half_gradients(compute: torch.dtype) -> None:
     """The second of three micro-batches fails; then the run may go on."""
     trainer, plain = (trainer_of(accumulation=3, steps=1, settle_at=1.0, compute=compute) for _ in range(2))
-    batches = [plain.samples.draw() for _ in range(3)]
-    plain.samples.draw = iter(batches).__next__  # type: ignore[method-assign]
-    trainer.samples.draw = iter([*batches[:2], *batches]).__next__  # type: ignore[method-assign]
+    batches = [plain.batches.sample() for _ in range(3)]
+    plain.batches.sample = iter(batches).__next__  # type: ignore[method-assign]
+    trainer.batches.sample = iter([*batches[:2], *batches]).__next__  # type: ignore[method-assign]
     toy, before = toy_of(trainer), state(trainer)
     toy.calls.append({})
     ordinary = toy.denoise
@@ -352,7 +352,7 @@ def test_every_sample_has_its_own_picture_caption_noise_and_time(batch: int) -> 
 )
 def test_only_a_shifted_schedule_is_shifted(sampling: str, shifted: bool) -> None:
     trainer = trainer_of(timestep_sampling=sampling)
-    trainer.samples.draw()
+    trainer.batches.sample()
     assert toy_of(trainer).calls[0]["shifted"] is shifted
 
 
@@ -360,7 +360,7 @@ def test_only_a_shifted_schedule_is_shifted(sampling: str, shifted: bool) -> Non
 def test_captions_are_dropped_at_their_rate(share: float) -> None:
     """Sample by sample, independent of the picture; the other captions stay right."""
     trainer = trainer_of(caption_dropout=share, batch_size=4)
-    drawn = [trainer.samples.draw() for _ in range(500)]
+    drawn = [trainer.batches.sample() for _ in range(500)]
     captions = [c for *_, batch in drawn for c in batch]
     dropped = sum(c == EMPTY_CAPTION for c in captions)
     # 2000 draws: three deviations of a binomial.
@@ -384,7 +384,7 @@ def test_the_loss_is_the_models_own_plus_the_entropy(prediction: str) -> None:
     toy = Toy(prediction)
     for gamma, weight in ((0.0, 0.0), (0.0, 0.3), (5.0, 0.3)):
         trainer = trainer_of(toy, min_snr_gamma=gamma, entropy_weight=weight)
-        clean, noise, sigma, captions = trainer.samples.draw()
+        clean, noise, sigma, captions = trainer.batches.sample()
         predicted = toy.denoise(toy.add_noise(sigma, noise, clean), sigma, captions)
         expected = float(denoising_loss(predicted, clean, sigma, prediction, gamma))
         probe = toy.probe()
@@ -407,7 +407,7 @@ def test_every_prediction_type_learns(compute: torch.dtype, prediction: str) -> 
         prediction=prediction, steps=60, batch_size=3, rank_weight=1e-4, settle_at=0.5, compute=compute
     )
     toy_of(trainer).calls.append({})
-    probe = [trainer_of(prediction=prediction, seed=99, batch_size=9).samples.draw() for _ in range(6)]
+    probe = [trainer_of(prediction=prediction, seed=99, batch_size=9).batches.sample() for _ in range(6)]
 
     def mean_loss() -> float:
         trainer.network.refresh()
@@ -430,14 +430,14 @@ def test_micro_batches_equal_one_batch_of_the_same_samples(compute: torch.dtype,
     changes: dict[str, Any] = {"optimizer": optimizer, "settle_at": 0.5, "entropy_weight": 0.1, "compute": compute}
     one, four = (trainer_of(accumulation=count, **changes) for count in (1, 4))
     source = trainer_of(Toy(), batch_size=8, seed=3)
-    batches = [source.samples.draw() for _ in range(12)]
+    batches = [source.batches.sample() for _ in range(12)]
     whole = iter(batches)
     parts = iter(
         [(c[i : i + 2], n[i : i + 2], s[i : i + 2], k[i : i + 2]) for c, n, s, k in batches for i in range(0, 8, 2)]
     )
     for trainer, feed in ((one, whole), (four, parts)):
         toy_of(trainer).calls.append({})
-        trainer.samples.draw = feed.__next__  # type: ignore[method-assign]
+        trainer.batches.sample = feed.__next__  # type: ignore[method-assign]
         trainer.run()
     assert one.progress.losses == pytest.approx(four.progress.losses, rel=near / 20)
     if compute == torch.float32:
@@ -534,7 +534,7 @@ def test_the_optimizers_step_is_the_same_work_whatever_the_values_are(optimizer:
         trainer.optimizer.prepare(0.5, move)
         given = torch.tensor(loss)
         with Listener() as listener:
-            trainer.optimizer.take(given)
+            trainer.optimizer.apply(given)
         seen.append(listener.operations)
     assert len(seen[0]) > 20
     assert all(operations == seen[0] for operations in seen)
@@ -599,7 +599,7 @@ def theta_after_a_step(clip: float) -> Tensor:
         adapter.up.data.normal_(generator=torch.Generator().manual_seed(0))
     network.refresh()
     with network.attached():
-        trainer.loss(*trainer.samples.draw()).backward()
+        trainer.loss(*trainer.batches.sample()).backward()
     trainer.optimizer.step(1.0, True, torch.ones(()))
     assert theta is not None
     return theta.state[network.theta]["exp_avg"]
@@ -671,7 +671,7 @@ def test_settling_meets_the_target_and_training_goes_on(settle_at: float) -> Non
 
     progress = trainer.run(listen)
     first, _, last = cuts
-    assert phases == ["adapting"] * first + ["settling"] * (last - first) + ["settled"] * (40 - last)
+    assert phases == ["adapting"] * first + ["pruning"] * (last - first) + ["pruned"] * (40 - last)
     assert len(optimizers) == 4
     assert len(progress.losses) == progress.step == 40
     assert progress.cuts == cuts

@@ -109,7 +109,7 @@ def decide_start(
     state, old = source.state, config_from(source.state.facts)
     network = state.part("network")
     wrong, rounded = origin().against(source.origin)
-    unfit, changed = compare_configs(config, old, network.flag("settled"), state.part("run").flag("rested"))
+    unfit, changed = compare_configs(config, old, network.flag("settled"), state.part("run").flag("ranks_frozen"))
     wrong += unfit
     if not wrong:
         words = [*source.words, *(f"From here on {c}." for c in changed)]

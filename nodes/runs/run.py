@@ -164,9 +164,9 @@ def _train(
         del past  # a state may be large
         config = begin.config
         network = AdaptiveNetwork(layers, config, host.device, host.compute, is_plain)
-        trainer = Trainer(network, host, images, config, EntropyProbe(cross_attention(host.model)), say=say)
+        trainer = Trainer(network, host, images, config, EntropyProbe(cross_attention(host.model)), notify=say)
         begin.apply(trainer)
-        begun = trainer.progress.learned
+        begun = trainer.progress.applied
         say(" ".join([f"Training {len(layers)} layers on {len(images)} pictures, {config.steps} steps.", *begin.words]))
         finish = _Finish(trainer, files, place, config, request, len(images))
         goes_on = source.path if begun and isinstance(source, CheckpointSource) else None
@@ -177,7 +177,7 @@ def _train(
                 _Live(network, files, partial(_warn_of_disk, place, config, say)), states.save, request.state_every
             )
         except BaseException as stopped:
-            if trainer.progress.learned == begun:
+            if trainer.progress.applied == begun:
                 raise
             done = f"Stopped after {trainer.progress.step} of {config.steps} steps"
             try:
