@@ -4,6 +4,7 @@
 # make test-oldest   the nodes' tests on the oldest ComfyUI that they work with
 # make fuzz    read mutated LoRA files for ten minutes, or ARGS="--seconds N"
 # make evidence   the experiments of docs/evidence/ at a reduced size: checks what they claim
+# make package   the registry's package: checked, zipped into dist/ and listed
 # make soak    hours of faults: figures of docs/reliability.md
 
 SHELL := /bin/bash
@@ -11,11 +12,11 @@ BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v
 VENV := .venv/bin/python
 HOST := $(or $(COMFYUI_PYTHON),$(VENV))
 
-OLDEST := server training load load_less inspect families bases cancel bad_files bad_input trouble progress
+OLDEST := comfy/training comfy/load comfy/load_reduced comfy/families comfy/base_models comfy/bad_files comfy/bad_input comfy/failures comfy/progress server/server server/inspect server/cancel
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev demo ui test soak test-gpu test-oldest lint format bench evidence fuzz clean
+.PHONY: setup setup-dev demo ui test soak test-gpu test-oldest lint format bench evidence fuzz package clean
 
 setup:
 	@$(BASE) dev/host.py
@@ -41,12 +42,14 @@ test-gpu: setup-dev
 
 lint: setup-dev
 	@$(VENV) -m ruff check .
+	@$(VENV) -m ruff format --check --quiet .
 	@mkdir -p .host/typing && ln -sfn ../.. .host/typing/pack  # the pack's relative imports need a package around it
 	@MYPYPATH=.host/typing $(VENV) -m mypy -p pack.lora2 -p pack.nodes
 	@$(VENV) -m mypy dev benchmarks
 
 format: setup-dev
 	@$(VENV) -m ruff check --fix .
+	@$(VENV) -m ruff format .
 
 bench: setup-dev
 	@$(VENV) -m benchmarks.speed $(ARGS)
@@ -55,10 +58,10 @@ bench: setup-dev
 test-oldest: setup-dev
 	@$(BASE) dev/host.py --oldest
 	@COMFYUI_PYTHON= COMFYUI_PATH=.host/ComfyUI-0.16.3 $(VENV) -m pytest -p no:cacheprovider \
-	  --deselect tests/test_bases.py::test_weights_that_training_patches_are_like_those_that_sampling_patches \
-	  --deselect "tests/test_bad_input.py::test_bad_data_is_refused[another text encoder]" \
-	  --deselect "tests/test_bad_input.py::test_bad_data_is_refused[an empty caption of another encoder]" \
-	  $(or $(ARGS),$(addprefix tests/test_,$(addsuffix .py,$(OLDEST))))
+	  --deselect tests/comfy/test_base_models.py::test_weights_that_training_patches_are_like_those_that_sampling_patches \
+	  --deselect "tests/comfy/test_bad_input.py::test_bad_data_is_refused[another text encoder]" \
+	  --deselect "tests/comfy/test_bad_input.py::test_bad_data_is_refused[an empty caption of another encoder]" \
+	  $(or $(ARGS),$(foreach name,$(OLDEST),tests/$(dir $(name))test_$(notdir $(name)).py))
 
 fuzz: setup-dev
 	@$(VENV) -m dev.fuzzing $(ARGS)
@@ -66,5 +69,8 @@ fuzz: setup-dev
 evidence: setup-dev
 	@OMP_WAIT_POLICY=PASSIVE $(VENV) -m benchmarks.evidence --check $(ARGS)
 
+package: setup-dev
+	@$(VENV) -m dev.package
+
 clean:
-	rm -rf .venv .host .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .host dist .pytest_cache .ruff_cache .mypy_cache

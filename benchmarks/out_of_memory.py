@@ -170,7 +170,7 @@ def main() -> None:
     models.import_comfy()
     if not torch.cuda.is_available():
         raise SystemExit(
-            "This needs a CUDA device: on a CPU, tests/test_memory.py and tests/test_faults.py simulate it."
+            "This needs a CUDA device: on a CPU, tests/comfy/test_out_of_memory_on_models.py simulates it."
         )
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {SIDE} × {SIDE} latents, batch {BATCH}")
     for choices in ({}, {"checkpointing": "off"}, {"on_out_of_memory": "stop"}):

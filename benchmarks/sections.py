@@ -106,7 +106,7 @@ def step(bench: Bench) -> None:
         base_gib=round(held / GIB, 2), all_but_the_adapter_gib=round(everything / GIB, 2),
         base_weights_held=round(everything / held, 3),
     )  # fmt: skip
-    bench.ours(MAIN, "ours-frozen", "limit", patcher, sample, steps=60, rank=64, rank_learning_rate=1e-9)
+    bench.ours(MAIN, "ours-frozen", "limit", patcher, sample, steps=60, rank=64, rank_learning_rate=1e-6)
 
 
 def eager(bench: Bench) -> None:
@@ -166,7 +166,7 @@ TURNS = 5
 
 def _small_step(bench: Bench, work: str, patcher: Any, sample: models.Sample) -> None:
     """The frozen step and ours by turns; ratios are medians of each turn's own."""
-    told: dict[str, dict[str, Any]] = {"ours-eager": {}, "ours-frozen": {"rank_learning_rate": 1e-9}}
+    told: dict[str, dict[str, Any]] = {"ours-eager": {}, "ours-frozen": {"rank_learning_rate": 1e-6}}
     limits: list[float] = []
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in told}
     for _ in range(TURNS):
@@ -258,7 +258,7 @@ def falling(bench: Bench) -> None:
     watch.on_step = look
     train(
         patcher, sample.dataset(), watch, initial_rank=128, target_rank=16, settle_at=1.0, steps=steps, sync_every=10,
-        rank_learning_rate=0.05, rank_weight=1e3, entropy_weight=0.0,
+        rank_learning_rate=0.05, rank_weight=100.0, entropy_weight=0.0,
     )  # fmt: skip
     before, after = seen[0], seen[-1]
     removed = 1 - after[3] / before[3]

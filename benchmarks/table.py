@@ -17,12 +17,12 @@ NAMES = ("limit", "limit-eager", "peft", "trainlora", "ours", "ours-frozen", "ou
 BLOCK = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->)", re.DOTALL)
 
 README_ROWS = {
-    "limit": "the frozen model, forward and backward, as a graph (the limit)",
-    "ours": "**training, as a graph**",
-    "ours-all-layers": "the same, on all layers",
-    "ours-eager": "training, launched kernel by kernel (where recording is not possible)",
-    "peft": "PEFT on diffusers, fixed rank",
-    "trainlora": "ComfyUI's TrainLoraNode, fixed rank, all layers",
+    "limit": "frozen model, forward and backward (lower bound)",
+    "ours": "**LoRA², step recorded as a CUDA graph**",
+    "ours-all-layers": "LoRA², all layers",
+    "ours-eager": "LoRA², step not recorded",
+    "peft": "PEFT on diffusers",
+    "trainlora": "ComfyUI's TrainLoraNode, all layers",
 }
 
 
@@ -146,8 +146,8 @@ def _means(rows: Sequence[Row], works: dict[str, str]) -> list[str]:
         head: next((r["note"] for r in rows if r["work"] == work and "note" in r), None) for head, work in works.items()
     }
     return [
-        f"Median steps, on one {first['device']}, torch {first['torch']}, {first['date']}. While ranks move, the step has to be",
-        f"recorded anew now and then; counting that, the mean was {' and '.join(said)}.",
+        f"Median steps on one {first['device']}, torch {first['torch']}, {first['date']}. Resizing layers records the step anew;",
+        f"the mean with these recordings is {' and '.join(said)}.",
         *(f"{head.capitalize()} was {note}." for head, note in notes.items() if note),
     ]
 

@@ -20,6 +20,7 @@ from dev import assets, host
 from dev.convert import change, to_prompt
 from dev.server import ComfyServer, PromptError
 from lora2.files.document import read
+from lora2.report.markdown import markdown
 from lora2.report.ranks import RankReport, build_report
 
 WORKFLOWS = host.ROOT / "workflows"
@@ -30,13 +31,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "LoadImageTextDataSetFromFolder": {"folder": "mug"},
     "ImageScale": {"width": SIDE, "height": SIDE},
     "EmptyLatentImage": {"width": SIDE, "height": SIDE},
-    "LoRA2_TrainAdaptiveLora": {"steps": 120, "learning_rate": 0.003, "batch_size": 4, "target_rank": 4},
-    "KSampler": {"steps": 15, "cfg": 4.0},
+    "LoRA2_TrainAdaptiveLora": {"steps": 120, "learning_rate": 0.01, "batch_size": 4, "target_rank": 4},
+    "KSampler": {"steps": 15, "cfg": 3.0, "scheduler": "simple"},
 }
 
 
-PROMPT = "a photo of a big sks mug in a field of flowers, left"
-"""In the words of the subject's captions, at a place where it was never seen."""
+PROMPT = "a photo of a big sks mug in the desert, centre"
+"""In the words of the subject's captions, in a place where no training picture shows it."""
 
 
 def template(name: str) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def side_by_side(paths: list[Path], height: int = 384) -> Image.Image:
 
 def rank_table(report: RankReport) -> str:
     """Rank per block and projection, as in the node's Markdown, with aligned columns."""
-    rows = [line for line in report.to_markdown().split("###")[1].splitlines() if line.startswith("|")]
+    rows = [line for line in markdown(report).split("###")[1].splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if "---" not in row]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in cells]

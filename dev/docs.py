@@ -1,13 +1,13 @@
-"""The node tables of README.md and the help pages, from the nodes' own words: `python -m dev.docs` writes them anew.
+"""Help pages of the nodes (web/docs) and docs/nodes.md, from the nodes' schemas: `python -m dev.docs` writes them.
 
-Also keeps tests/english.json, the English that the translations in locales/ were made from. A changed tooltip shows up
-there as a difference: translate it in every language, then run this.
+The text of a help page that no schema holds is in dev/help. It also lists the texts whose English has changed since they were
+translated; `python -m dev.docs --translated` takes the English of now into tests/repo/english.json, once locales/ is up to date.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from dev.host import ROOT, import_comfy
 from dev.packs import pack
 
 Info = dict[str, Any]
+"""A node as ComfyUI's /object_info describes it."""
 
 NODES = {
     "LoRA2_TrainAdaptiveLora": "nodes.train",
@@ -25,21 +26,24 @@ NODES = {
     "LoRA2_ScorePictures": "nodes.score",
 }
 HELP = ROOT / "web" / "docs"
+HELP_TEXTS = ROOT / "dev" / "help"
+REFERENCE = ROOT / "docs" / "nodes.md"
 LOCALES = ROOT / "locales"
-ENGLISH = ROOT / "tests" / "english.json"
-BLOCK = re.compile(r"(<!-- (inputs|advanced|outputs) (LoRA2_\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ENGLISH = ROOT / "tests" / "repo" / "english.json"
 FILES = ("lora_name", "continue_from")
-"""Lists that depend on the machine."""
+"""Inputs whose choices are the files of the machine."""
 
+INTRODUCTION = """# Nodes
 
-def documents() -> list[Path]:
-    """Every page that has tables."""
-    return [ROOT / "README.md", *(HELP / f"{node}.md" for node in NODES)]
+Inputs and outputs of every node, generated from their schemas by `python -m dev.docs`. In ComfyUI, a node's help shows the same
+tables with an explanation.
+"""
+HEADINGS = {"inputs": "Inputs", "advanced": "Advanced inputs", "outputs": "Outputs"}
 
 
 @cache
 def schemas() -> dict[str, Info]:
-    """What ComfyUI's /object_info says of the nodes, without a server."""
+    """Descriptions of the nodes, as /object_info gives them, without a server."""
     import_comfy()
     return {node: pack(module).NODES[0].GET_NODE_INFO_V1() for node, module in NODES.items()}
 
@@ -52,46 +56,96 @@ def inputs(info: Info) -> Iterator[tuple[str, str, Info, bool]]:
 
 
 def texts(info: Info) -> Info:
-    """A node's words in the form of locales/<language>/nodeDefs.json."""
-    words: dict[str, Info] = {}
+    """Texts of a node in the form of locales/<language>/nodeDefs.json."""
+    found: dict[str, Info] = {}
     for name, _, options, _ in inputs(info):
-        words[name] = {"name": name, "tooltip": options["tooltip"]}
+        found[name] = {"name": name, "tooltip": options["tooltip"]}
         if options.get("control_after_generate"):
-            words["control_after_generate"] = {"name": "control after generate"}
+            found["control_after_generate"] = {"name": "control after generate"}
     outputs = zip(info["output_name"], info["output_tooltips"], strict=True)
     return {
         "display_name": info["display_name"],
         "description": info["description"],
-        "inputs": words,
+        "inputs": found,
         "outputs": {str(i): {"name": name, "tooltip": tooltip} for i, (name, tooltip) in enumerate(outputs)},
     }
 
 
-def table(info: Info, kind: str) -> str:
-    """One Markdown table: the inputs, the advanced inputs, or the outputs."""
-    if kind == "outputs":
-        rows = zip(info["output_name"], info["output"], info["output_tooltips"], strict=True)
-        return _table(("output", "type", "what it is"), [(f"`{n}`", f"`{t}`", w) for n, t, w in rows])
-    found = [i for i in inputs(info) if bool(i[2].get("advanced")) == (kind == "advanced")]
-    rows_in = [(f"`{n}`", _default(n, t, o, optional), _words(n, t, o)) for n, t, o, optional in found]
-    return _table(("input", "default", "what it does"), rows_in)
+def tables(info: Info, level: str) -> str:
+    """Sections for inputs, advanced inputs and outputs, with headings of this level; an empty one is left out."""
+    sections = []
+    for kind, heading in HEADINGS.items():
+        if kind == "outputs":
+            outputs = zip(info["output_name"], info["output"], info["output_tooltips"], strict=True)
+            head: tuple[str, ...] = ("output", "type", "description")
+            rows: list[tuple[str, ...]] = [(f"`{name}`", f"`{type_}`", tooltip) for name, type_, tooltip in outputs]
+        else:
+            head = ("input", "default", "values", "description")
+            rows = [_input_row(*i) for i in inputs(info) if bool(i[2].get("advanced")) == (kind == "advanced")]
+        if rows:
+            sections.append(f"{level} {heading}\n\n{_table(head, rows)}")
+    return "\n".join(sections)
 
 
-def _default(name: str, type_: str, options: Info, optional: bool) -> str:
+def help_page(node: str) -> str:
+    """Help that ComfyUI's frontend shows for a node, in Markdown."""
+    info = schemas()[node]
+    text = (HELP_TEXTS / f"{node}.md").read_text(encoding="utf-8")
+    return f"# {info['display_name']}\n\n{info['description']}\n\n{text}\n{tables(info, '##')}"
+
+
+def reference() -> str:
+    """docs/nodes.md: the tables of all nodes."""
+    nodes = [f"## {i['display_name']}\n\n{i['description']}\n\n{tables(i, '###')}" for i in schemas().values()]
+    return "\n".join([INTRODUCTION, *nodes])
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page with its content."""
+    return {REFERENCE: reference(), **{HELP / f"{node}.md": help_page(node) for node in NODES}}
+
+
+def english() -> dict[str, Info]:
+    """English texts of all nodes."""
+    return {node: texts(info) for node, info in schemas().items()}
+
+
+def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every text of a tree with its path."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, tree
+
+
+def _input_row(name: str, type_: str, options: Info, optional: bool) -> tuple[str, ...]:
+    return f"`{name}`", _default(name, options, optional), _values(name, type_, options), str(options["tooltip"])
+
+
+def _default(name: str, options: Info, optional: bool) -> str:
     if "default" not in options:
-        return "a file" if name in FILES else f"`{type_}`{', may be left open' * optional}"
+        return "optional" if optional else "required"
     value = options["default"]
-    if value == "":
-        return "empty"
-    if isinstance(value, float):
-        return f"{value:.10f}".rstrip("0").rstrip(".")
-    return f"`{value}`" if isinstance(value, str) else str(value)
+    if isinstance(value, str):
+        return f"`{value}`" if value else "empty"
+    return _number(value)
 
 
-def _words(name: str, type_: str, options: Info) -> str:
-    if type_ != "COMBO" or name in FILES:
-        return str(options["tooltip"])
-    return f"{options['tooltip']} One of {', '.join(f'`{o}`' for o in options['options'])}."
+def _values(name: str, type_: str, options: Info) -> str:
+    if name in FILES:
+        return "files"
+    if type_ == "COMBO":
+        return ", ".join(f"`{option}`" for option in options["options"])
+    if "max" in options:
+        return f"{_number(options['min'])} to {_number(options['max'])}"
+    return "text" if type_ == "STRING" else f"`{type_}`"
+
+
+def _number(value: float) -> str:
+    if value == 2**64 - 1:
+        return "2⁶⁴ − 1"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.10f}".rstrip("0").rstrip(".")
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -99,22 +153,16 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def render(text: str, infos: dict[str, Info]) -> str:
-    """The page with its tables as the nodes say now."""
-    return BLOCK.sub(lambda m: f"{m[1]}\n{table(infos[m[3]], m[2])}\n{m[4]}", text)
-
-
-def english(infos: dict[str, Info]) -> str:
-    """All words of all nodes, as JSON."""
-    return json.dumps({node: texts(info) for node, info in infos.items()}, ensure_ascii=False, indent=2) + "\n"
-
-
 def main() -> None:
-    """Writes every page and the English words anew."""
-    infos = schemas()
-    for path in documents():
-        path.write_text(render(path.read_text(encoding="utf-8"), infos), encoding="utf-8")
-    ENGLISH.write_text(english(infos), encoding="utf-8")
+    """Writes the pages; lists what is to be translated, or marks it as translated."""
+    for page, content in pages().items():
+        page.write_text(content, encoding="utf-8")
+    if "--translated" in sys.argv[1:]:
+        ENGLISH.write_text(json.dumps(english(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    translated = dict(leaves(json.loads(ENGLISH.read_text(encoding="utf-8"))))
+    for path, text in leaves(english()):
+        if translated.get(path) != text:
+            print(f"to translate: {'.'.join(path)}: {text}")
 
 
 if __name__ == "__main__":

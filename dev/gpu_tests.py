@@ -59,7 +59,7 @@ class Record:
 
 def files() -> list[Path]:
     """The test files that name the mark."""
-    return [path for path in sorted((ROOT / "tests").glob("test_*.py")) if MARK in path.read_text(encoding="utf-8")]
+    return [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if MARK in path.read_text(encoding="utf-8")]
 
 
 def main() -> None:

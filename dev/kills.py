@@ -135,7 +135,7 @@ class Direct:
         values = {**SETTINGS, "seed": seed, **changes}
         request = session.RunRequest(
             save_name=name,
-            target=values.pop("layers"),
+            layers=values.pop("layers"),
             save_dtype=values.pop("save_dtype"),
             state_every=values.pop("state_every"),
             precision=values.pop("precision", "auto"),

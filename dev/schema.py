@@ -15,7 +15,7 @@ from dev import host
 from dev.convert import widgets
 from dev.server import ComfyServer
 
-SNAPSHOT = host.ROOT / "tests" / "snapshots" / "nodes.json"
+SNAPSHOT = host.ROOT / "tests" / "repo" / "nodes.json"
 PREFIX = "LoRA2_"
 
 

@@ -1,167 +1,153 @@
-"""Everything a run can be told, checked before it starts."""
+"""Configuration of a training run: every option with its default, limits and tooltip, and the schedule they define."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from numbers import Integral, Real
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .util.errors import LoraError
-from .util.text import escaped
+from .util.knobs import check_knobs, knob
 
 LAYER_CHOICES = ("attention", "attention + feed-forward", "all linear", "all linear + convolution")
-SCHEDULES = ("cosine", "constant")
-OPTIMIZERS = ("adamw", "adam", "sgd")
-TIMESTEP_SAMPLINGS = ("auto", "uniform", "logit-normal", "shifted")
-INITS = ("fan-in", "paper")
 TRISTATE = ("auto", "on", "off")
-PRECISIONS = ("auto", "bf16", "fp32")
-OUT_OF_MEMORY = ("retry with less", "stop")
-BAD_STEPS = ("stop", "skip")
-MAX_NUMBER = 10**300
-"""No number that is larger than this can be told: floats end soon after."""
 
 SEED_LIMIT = 2**64
-"""torch's generators take seeds below this, as ComfyUI's widget does."""
+"""Seeds of torch's generators and of ComfyUI's widget lie below."""
 
 AUTO_WEIGHT_DECAY = -1.0
-"""The weight decay that is chosen by the number of pictures."""
-DECAY_OF_A_PICTURE, MOST_DECAY, MOST_SHRINK = 24.0, 5.0, 0.5
-"""That of a single picture, which more of them share; the most that is chosen; and the most that a step may take off then."""
+"""Sentinel: `resolved_for` replaces it by min(24 / images, 5, 0.5 / learning_rate)."""
+DECAY_OF_ONE_IMAGE, MAX_AUTO_DECAY, MAX_AUTO_SHRINK = 24.0, 5.0, 0.5
 
-_KINDS: dict[str, tuple[type, str]] = {
-    "int": (Integral, "must be a whole number"),
-    "float": (Real, "must be a number"),
-    "str": (str, "must be a word"),
-}
+MAX_RANK, MAX_STEPS = 4096, 1_000_000
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The story of a run, with its defaults.
+    """Options of one training run. Raises LoraError, naming the field, for a value outside its limits.
 
-    A run of `steps` optimizer steps starts every layer at `initial_rank`. At first the ranks adapt: θ moves with
-    `rank_learning_rate` (held still for the first `rank_hold` share), pulled toward `target_rank` by
-    `rank_weight` · Σ|ν − ν_target|. Then they settle, in `settle_cuts` cuts that are evenly spaced over the first `settle_at`
-    share of the steps: every layer is brought into the order of its singular values and all layers are cut together, in equal
-    ratios down to the size of `target_rank` everywhere, or of `budget_mb` megabytes; training goes on at those ranks.
-    While more positions are trained than that, `learning_rate` is lowered (schedule.py, `size_factor`).
-    `settle_at` = 1 never settles: the paper's own form, in which ranks stand still for the last `rank_rest` share of the steps,
-    so that what the last dropped positions held is learned again.
+    A run with the defaults takes 600 steps and ends at a mean rank of 8:
 
-    target_rank: parameter-weighted mean rank to end with. budget_mb: size of the file in MB (10⁶ bytes) instead; 0 = none.
-    settle_keep: the share of what training has taken off the loss by the last cut which is enough: below 1, that cut may end
-    below the target (enough.py); a budget is filled all the same.
-    initial_rank: 0 chooses four times the target, at least 16. max_rank: 0 = each layer's full rank. min_rank: 0 lets a cut drop
-    whole layers; no rank adapts below 1.
-    q: the share of the importance mass that a rank holds. rank_weight, entropy_weight: λ_r and λ_e of the paper.
-    bytes_per_parameter, file_overhead, layer_overhead: how a number of parameters becomes a file's size, and how much smaller
-    it is without one of the layers; a host fills them in.
-    weight_decay: of AdamW alone, decoupled: a step takes learning rate times this off the factors; −1 = 24 by the number of
-    pictures, at most 5, and at most 0.5 by the learning rate (`resolved_for`).
-    min_snr_gamma: 0 = off. clip_norm: 0 = off. caption_dropout: share of captions replaced by the empty one.
-    on_out_of_memory: make the step again in smaller parts, or stop. on_bad_step: what to do where gradients are not finite.
+    - Before step 0, every layer gets rank 32 (`initial_rank` 0: four times the target, at least 16). Until pruning is done,
+      the learning rate is scaled by √(target size / current size), here 0.5 at first.
+    - Steps 0 to 29: the learning rate warms up (`warmup` 0.05). Ranks are fixed (`rank_hold` 0.05), because the importances
+      have no gradient while B is zero.
+    - Steps 30 to 89: ranks adapt. θ follows the loss and λ_r Σ|ν − ν_target| (`rank_weight`) at `rank_learning_rate`.
+    - Before steps 90, 180 and 270 (`settle_cuts` 3, the last at `settle_at` 0.45): cuts. Each layer is rotated into its SVD,
+      and the components that the loss would miss least for their size are removed over all layers together. Sizes fall in
+      equal ratios: mean rank 32 → 20 → 13 → 8. `min_rank` 0 lets a cut remove a whole layer. From the first cut on ranks
+      change by cuts only.
+    - Steps 270 to 599: the pruned LoRA is trained as a plain one.
+
+    With `settle_at` = 1 nothing is pruned, as in the paper: θ moves from step 30 to 449 and ranks are fixed for the last
+    150 steps (`rank_rest` 0.25). With `settle_at` = 0 the only cut is before step 0: a LoRA of fixed rank.
+
+    The size to end with is `target_rank` in every layer, or `budget_mb` megabytes (10⁶ bytes) if that is above 0. With
+    `settle_keep` below 1 the target is an upper limit: the last cut takes the smallest size that preserves this fraction of
+    the loss reduction. A budget is always filled.
+
+    The default `weight_decay` of −1 is not a decay: an optimizer needs the config that `resolved_for` returns. `Trainer`
+    does that.
+
+    `bytes_per_parameter`, `file_overhead` and `layer_overhead` convert parameters to bytes of a file: its number type, its
+    bytes besides the factors, and those of them that a removed layer frees. The host fills them in.
     """
 
-    steps: int = 600
-    learning_rate: float = 3e-4
-    batch_size: int = 1
-    accumulation: int = 1
-    target_rank: int = 8
-    budget_mb: float = 0.0
-    initial_rank: int = 0
-    min_rank: int = 0
-    max_rank: int = 0
-    q: float = 0.9
-    rank_weight: float = 1e-4
-    rank_learning_rate: float = 1e-2
-    rank_hold: float = 0.05
-    rank_rest: float = 0.25
-    settle_at: float = 0.45
-    settle_cuts: int = 3
-    settle_keep: float = 1.0
-    entropy_weight: float = 1e-4
-    init: str = "fan-in"
-    optimizer: str = "adamw"
-    weight_decay: float = AUTO_WEIGHT_DECAY
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    clip_norm: float = 1.0
-    min_snr_gamma: float = 0.0
-    timestep_sampling: str = "auto"
-    caption_dropout: float = 0.0
-    seed: int = 0
-    on_out_of_memory: str = "retry with less"
-    on_bad_step: str = "stop"
-    sync_every: int = 20
-    bytes_per_parameter: int = 2
-    file_overhead: int = 0
-    layer_overhead: int = 0
+    # fmt: off
+    steps: int = knob(600, low=1, high=MAX_STEPS, advanced=False, tooltip=
+        "Number of optimizer steps. Typical: 400 to 1500 for a subject with 5 to 20 images.")
+    learning_rate: float = knob(3e-4, low=1e-8, high=1.0, step=1e-5, advanced=False, tooltip=
+        "Step size of the optimizer. Lower it if images look burnt, raise it if the subject is missing.")
+    batch_size: int = knob(1, low=1, high=1024, advanced=False, tooltip=
+        "Images per batch. Larger batches give less noisy steps and need more memory.")
+    accumulation: int = knob(1, low=1, high=1024, tooltip=
+        "Batches per step (gradient accumulation): a larger effective batch without more memory.")
+    target_rank: int = knob(8, low=1, high=MAX_RANK, advanced=False, tooltip=
+        "Mean rank after pruning; it sets the file size. Set one number; the pack distributes it across layers.")
+    budget_mb: float = knob(0.0, low=0.0, high=100_000.0, step=0.1, advanced=False, tooltip=
+        "File size in MB (1 MB = 1,000,000 bytes), used instead of target_rank. 0 = use target_rank.")
+    initial_rank: int = knob(0, low=0, high=MAX_RANK, tooltip=
+        "Rank of every layer at the start. 0 = four times the target, at least 16.")
+    min_rank: int = knob(0, low=0, high=MAX_RANK, tooltip=
+        "Lowest rank of a layer. 0 = pruning may remove whole layers.")
+    max_rank: int = knob(0, low=0, high=MAX_RANK, tooltip=
+        "Highest rank of a layer. 0 = limited only by the layer's dimensions.")
+    q: float = knob(0.9, low=0.01, high=0.9999, step=0.01, tooltip=
+        "Fraction of the importance mass that a layer's rank covers while ranks adapt.")
+    rank_weight: float = knob(1e-4, low=0.0, high=100.0, step=1e-5, tooltip=
+        "Weight λ_r of the loss term that pulls ranks toward the target while they adapt. 0 = no pull.")
+    rank_learning_rate: float = knob(1e-2, low=1e-6, high=1.0, step=1e-3, tooltip=
+        "Step size of the ranks while they adapt: 0.01 changes a rank by at most about 1 % per step.")
+    rank_hold: float = knob(0.05, low=0.0, high=1.0, step=0.01, tooltip=
+        "Fraction of the steps, from the start, during which ranks are fixed: their gradient is not informative yet.")
+    rank_rest: float = knob(0.25, low=0.0, high=1.0)
+    settle_at: float = knob(0.45, low=0.0, high=1.0, step=0.05, tooltip=
+        "When pruning ends, as a fraction of the steps. Training continues at the pruned ranks. "
+        "1 = never prune (the paper's method).")
+    settle_cuts: int = knob(3, low=1, high=100, tooltip=
+        "Number of cuts, evenly spaced up to settle_at, that prune the ranks to the target.")
+    settle_keep: float = knob(1.0, low=0.1, high=1.0, step=0.01, tooltip=
+        "Automatic size: 0.98 keeps the smallest file that preserves 98 % of the loss reduction, at most target_rank. "
+        "1 = off. Has no effect with budget_mb.")
+    entropy_weight: float = knob(1e-4, low=0.0, high=100.0, step=1e-5, tooltip=
+        "Weight λ_e of the loss term that sharpens cross-attention (SD and SDXL families). 0 = off.")
+    init: str = knob("fan-in", choices=("fan-in", "paper"), tooltip=
+        "Scale of the initial factors. fan-in: by the layer's input dimension. paper: the paper's formula.")
+    optimizer: str = knob("adamw", choices=("adamw", "adam", "sgd"), tooltip=
+        "Optimizer of the LoRA's factors.")
+    weight_decay: float = knob(AUTO_WEIGHT_DECAY, low=-1.0, high=10.0, step=0.001, tooltip=
+        "Decoupled weight decay of adamw; more of it preserves more of the base model. "
+        "-1 = automatic: 24 / number of images, at most 5. 0 = off.")
+    schedule: str = knob("cosine", choices=("cosine", "constant"), tooltip=
+        "Learning rate after warm-up. cosine: decay to a tenth. constant: no decay.")
+    warmup: float = knob(0.05, low=0.0, high=1.0, step=0.01, tooltip=
+        "Fraction of the steps, from the start, over which the learning rate rises linearly.")
+    clip_norm: float = knob(1.0, low=0.0, high=1000.0, step=0.1, tooltip=
+        "Gradient clipping: the largest gradient norm of a step. 0 = off.")
+    min_snr_gamma: float = knob(0.0, low=0.0, high=100.0, step=0.5, tooltip=
+        "γ of Min-SNR loss weighting; 5 is common. 0 = off.")
+    timestep_sampling: str = knob("auto", choices=("auto", "uniform", "logit-normal", "shifted"), tooltip=
+        "Distribution of the training timesteps. auto: uniform; for flow models, with the model's own shift.")
+    caption_dropout: float = knob(0.0, low=0.0, high=1.0, step=0.05, tooltip=
+        "Fraction of captions replaced by the empty caption.")
+    seed: int = knob(0, low=0, high=SEED_LIMIT - 1, advanced=False, tooltip=
+        "Seed of initialization, image order and noise.")
+    on_out_of_memory: str = knob("retry with less", choices=("retry with less", "stop"), tooltip=
+        "When memory runs out. retry with less: repeat the step with gradient checkpointing (if it is on auto), then with "
+        "fewer images at a time; the batch stays the same. stop: end the run.")
+    on_bad_step: str = knob("stop", choices=("stop", "skip"), tooltip=
+        "When a loss or gradient is not finite. stop: end the run and save the LoRA. skip: discard the step; too many such "
+        "steps end the run too.")
+    sync_every: int = knob(20, low=1, high=MAX_STEPS)
+    bytes_per_parameter: int = knob(2, low=1, high=8)
+    file_overhead: int = knob(0, low=0, high=10**9)
+    layer_overhead: int = knob(0, low=0, high=10**9)
+    # fmt: on
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            kind, words = _KINDS[str(field.type)]
-            value = getattr(self, field.name)
-            self._require(isinstance(value, kind) and not isinstance(value, bool), field.name, words)
-            self._require(not isinstance(value, int) or abs(value) < MAX_NUMBER, field.name, "is far too large")
-        self._require(0 <= self.seed < SEED_LIMIT, "seed", "must lie between 0 and 2⁶⁴ − 1")
-        self._require(self.bytes_per_parameter >= 1, "bytes_per_parameter", "must be at least 1")
-        for name in ("file_overhead", "layer_overhead"):
-            self._require(getattr(self, name) >= 0, name, "must not be negative")
-        for name in ("steps", "batch_size", "accumulation", "target_rank", "settle_cuts", "sync_every"):
-            self._require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("learning_rate", "rank_learning_rate"):
-            value = getattr(self, name)
-            self._require(math.isfinite(value) and value > 0, name, "must be a positive number")
-        for name in ("rank_weight", "entropy_weight", "clip_norm", "min_snr_gamma", "budget_mb"):
-            value = getattr(self, name)
-            self._require(math.isfinite(value) and value >= 0, name, "must be zero or a positive number")
+        check_knobs(self)
         decay = self.weight_decay
-        told = math.isfinite(decay) and (decay >= 0 or decay == AUTO_WEIGHT_DECAY)
-        self._require(
-            told, "weight_decay", "must be zero or a positive number, or -1 to choose it by the number of pictures"
-        )
-        words = f"times learning_rate = {escaped(self.learning_rate)} must be at most 1: a step would take more than there is"
-        self._require(decay * self.learning_rate <= 1, "weight_decay", words)
-        for name in ("rank_hold", "rank_rest", "settle_at", "caption_dropout", "warmup"):
-            self._require(0 <= getattr(self, name) <= 1, name, "is a share and must lie between 0 and 1")
-        self._require(0.1 <= self.settle_keep <= 1, "settle_keep", "is a share and must lie between 0.1 and 1")
-        self._require(0.01 <= self.q <= 0.9999, "q", "must lie between 0.01 and 0.9999")
-        for name in ("initial_rank", "min_rank", "max_rank"):
-            self._require(getattr(self, name) >= 0, name, "must not be negative")
-        if self.max_rank:
-            self._require(self.min_rank <= self.max_rank, "min_rank", f"must not be above max_rank = {self.max_rank}")
-            self._require(
-                self.initial_rank <= self.max_rank, "initial_rank", f"must not be above max_rank = {self.max_rank}"
+        if AUTO_WEIGHT_DECAY < decay < 0:
+            raise LoraError(f"weight_decay = {decay} must be -1 (automatic), 0 (off) or positive.")
+        if decay * self.learning_rate > 1:
+            raise LoraError(
+                f"weight_decay = {decay} times learning_rate = {self.learning_rate} must be at most 1, or a step would flip "
+                "the sign of the weights. Lower one of them."
             )
-            self._require(
-                bool(self.budget_mb) or self.target_rank <= self.max_rank,
-                "target_rank",
-                f"must not be above max_rank = {self.max_rank}",
-            )
-        if not self.budget_mb:
-            self._require(
-                self.min_rank <= self.target_rank, "min_rank", f"must not be above target_rank = {self.target_rank}"
-            )
-        for name, choices in (
-            ("schedule", SCHEDULES),
-            ("optimizer", OPTIMIZERS),
-            ("timestep_sampling", TIMESTEP_SAMPLINGS),
-            ("init", INITS),
-            ("on_out_of_memory", OUT_OF_MEMORY),
-            ("on_bad_step", BAD_STEPS),
+        for name, limit in (
+            ("min_rank", "max_rank"),
+            ("initial_rank", "max_rank"),
+            ("target_rank", "max_rank"),
+            ("min_rank", "target_rank"),
         ):
-            self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
-
-    def _require(self, condition: bool, name: str, words: str) -> None:
-        if not condition:
-            raise LoraError(f"{name} = {escaped(getattr(self, name))} {words}.")
+            highest = getattr(self, limit)
+            unused = highest == 0 or (self.budget_mb and "target_rank" in (name, limit))
+            if not unused and getattr(self, name) > highest:
+                raise LoraError(f"{name} = {getattr(self, name)} must not be above {limit} = {highest}.")
 
     @property
     def cut_steps(self) -> tuple[int, ...]:
-        """The steps before which layers are cut, in their order, each once; none in the paper's form."""
+        """Steps before which layers are cut, ascending and distinct; empty with settle_at = 1."""
         if self.settle_at >= 1:
             return ()
         last, count = min(self.steps - 1, round(self.steps * self.settle_at)), min(self.settle_cuts, self.steps)
@@ -169,83 +155,70 @@ class TrainingConfig:
 
     @property
     def adapting_steps(self) -> int:
-        """For how many steps ranks adapt at most."""
+        """Number of steps before the first cut; all steps if there is none."""
         return self.cut_steps[0] if self.cut_steps else self.steps
 
     @property
     def keep_share(self) -> float:
-        """The share of what was learned that the last cut keeps; a budget is to be filled."""
+        """Fraction of the loss reduction that the last cut preserves; 1 with a budget, which is always filled."""
         return 1.0 if self.budget_mb else self.settle_keep
 
     @property
     def min_adapting_rank(self) -> int:
-        """The smallest rank that θ may ask for."""
+        """Lowest rank of θ: only a cut goes below 1."""
         return max(1, self.min_rank)
 
     def ranks_adapt(self, step: int) -> bool:
-        """Whether θ takes this step, counted from 0: not during the hold at the start, nor the rest at the end."""
+        """Whether θ is updated at this step (from 0): after `rank_hold` and before `rest_step`."""
         return round(self.steps * self.rank_hold) <= step < self.rest_step
 
     @property
     def rest_step(self) -> int:
-        """The step before which ranks come to rest for good; equal to `steps` where they settle instead."""
+        """First step of the final phase with fixed ranks (`rank_rest`); `steps` if layers are cut instead."""
         return self.steps - round(self.steps * self.rank_rest) if self.settle_at >= 1 else self.steps
 
     @property
     def removed_layer_parameters(self) -> int:
-        """How many parameters more a budget allows for every layer that is not in the file."""
+        """Parameters that a budget gains for every layer that is not in the file."""
         return self.layer_overhead // self.bytes_per_parameter if self.budget_mb else 0
 
-    def resolved_for(self, count: int) -> TrainingConfig:
-        """The same settings, with the weight decay for so many pictures where it is to be chosen by them.
+    def resolved_for(self, images: int) -> TrainingConfig:
+        """Return this config with an automatic weight decay replaced by its value for so many training images.
 
-        Decay holds factors to zero as a normal prior does, whose weight against the mean loss over n pictures is as 1 / n.
+        Decay is the gradient of a normal prior on the factors; against the mean loss over n images the prior weighs 1 / n.
+        Only adamw has decay: other optimizers get 0, so that the file's metadata state the truth.
         """
         if self.weight_decay != AUTO_WEIGHT_DECAY:
             return self
-        if self.optimizer != "adamw":
-            return replace(self, weight_decay=0.0)  # the others have none: it would be said in the file, and not be so
-        return replace(
-            self, weight_decay=min(DECAY_OF_A_PICTURE / max(count, 1), MOST_DECAY, MOST_SHRINK / self.learning_rate)
-        )
-
-    def with_file_format(self, overhead: int, bytes_per_parameter: int, of_a_layer: int = 0) -> TrainingConfig:
-        """The same settings for a file with this many bytes beside the factors, and this many per parameter.
-
-        of_a_layer: of the bytes beside the factors, those that are not there without one of the layers.
-        """
-        return replace(self, file_overhead=overhead, bytes_per_parameter=bytes_per_parameter, layer_overhead=of_a_layer)
+        decay = min(DECAY_OF_ONE_IMAGE / max(images, 1), MAX_AUTO_DECAY, MAX_AUTO_SHRINK / self.learning_rate)
+        return replace(self, weight_decay=decay if self.optimizer == "adamw" else 0.0)
 
     def budget(self, costs: Sequence[int], limits: Sequence[int]) -> int:
-        """How many parameters layers of these costs and largest ranks may have together once settled.
+        """Number of parameters to prune to. costs: parameters per unit of rank of each layer. limits: their highest ranks.
 
-        Raises LoraError for a target or a budget that they cannot have.
+        Raises LoraError for a target or budget outside of what the layers can have.
         """
-        most = sum(c * limit for c, limit in zip(costs, limits, strict=True))
+        highest = max(limits)
         if not self.budget_mb:
-            if self.target_rank > max(limits):
+            if self.target_rank > highest:
                 raise LoraError(
-                    f"target_rank = {self.target_rank} is above what any adapted layer can hold: the largest has rank "
-                    f"{max(limits)}. Choose a target of at most {max(limits)}."
+                    f"target_rank = {self.target_rank} is above the highest rank of any adapted layer. Choose a target of at "
+                    f"most {highest}."
                 )
-            return sum(c * min(self.target_rank, limit) for c, limit in zip(costs, limits, strict=True))
+            return _size(costs, limits, self.target_rank)
         budget = int((self.budget_mb * 1e6 - self.file_overhead) / self.bytes_per_parameter)
         floor = self.min_adapting_rank if self.settle_at >= 1 else self.min_rank
-        least = max(sum(c * min(floor, limit) for c, limit in zip(costs, limits, strict=True)), min(costs))
-        if budget < least:
-            what = (
-                f"rank {floor} on all {len(costs)} layers, which needs"
-                if floor
-                else "rank 1 on a single layer, which needs"
-            )
+        smallest, largest = max(_size(costs, limits, floor), min(costs)), _size(costs, limits, highest)
+        if budget < smallest:
+            ranks = f"rank {floor} on all {len(costs)} layers" if floor else "rank 1 on a single layer"
             raise LoraError(
-                f"budget_mb = {self.budget_mb:g} is smaller than {what} {self._megabytes(least)} MB. Raise budget_mb, or adapt "
-                "fewer layers."
+                f"budget_mb = {self.budget_mb:g} is smaller than {ranks}, which needs {self._megabytes(smallest)} MB. Raise "
+                "budget_mb, or adapt fewer layers."
             )
-        if budget > most:
+        if budget > largest:
             raise LoraError(
-                f"budget_mb = {self.budget_mb:g} is more than the {len(costs)} layers can hold: at their largest rank they take "
-                f"{self._megabytes(most)} MB. Lower budget_mb, raise max_rank, or adapt more layers."
+                f"budget_mb = {self.budget_mb:g} is more than the {len(costs)} layers can hold: at their highest rank they take "
+                f"{self._megabytes(largest)} MB. Lower budget_mb, raise max_rank, or adapt more layers."
             )
         return budget
 
@@ -253,5 +226,10 @@ class TrainingConfig:
         return f"{(parameters * self.bytes_per_parameter + self.file_overhead) / 1e6:.3f}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for the file's metadata."""
+        """All fields as plain values, for metadata and training states."""
         return asdict(self)
+
+
+def _size(costs: Sequence[int], limits: Sequence[int], rank: int) -> int:
+    """Parameters of all layers at this rank, or at their limit where that is lower."""
+    return sum(cost * min(rank, limit) for cost, limit in zip(costs, limits, strict=True))

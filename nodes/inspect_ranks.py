@@ -1,4 +1,4 @@
-"""Inspect Ranks: which layers of a LoRA hold how much, as a picture, as text, and as data."""
+"""Inspect Ranks: the rank of every layer of a LoRA as an image, as text and as data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..lora2.files import document as lora_format
+from ..lora2.files import document as documents
+from ..lora2.report.markdown import markdown
 from ..lora2.report.ranks import build_report
 from ..lora2.util.errors import LoraError
 from ..lora2.util.text import escaped
@@ -16,27 +17,25 @@ from .comfy import lora_paths as files
 from .comfy.images import rank_image
 from .comfy.input_checks import checked_inputs
 from .comfy.progress import stop_if_cancelled
+from .comfy.schema import LoraModel, Ranks
 
 CONNECTED = "(the connected LoRA)"
 STORED, IN_USE = "rank", "rank in use"
 
-LoraModel = io.Custom("LORA_MODEL")
-Ranks = io.Custom("LORA2_RANKS")
-
 
 class InspectRanks(io.ComfyNode):
-    """Draws the ranks of any LoRA, and hands them on as text and data."""
+    """Draws the ranks of any LoRA and returns them as text and data."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """The node as the host shows it; called again whenever the list of files may have changed."""
+        """Schema of the node. Called again whenever ComfyUI lists its nodes: LoRA files may have changed."""
         return io.Schema(
             node_id="LoRA2_InspectRanks",
             display_name="Inspect Ranks",
             category="LoRA²",
             description=(
-                "Shows where in the network a LoRA keeps its rank, how large it is, and how large the same "
-                "layers would be at one rank for all. Works on any LoRA file, and straight from training."
+                "Draws the rank of every layer of a LoRA, its size, and the size of the same layers at one fixed rank. Works on "
+                "any LoRA file and on the output of a training node."
             ),
             search_aliases=[
                 "adalora",
@@ -57,62 +56,61 @@ class InspectRanks(io.ComfyNode):
                     "lora_name",
                     options=[CONNECTED, *files.lora_names()],
                     default=CONNECTED,
-                    tooltip="The file to look at, or the first choice: the LoRA connected to the input.",
+                    tooltip="File to inspect. First choice: the LoRA connected to the input lora.",
                 ),
                 io.Combo.Input(
                     "show",
                     options=[STORED, IN_USE],
                     default=STORED,
                     tooltip=(
-                        "rank: what the file stores. rank in use: how many directions of each layer hold "
-                        "99 % of its energy; tells what a LoRA with one rank for all could be cut to. Takes "
-                        "some seconds for large files."
+                        "rank: as stored in the file. rank in use: number of components that hold 99 % of a layer's energy, "
+                        "the rank that it could be truncated to; takes some seconds for large files."
                     ),
                 ),
                 LoraModel.Input(
                     "lora",
                     optional=True,
-                    tooltip="A LoRA from a training node. Shown when lora_name stands on its first choice.",
+                    tooltip="LoRA from a training node. Used when lora_name is on its first choice.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The picture that the node shows."),
+                io.Image.Output(display_name="image", tooltip="The image that the node displays."),
                 io.String.Output(
                     display_name="markdown",
-                    tooltip="The same as text: tables in Markdown, rank per block and projection.",
+                    tooltip="Tables in Markdown: rank by block and projection.",
                 ),
-                Ranks.Output(display_name="ranks", tooltip="The ranks, for other nodes of this pack."),
+                Ranks.Output(display_name="ranks", tooltip="Ranks, for other nodes of this pack."),
                 io.String.Output(
                     display_name="data",
-                    tooltip="Everything as JSON: every layer with its rank, shape and parameters.",
+                    tooltip="JSON: rank, shape and parameters of every layer.",
                 ),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: Any, **_: Any) -> str | float:
-        """A file that changed is read again, though its name is the same."""
+        """Fingerprint of the file, so that a changed file of the same name is read again."""
         return "" if lora_name == CONNECTED else files.lora_fingerprint(lora_name)
 
     @classmethod
     @checked_inputs
     def execute(cls, lora_name: str, show: str = STORED, lora: Mapping[str, Tensor] | None = None) -> io.NodeOutput:
-        """Read, measure, draw. Raises LoraError where there is no LoRA to show."""
+        """Read, measure, draw. Raises LoraError if there is no LoRA to inspect."""
         if show not in (STORED, IN_USE):
             raise LoraError(f"show = {escaped(show)} must be {STORED} or {IN_USE}.")
         document, title = _document(lora_name, lora)
         report = build_report(document, title, energy=show == IN_USE, between=stop_if_cancelled)
         image = rank_image(report, in_use=show == IN_USE)
-        return io.NodeOutput(image, report.to_markdown(), report, report.to_json(), ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(image, markdown(report), report, report.to_json(), ui=ui.PreviewImage(image, cls=cls))
 
 
-def _document(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[lora_format.LoraDocument, str]:
-    """What to look at, and its name."""
+def _document(lora_name: str, lora: Mapping[str, Tensor] | None) -> tuple[documents.LoraDocument, str]:
+    """The LoRA to inspect and its title."""
     if lora_name != CONNECTED:
-        return lora_format.read(files.lora_path(lora_name)), files.lora_title(lora_name)
+        return documents.read(files.lora_path(lora_name)), files.lora_title(lora_name)
     if lora is None:
         raise LoraError("There is no LoRA to inspect. Choose a file in lora_name, or connect a LoRA to the input lora.")
-    document = lora_format.parse(lora)
+    document = documents.parse(lora)
     return document, document.metadata.get("ss_output_name") or document.metadata.get("modelspec.title") or "LoRA"
 
 

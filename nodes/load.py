@@ -1,4 +1,4 @@
-"""Load Adaptive LoRA: as much of it as wanted, cut without training thanks to the order of its positions."""
+"""Load Adaptive LoRA: applies a LoRA, whole or truncated to a fraction, a rank or a size."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from .comfy import apply_lora as loading
 from .comfy import lora_paths as files
 from .comfy.input_checks import checked_inputs
 from .comfy.progress import status_sender, stop_if_cancelled
-
-Ranks = io.Custom("LORA2_RANKS")
+from .comfy.schema import Ranks
 
 
 class LoadAdaptiveLora(io.ComfyNode):
-    """Reads any LoRA file; cuts its plain layers if asked to; applies it as ComfyUI's own loader does."""
+    """Reads any LoRA file, truncates its plain layers on request, and applies it as ComfyUI's own loader does."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """The node as the host shows it; called again whenever the list of files may have changed."""
+        """Schema of the node. Called again whenever ComfyUI lists its nodes: LoRA files may have changed."""
         return io.Schema(
             node_id="LoRA2_LoadAdaptiveLora",
             display_name="Load Adaptive LoRA",
             category="LoRA²",
             description=(
-                "Applies a LoRA to a model, whole or cut to a share, a rank or a size, without training anything. Whole and at "
-                "strength 1 it does exactly what ComfyUI's Load LoRA does. Reads any LoRA file."
+                "Applies a LoRA to a model, whole or truncated to a fraction, a rank or a size, without training. Untruncated "
+                "and at strength 1, it does exactly what ComfyUI's Load LoRA does. Reads any LoRA file."
             ),
             search_aliases=[
                 "load lora",
@@ -42,17 +41,15 @@ class LoadAdaptiveLora(io.ComfyNode):
                 "dynamic rank",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="The diffusion model to apply the LoRA to."),
-                io.Combo.Input(
-                    "lora_name", options=files.lora_names(), tooltip="The file, from ComfyUI's LoRA folders."
-                ),
+                io.Model.Input("model", tooltip="Diffusion model to apply the LoRA to."),
+                io.Combo.Input("lora_name", options=files.lora_names(), tooltip="LoRA file in ComfyUI's LoRA folders."),
                 io.Float.Input(
                     "strength_model",
                     default=1.0,
                     min=-100.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="How strongly the diffusion model is changed. 1 is as trained.",
+                    tooltip="Strength of the LoRA on the diffusion model. 1 = as trained.",
                 ),
                 io.Float.Input(
                     "strength_clip",
@@ -60,7 +57,7 @@ class LoadAdaptiveLora(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="How strongly the text encoder is changed, if the file has a part for it.",
+                    tooltip="Strength of the LoRA on the text encoder, if the file has layers for it.",
                 ),
                 io.Float.Input(
                     "share",
@@ -68,14 +65,14 @@ class LoadAdaptiveLora(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Keep in every layer only the first positions that hold this share of what it carries. 1 = all.",
+                    tooltip="Fraction of each layer's energy to keep (sum of its squared singular values). 1 = all.",
                 ),
                 io.Int.Input(
                     "max_rank",
                     default=0,
                     min=0,
                     max=4096,
-                    tooltip="Keep at most this rank in every layer. 0 = no limit.",
+                    tooltip="Highest rank to keep in a layer. 0 = no limit.",
                 ),
                 io.Float.Input(
                     "megabytes",
@@ -83,25 +80,26 @@ class LoadAdaptiveLora(io.ComfyNode):
                     min=0.0,
                     max=100_000.0,
                     step=0.1,
-                    tooltip="Keep the most important positions of all layers together that fit this size in MB. 0 = no limit.",
+                    tooltip="Size in MB (1 MB = 1,000,000 bytes) to fit: keeps the components with the most energy for their size "
+                    "over all layers. 0 = no limit.",
                 ),
                 io.Clip.Input(
-                    "clip", optional=True, tooltip="The text encoder, if the LoRA should be applied to it too."
+                    "clip", optional=True, tooltip="Text encoder to apply the LoRA to. May stay unconnected."
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The model with the LoRA applied."),
+                io.Model.Output(display_name="model", tooltip="Model with the LoRA applied."),
                 io.Clip.Output(
-                    display_name="clip", tooltip="The text encoder with the LoRA applied; empty if none is connected."
+                    display_name="clip", tooltip="Text encoder with the LoRA applied; empty if none is connected."
                 ),
-                Ranks.Output(display_name="ranks", tooltip="The ranks of what was loaded."),
+                Ranks.Output(display_name="ranks", tooltip="Ranks of the loaded layers, after truncation."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: Any, **_: Any) -> str | float:
-        """A file that changed is read again, though its name is the same."""
+        """Fingerprint of the file, so that a changed file of the same name is read again."""
         return files.lora_fingerprint(lora_name)
 
     @classmethod
@@ -117,7 +115,7 @@ class LoadAdaptiveLora(io.ComfyNode):
         megabytes: float = 0.0,
         clip: Any = None,
     ) -> io.NodeOutput:
-        """Read, check, cut, apply, and say what was done."""
+        """Read, match, truncate, apply; report the result as the node's status."""
         document = read(files.lora_path(lora_name))
         matched = loading.match(document, model, clip)
         result = resize(document, share, max_rank, megabytes, stop_if_cancelled)
@@ -130,14 +128,14 @@ class LoadAdaptiveLora(io.ComfyNode):
 
 
 def _ranks(document: LoraDocument, title: str) -> Any:
-    """The report; for a file of other kinds of layers, whose LoRA loads all the same, none."""
+    """Rank report; an absent output for a file without plain LoRA layers, which loads all the same."""
     if not document.layers:
         return loading.absent(f"{title} holds no plain LoRA layer, so it has no ranks to show.")
     return build_report(document, title)
 
 
 def _cut_words(result: ResizeResult) -> list[str]:
-    """What was cut, and what could not be."""
+    """Sentences on the layers that were truncated and those that cannot be."""
     words = []
     if result.bytes_after < result.bytes_before:
         words.append(f"Cut from {format_size(result.bytes_before)} to {format_size(result.bytes_after)}.")

@@ -1,4 +1,4 @@
-"""Score Pictures: how alike generated pictures are to a subject's, and to their prompt."""
+"""Score Pictures: similarity of generated images to a subject's images and to their prompt."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..lora2.report.similarity import (
     DINO,
     METRICS,
     Scores,
-    against_all,
-    against_own,
+    mean_cosines,
     mean_scores,
+    paired_cosines,
     prompts_of,
 )
 from ..lora2.util.errors import LoraError
@@ -27,17 +27,17 @@ log = logging.getLogger("lora2")
 
 
 class ScorePictures(io.ComfyNode):
-    """CLIP-I, DINO and CLIP-T with the user's own encoders."""
+    """Measures CLIP-I, DINO and CLIP-T with the user's encoders."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """The node as the host shows it."""
+        """Schema of the node."""
         return io.Schema(
             node_id="LoRA2_ScorePictures",
             display_name="Score Pictures",
             category="LoRA²",
             description=(
-                "Measures how well generated pictures keep a subject (CLIP-I, DINO) and follow their prompt (CLIP-T), with "
+                "Measures the similarity of generated images to a subject (CLIP-I, DINO) and to their prompt (CLIP-T), with "
                 "encoders that you load. To compare LoRAs, score the same prompts and seeds for each."
             ),
             search_aliases=[
@@ -52,45 +52,45 @@ class ScorePictures(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="The generated pictures: a batch, or a list of any sizes."),
-                io.Image.Input(
-                    "references", tooltip="Real pictures of the subject. Best those that were not trained on."
-                ),
+                io.Image.Input("images", tooltip="Generated images: a batch, or a list of any sizes."),
+                io.Image.Input("references", tooltip="Real images of the subject, preferably not used in training."),
                 io.ClipVision.Input(
                     "encoder",
-                    tooltip="From Load CLIP Vision. A CLIP vision model gives CLIP-I, and CLIP-T with a text encoder; a DINOv2 "
-                    "model gives DINO.",
+                    tooltip="Encoder from Load CLIP Vision. A CLIP vision model measures CLIP-I (and CLIP-T if clip is connected), "
+                    "a DINOv2 model DINO.",
                 ),
                 io.String.Input(
                     "prompt",
                     default="",
                     multiline=True,
-                    tooltip="For CLIP-T: one line for all pictures, or one line for each, with the plain name of the subject's "
-                    "kind in the place of a made-up word.",
+                    tooltip="For CLIP-T: one line for all images, or one line per image. Write the subject's class (a mug) instead "
+                    "of a trigger word.",
                 ),
                 io.ClipVision.Input(
                     "second_encoder",
                     optional=True,
-                    tooltip="An encoder of the other kind, to have CLIP-I and DINO together.",
+                    tooltip="Encoder of the other kind, to measure both CLIP-I and DINO.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="For CLIP-T: the text encoder that belongs to the CLIP vision model, with its projection.",
+                    tooltip="For CLIP-T: the text encoder of the same CLIP model, with its projection.",
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="text", tooltip="The table that the node shows, in Markdown."),
+                io.String.Output(display_name="text", tooltip="The table that the node displays, in Markdown."),
                 io.Float.Output(
-                    display_name="clip_i", tooltip="CLIP-I: mean cosine of all pairs of picture and reference, by CLIP."
+                    display_name="clip_i",
+                    tooltip="CLIP-I: mean cosine similarity of all pairs of image and reference in CLIP's space.",
                 ),
                 io.Float.Output(
-                    display_name="dino", tooltip="DINO: mean cosine of all pairs of picture and reference, by DINO."
+                    display_name="dino",
+                    tooltip="DINO: mean cosine similarity of all pairs of image and reference in DINO's space.",
                 ),
-                io.Float.Output(display_name="clip_t", tooltip="CLIP-T: mean cosine of every picture and its prompt."),
-                io.String.Output(
-                    display_name="data", tooltip="Everything as JSON: the means, and every picture's own figures."
+                io.Float.Output(
+                    display_name="clip_t", tooltip="CLIP-T: mean cosine similarity of each image and its prompt."
                 ),
+                io.String.Output(display_name="data", tooltip="JSON: the means and the scores of every image."),
             ],
         )
 
@@ -104,7 +104,7 @@ class ScorePictures(io.ComfyNode):
         second_encoder: list[Any] | None = None,
         clip: list[Any] | None = None,
     ) -> io.NodeOutput:
-        """Encode, compare, show; every input arrives as a list."""
+        """Encode, compare, tabulate. Every input is a list; widgets have one value."""
         encoders = _by_metric([encoder[0], *(second_encoder or [None])[:1]])
         scores = _scores(images, references, encoders, (clip or [None])[0], prompt[0])
         table = scores.to_markdown()
@@ -118,7 +118,7 @@ class ScorePictures(io.ComfyNode):
 
 
 def _by_metric(encoders: list[Any]) -> dict[str, Any]:
-    """Encoders by what they measure; raises LoraError for two of a kind."""
+    """Encoders by metric. Raises LoraError for two of one metric."""
     found: dict[str, Any] = {}
     for encoder in encoders:
         if encoder is None:
@@ -127,51 +127,49 @@ def _by_metric(encoders: list[Any]) -> dict[str, Any]:
         if metric in found:
             raise LoraError(
                 f"Both encoders measure {metric}. Connect a CLIP vision model to one input and a DINO model to the other, or "
-                "leave second_encoder open."
+                "disconnect second_encoder."
             )
         found[metric] = encoder
     return found
 
 
 def _scores(images: list[Tensor], references: list[Tensor], encoders: dict[str, Any], clip: Any, prompt: str) -> Scores:
-    """Every metric that the encoders allow."""
+    """Scores of every metric that the encoders and the prompt allow."""
     pictures = _count(images, "images")
     others = _count(references, "references")
     prompts = prompts_of(prompt, pictures)
     if clip is not None and not prompts:
-        raise LoraError(
-            "A text encoder is connected to clip, but prompt is empty. Write the prompt, or disconnect clip."
-        )
+        raise LoraError("A text encoder is connected to clip, but prompt is empty. Write a prompt, or disconnect clip.")
     if clip is not None and CLIP_I not in encoders:
         raise LoraError(
-            "CLIP-T needs a CLIP vision model, and there is only a DINO model. Connect one, or disconnect clip."
+            "CLIP-T needs a CLIP vision model, but only a DINO model is connected. Connect one, or disconnect clip."
         )
     measured: list[tuple[str, Tensor]] = []
     for metric, encoder in encoders.items():
         vectors = picture_vectors(encoder, images)
-        measured.append((metric, against_all(vectors, picture_vectors(encoder, references))))
+        measured.append((metric, mean_cosines(vectors, picture_vectors(encoder, references))))
         if metric == CLIP_I and clip is not None:
-            measured.append((CLIP_T, against_own(vectors, prompt_vectors(clip, prompts, vectors.shape[1]))))
+            measured.append((CLIP_T, paired_cosines(vectors, prompt_vectors(clip, prompts, vectors.shape[1]))))
     return mean_scores(measured, others, {metric: name_of(encoder) for metric, encoder in encoders.items()})
 
 
 def _count(pictures: list[Tensor], name: str) -> int:
-    """How many pictures there are; raises LoraError for none, and for what are no pictures."""
+    """Number of images. Raises LoraError for none, and for a batch that is not one of RGB images."""
     for batch in pictures:
         if not isinstance(batch, Tensor) or batch.ndim != 4 or batch.shape[-1] < 3 or 0 in batch.shape[1:]:
-            raise LoraError(f"{name} must be pictures (IMAGE) in colour. Connect a node that gives pictures.")
+            raise LoraError(f"{name} must be color images (IMAGE). Connect a node that outputs images.")
     count = sum(len(batch) for batch in pictures)
     if not count:
-        raise LoraError(f"{name} is empty. Connect at least one picture.")
+        raise LoraError(f"{name} is empty. Connect at least one image.")
     return count
 
 
 def _or_absent(scores: Scores, metric: str) -> Any:
-    """The mean, or an output that says why it is not there."""
+    """Mean score, or an absent output that says what is missing."""
     why = {
         CLIP_I: "CLIP-I was not measured: connect a CLIP vision model.",
         DINO: "DINO was not measured: connect a DINOv2 model.",
-        CLIP_T: "CLIP-T was not measured: connect clip beside a CLIP vision model, and write the prompt.",
+        CLIP_T: "CLIP-T was not measured: connect clip and a CLIP vision model, and write a prompt.",
     }
     value = scores.mean(metric)
     return absent(why[metric]) if value is None else value

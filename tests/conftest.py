@@ -1,7 +1,8 @@
-"""What tests share: the real ComfyUI in this process, a running server, small models of every family."""
+"""What all tests share. Nothing here imports ComfyUI: the folders whose tests need it do (tests/unit does not)."""
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,15 +13,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # last: the pack's folder `nodes` must not hide ComfyUI's nodes.py
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "support"))
 
 import torch  # noqa: E402
-from probing import probed  # noqa: E402
+from probed_server import probed  # noqa: E402
 
 from dev import assets, host  # noqa: E402
 from dev.server import ComfyServer  # noqa: E402
 
-host.import_comfy()
 torch.set_num_threads(1)
 
 
@@ -35,15 +35,45 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def comfy() -> ModuleType:
     """The package `comfy` with `comfy.sd` loaded, on the CPU unless torch has CUDA."""
+    host.import_comfy()
     import comfy.sd
 
     return comfy
 
 
 @pytest.fixture(scope="session")
-def small_model(comfy: ModuleType) -> Callable[[str], Any]:
-    """A fresh ModelPatcher of a family's small random model, as UNETLoader gives it."""
+def fresh_model(comfy: ModuleType) -> Callable[[str], Any]:
+    """The ModelPatcher of a family's small random model, loaded anew as UNETLoader does: for tests that change the model."""
     return lambda family: comfy.sd.load_diffusion_model(str(assets.family(family)))
+
+
+@pytest.fixture(scope="session")
+def small_model(fresh_model: Callable[[str], Any]) -> Iterator[Callable[[str], Any]]:
+    """A ModelPatcher of a family's small random model over weights that all tests share; they are the same at the end.
+
+    Loaded in inference mode or outside it, as the caller is: whether weights are inference tensors makes a difference.
+    """
+    loaded: dict[tuple[str, bool], tuple[Any, str]] = {}
+
+    def model(family: str) -> Any:
+        key = (family, torch.is_inference_mode_enabled())
+        if key not in loaded:
+            fresh = fresh_model(family)
+            loaded[key] = fresh, digest(fresh.model)
+        return loaded[key][0].clone()
+
+    yield model
+    changed = [key for key, (shared, before) in loaded.items() if digest(shared.model) != before]
+    assert not changed, f"a test changed the weights of {changed}"
+
+
+def digest(module: torch.nn.Module) -> str:
+    """Of every weight's name and bits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 @pytest.fixture
@@ -57,7 +87,7 @@ def lora_folder(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A running ComfyUI with the pack, the small SD1.x checkpoint, the pictures in input/mug, and tests/probe."""
+    """A running ComfyUI with the pack, the small SD1.x checkpoint, the pictures in input/mug, and tests/support/probe."""
     with probed(tmp_path_factory.mktemp("comfy")) as running:
         yield running
 

@@ -11,7 +11,7 @@ import argparse
 import importlib
 import importlib.util
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -42,11 +42,18 @@ def experiments(only: Iterable[str] = ()) -> dict[str, Experiment]:
     return found
 
 
+def page_of(name: str) -> Callable[[Results, Path], str]:
+    """The function that writes an experiment's part of the page: `build` of its page module, or its own `page`."""
+    if importlib.util.find_spec(f"benchmarks.evidence.{name}_page") is None:
+        return importlib.import_module(f"benchmarks.evidence.{name}").page
+    return importlib.import_module(f"benchmarks.evidence.{name}_page").build
+
+
 def gather(folder: Path, pictures: Path) -> tuple[Results, str]:
     """results.json and the page, from the experiments' files in a folder; draws the pictures."""
     summaries: Results = {}
     parts, claims = [], []
-    for experiment in experiments().values():
+    for name, experiment in experiments().items():
         path = folder / experiment.FILE
         if not path.exists():
             continue
@@ -55,7 +62,7 @@ def gather(folder: Path, pictures: Path) -> tuple[Results, str]:
         summaries[experiment.KEY] = experiment.summary(results)
         claims += experiment.claims(results)
         source = f"{about['device']}, torch {about['torch']}, {about['date']}. All figures: [{experiment.FILE}]"
-        parts.append(f"{experiment.page(results, pictures)}\n\n<sub>{source}({experiment.FILE})</sub>")
+        parts.append(f"{page_of(name)(results, pictures)}\n\n<sub>{source}({experiment.FILE})</sub>")
     return summaries, "\n\n".join([HEAD, claim_table(claims), *parts]) + "\n"
 
 

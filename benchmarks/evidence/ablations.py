@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import entropy, reduced
@@ -176,13 +175,6 @@ def summary(results: Results) -> Results:
         },
     }
     return told
-
-
-def page(results: Results, folder: Path) -> str:
-    """Tables and plots."""
-    from benchmarks.evidence.ablations_page import build
-
-    return build(results, folder)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def measure(patcher: Any, family: str, form: str, budget: float, steps: int) -> 
     session, settings = models.pack("nodes.runs.run"), models.pack("lora2.config").TrainingConfig
     told = settings(steps=steps, budget_mb=budget / 1e6, settle_at=FORMS[form], learning_rate=1e-3, seed=steps)
     pictures, captions = dataset(family)
-    request = session.RunRequest(save_name="evidence/budget", target="attention")
+    request = session.RunRequest(save_name="evidence/budget", layers="attention")
     trained = session.train(patcher, pictures, captions, told, request, say=lambda _: None)
     asked_for, got = int(budget), trained.path.stat().st_size
     ranks = [len(t) for key, t in trained.lora.items() if key.endswith(("lora_down.weight", "lora_A.weight"))]

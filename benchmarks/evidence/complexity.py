@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import reduced
@@ -294,13 +293,6 @@ def summary(results: Results) -> Results:
             measure: round(correlation(results, measure, count), 4) for measure in MEASURES
         }
     return told
-
-
-def page(results: Results, folder: Path) -> str:
-    """Tables and plots."""
-    from benchmarks.evidence.complexity_page import build
-
-    return build(results, folder)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ An experiment is a module of this package with
     run(full)  does the work and gives plain values; full=False is the reduced size, for a CPU and some minutes
     claims(results)          what must hold, with figures
     summary(results)         what results.json holds of it
-    page(results, folder)    its part of the page, in Markdown, with pictures drawn into the folder
+Its part of the page, in Markdown with pictures drawn into a folder, is written by `build(results, folder)` of the module
+KEY_page, which reads results and imports the experiment (never the other way), or by its own `page(results, folder)`.
 """
 
 from __future__ import annotations
@@ -68,9 +69,6 @@ class Experiment(Protocol):
 
     def summary(self, results: Results) -> Results:
         """The figures for results.json."""
-
-    def page(self, results: Results, folder: Path) -> str:
-        """The part of the page."""
 
 
 def device_name() -> str:

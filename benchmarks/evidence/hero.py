@@ -1,7 +1,7 @@
-"""The README's picture: a subject drawn by the base, with one rank for every layer, and with learned ranks.
+"""README's first picture: a subject drawn by the base model, by a plain LoRA, and by LoRA² at the same bytes.
 
-`python -m benchmarks.evidence.hero` trains both on a CPU by the node's own bridge (some minutes), loads the files as
-ComfyUI's LoraLoader does, and draws all with the same seeds.
+`python -m benchmarks.evidence.hero` trains both on a CPU with the node's own code (some minutes), loads the files as
+ComfyUI's LoraLoader does, and draws all pictures with the same seeds.
 """
 
 from __future__ import annotations
@@ -21,107 +21,127 @@ from dev.painter.model import write_checkpoint
 from dev.painter.sampling import Painter
 
 PICTURE = ROOT / "docs" / "pictures" / "hero.png"
-SUBJECT, PICTURES, SEED = 4, 24, 3
-"""Cells along the subject's side; pictures to learn from; of everything random."""
+SUBJECT, PICTURES, SEED = 3, 24, 3
+"""Cells along the subject's side (a mug of 3 x 3 colors); training pictures; seed of everything random."""
 
-UNIFORM = {"target_rank": 64, "initial_rank": 64, "min_rank": 64, "settle_at": 0.0, "learning_rate": 10**-2.5}
-LEARNED = {"target_rank": 32, "settle_keep": 0.98, "learning_rate": 10**-2.5}
-"""Both at the learning rate that is best on the subjects of tuning, the same steps and batch."""
-STEPS, BATCH = 200, 4
+RANK = 8
+PLAIN = {"target_rank": RANK, "initial_rank": RANK, "min_rank": RANK, "settle_at": 0.0}
+LEARNED = {"target_rank": RANK}
+STEPS, BATCH, RATE = 400, 4, 0.01
+"""RATE is the best of both methods at this rank (docs/evidence/pareto.json)."""
 
-PLACES = ("in a field of flowers, left", "in the desert, centre", "on blue tiles, right")
-"""Where it was never seen."""
+PROMPTS = {
+    "in the desert": "a photo of a big {} in the desert, centre",
+    "as a cartoon, on the beach": "a cartoon of a big {} on the beach, centre",
+}
+"""Row title: prompt. No training picture shows the subject in the desert or as a cartoon."""
+
+SAMPLER_STEPS, GUIDANCE = 15, 3.0
 
 Column = tuple[str, str, list[Image.Image], list[int]]
-"""A title, words below it, pictures, and every layer's rank."""
+"""Title, subtitle, one picture per row, rank of every layer."""
 
-SIDE, GAP, HEAD, FOOT = 192, 10, 64, 86
-INK, QUIET, PAPER, BAR = (30, 32, 38), (110, 114, 124), (255, 255, 255), (70, 120, 210)
+SIDE, GAP, HEAD, ROW_TITLE, FOOT = 208, 12, 66, 24, 88
+INK, QUIET, PAPER, BAR = (30, 32, 38), (100, 104, 114), (255, 255, 255), (70, 120, 210)
 
 
 def trained(
-    painter: Painter, drawn: Sequence[tuple[Image.Image, str]], told: dict[str, Any], name: str
+    painter: Painter, drawn: Sequence[tuple[Image.Image, str]], values: dict[str, Any], name: str
 ) -> tuple[Any, Path]:
-    """The LoRA of a run of the node, and its file."""
-    session, settings = models.pack("nodes.runs.run"), models.pack("lora2.config").TrainingConfig
+    """The LoRA of one run of the node, and its file."""
+    run_module, config = models.pack("nodes.runs.run"), models.pack("lora2.config").TrainingConfig
     latents = [{"samples": t} for t in painter.latents([image for image, _ in drawn])]
     captions = [painter.encode(caption) for _, caption in drawn]
-    request = session.RunRequest(save_name=name, target="attention", state_every=0)
-    run = session.train(
-        painter.patcher,
-        latents,
-        captions,
-        settings(steps=STEPS, batch_size=BATCH, seed=SEED, **told),
-        request,
-        say=print,
-    )
+    request = run_module.RunRequest(save_name=name, layers="attention", state_every=0)
+    values = {"steps": STEPS, "batch_size": BATCH, "learning_rate": RATE, "seed": SEED} | values
+    run = run_module.train(painter.patcher, latents, captions, config(**values), request, say=print)
     return run.lora, run.path
 
 
 def ranks_of(lora: dict[str, Any]) -> list[int]:
-    """Every layer's rank."""
+    """Rank of every layer."""
     return [len(t) for key, t in lora.items() if key.endswith(("lora_down.weight", "lora_A.weight"))]
 
 
 def drawn_with(painter: Painter, lora: Any, captions: Sequence[str]) -> list[Image.Image]:
-    """What the model draws with a LoRA that ComfyUI's own code has applied, or without one."""
+    """Pictures of the model with a LoRA applied by ComfyUI's own code, or of the base model."""
     import comfy.sd
 
     patcher = painter.patcher
     if lora is not None:
         patcher, _ = comfy.sd.load_lora_for_models(painter.patcher, None, lora, 1.0, 0.0)
-    return painter.sample(captions, SEED, patcher=patcher)
+    return painter.sample(captions, SEED, SAMPLER_STEPS, GUIDANCE, patcher)
 
 
 def main() -> None:
-    """Train, draw, and put the pictures side by side."""
+    """Train, draw, and compose the sheet."""
     models.import_comfy()
     import folder_paths
 
     subject = next(s for s in subjects.SUBJECTS if s.cells == SUBJECT)
     drawn = subject.pictures(PICTURES)
-    captions = [f"a photo of a big {subjects.NAME} {subject.shape} {place}" for place in PLACES]
+    captions = [prompt.format(f"{subjects.NAME} {subject.shape}") for prompt in PROMPTS.values()]
     with tempfile.TemporaryDirectory() as folder:
         folder_paths.folder_names_and_paths["loras"] = ([folder], {".safetensors"})
         checkpoint = Path(folder) / "painter.safetensors"
         write_checkpoint(checkpoint)
         painter = Painter(checkpoint)
-        base = drawn_with(painter, None, captions)
-        columns: list[Column] = [("training pictures", "3 of 24", [image for image, _ in drawn[: len(PLACES)]], [])]
-        columns.append(("base model", "does not know the subject", base, []))
-        for title, told in (("rank 64 everywhere", UNIFORM), ("learned ranks", LEARNED)):
-            lora, path = trained(painter, drawn, told, title.replace(" ", "-"))
-            ranks = ranks_of(lora)
-            spread = f"ranks {min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else "one rank"
-            words = f"{path.stat().st_size / 1000:,.0f} KB, {spread}"
-            columns.append((title, words, drawn_with(painter, lora, captions), ranks))
+        columns = [base_column(painter, captions)]
+        for title, values in (("plain LoRA", PLAIN), ("LoRA²", LEARNED)):
+            lora, path = trained(painter, drawn, values, title.split()[0])
+            columns.append(lora_column(painter, title, lora, path, captions))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    sheet(columns).save(PICTURE, optimize=True)
+    sheet([image for image, _ in drawn[: len(PROMPTS)]], columns).save(PICTURE, optimize=True)
     print(PICTURE.relative_to(ROOT))
 
 
-def sheet(columns: Sequence[Column]) -> Image.Image:
-    """Columns of pictures under a title, and every layer's rank as a bar below."""
-    rows = len(columns[0][2])
-    width = len(columns) * (SIDE + GAP) + GAP
-    image = Image.new("RGB", (width, HEAD + rows * (SIDE + GAP) + FOOT), PAPER)
+def base_column(painter: Painter, captions: Sequence[str]) -> Column:
+    """The base model's column."""
+    return "base model", "has never seen the mug", drawn_with(painter, None, captions), []
+
+
+def lora_column(painter: Painter, title: str, lora: Any, path: Path, captions: Sequence[str]) -> Column:
+    """The column of a trained LoRA: its size, its pictures and its ranks."""
+    ranks = ranks_of(lora)
+    spread = f"ranks {min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"rank {ranks[0]} in every layer"
+    size = f"{path.stat().st_size / 1000:,.0f} KB"
+    return title, f"{size}, {spread}", drawn_with(painter, lora, captions), ranks
+
+
+def sheet(examples: Sequence[Image.Image], columns: Sequence[Column]) -> Image.Image:
+    """Training pictures on the left, then a column per model: title, pictures with a row title, ranks as bars."""
+    row_height, rows = ROW_TITLE + SIDE + GAP, len(PROMPTS)
+    wide = SIDE + GAP
+    image = Image.new("RGB", (GAP + (1 + len(columns)) * wide + GAP, HEAD + rows * row_height + FOOT), PAPER)
     brush = ImageDraw.Draw(image)
-    large, small = ImageFont.load_default(17), ImageFont.load_default(13)
-    bottom = image.height - 24
-    most = max((rank for *_, ranks in columns for rank in ranks), default=1)
-    for place, (title, words, pictures, ranks) in enumerate(columns):
-        x = GAP + place * (SIDE + GAP)
-        brush.text((x, 12), title, INK, large)
-        brush.text((x, 38), words, QUIET, small)
+    large, small, tiny = (ImageFont.load_default(size) for size in (19, 13, 12))
+    left, bottom = GAP + wide + GAP, image.height - 26
+    brush.text((GAP, 12), "training pictures", INK, large)
+    brush.text((GAP, 40), f"{len(examples)} of {PICTURES}", QUIET, small)
+    brush.line((left - GAP, 12, left - GAP, HEAD + rows * row_height - GAP), (215, 218, 224), 1)
+    for row, (title, example) in enumerate(zip(PROMPTS, examples, strict=True)):
+        y = HEAD + row * row_height
+        image.paste(_enlarged(example), (GAP, y + ROW_TITLE))
+        brush.text((left, y + 3), f"… {title}", QUIET, small)
+    highest = max((rank for *_, ranks in columns for rank in ranks), default=1)
+    for number, (title, subtitle, pictures, ranks) in enumerate(columns):
+        x = left + number * wide
+        plain, square, _ = title.partition("²")  # Pillow's font has no such glyph
+        brush.text((x, 12), plain, INK, large)
+        brush.text((x + brush.textlength(plain, large) + 1, 9), "2" if square else "", INK, tiny)
+        brush.text((x, 40), subtitle, QUIET, small)
         for row, picture in enumerate(pictures):
-            image.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, HEAD + row * (SIDE + GAP)))
-        step = SIDE / max(len(ranks), 1)
+            image.paste(_enlarged(picture), (x, HEAD + row * row_height + ROW_TITLE))
         for index, rank in enumerate(ranks):
-            left, tall = x + index * step, max(1, round(rank / most * (FOOT - 30)))
-            brush.rectangle((left, bottom - tall, left + step - 2, bottom), fill=BAR)
+            bar, height = x + index * SIDE / len(ranks), max(1, round(rank / highest * (FOOT - 34)))
+            brush.rectangle((bar, bottom - height, bar + SIDE / len(ranks) - 2, bottom), fill=BAR)
         if ranks:
-            brush.text((x, bottom + 5), "rank of every layer", QUIET, small)
+            brush.text((x, bottom + 5), "rank of each layer", QUIET, small)
     return image
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import reduced
@@ -163,13 +162,6 @@ def summary(results: Results) -> Results:
                 "mean_rank": [round(min(ranks), 2), round(mean(ranks), 2), round(max(ranks), 2)], "difference": against,
             }  # fmt: skip
     return told
-
-
-def page(results: Results, folder: Path) -> str:
-    """Tables and plots."""
-    from benchmarks.evidence.keeping_page import build
-
-    return build(results, folder)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import longer, reduced
@@ -205,13 +204,6 @@ def summary(results: Results) -> Results:
 def _tallied(compared: Sequence[Pair]) -> Results:
     told = tally(compared)
     return {"subjects_beaten": told["beaten"], **{k: round(told[k], 4) for k in ("share", "difference", "worst")}}
-
-
-def page(results: Results, folder: Path) -> str:
-    """Tables and plots."""
-    from benchmarks.evidence.pareto_page import build
-
-    return build(results, folder)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,13 +233,6 @@ def by_rest(runs: Sequence[Results]) -> dict[float, list[Results]]:
     tried = chosen(runs, group="rest")
     tried += chosen(runs, group="shapes", form=PURE, layout="64 x 64", decay=1.0)
     return {rest: chosen(tried, rest=rest) for rest in sorted({run["rest"] for run in tried})}
-
-
-def page(results: Results, folder: Path) -> str:
-    """Recovery of known ranks, against the weight of the pull, the budget, the start, noise."""
-    from benchmarks.evidence.recovery_page import build
-
-    return build(results, folder)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import reduced
@@ -179,13 +178,6 @@ def size(results: Results, method: str, kind: str, count: int, share: float) -> 
     """Mean parameters after a cut, as a share of those of a uniform rank."""
     rows = chosen(results["rows"], method=method, kind=kind, pictures=count, share=share)
     return mean(row["parameters"] for row in rows) / (UNIT * results["rank"])
-
-
-def page(results: Results, folder: Path) -> str:
-    """Tables and plots."""
-    from benchmarks.evidence.truncation_page import build
-
-    return build(results, folder)
 
 
 if __name__ == "__main__":

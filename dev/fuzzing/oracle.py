@@ -101,7 +101,7 @@ def _reported(report: Any, document: Any, path: Path, picture: bool) -> None:
         try:
             with guarded():
                 made = report.build_report(document, document.metadata.get("ss_output_name", path.stem), energy=energy)
-                data, text = made.to_json(), made.to_markdown()
+                data, text = made.to_json(), pack("lora2.report.markdown").markdown(made)
         except LORA_ERROR as error:
             _message(error, path)
             continue

@@ -61,7 +61,7 @@ class Canvas:
         return self._image.reduce(_SMOOTH)
 
     def box(self, x: float, y: float, width: float, height: float, fill: Color, radius: float = 0.0) -> None:
-        """A filled rectangle; at least one pixel wide, so that nothing that exists is invisible."""
+        """A filled rectangle; at least one pixel wide, so that every element is visible."""
         left, top = round(x * self.scale), round(y * self.scale)
         right = max(left + 1, round((x + width) * self.scale)) - 1
         bottom = max(top + 1, round((y + height) * self.scale)) - 1

@@ -1,4 +1,4 @@
-"""Where a layer sits: part, block and projection, read from its name in any of the known styles."""
+"""Layer names: part, block and projection of a layer, parsed from its key in any known style."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from ..util.text import clean
 
-# Order of the stages in a run of the network; names that nobody knows stand between 'layer' and 'single'.
+# Order of the stages in a run of the network; unknown names sort between 'layer' and 'single'.
 _STAGES = (
     "in", "refiner", "down", "input", "double", "joint", "block", "layer", "?", "single", "mid", "middle",
     "up", "output", "out",
@@ -30,7 +30,7 @@ _NUMBERED = re.compile(r"(?:(.*?[a-z])_)?(\d+)_(?:(\d+)_)?(.*[a-z].*)")
 _FIRST = re.compile(r"(?:^|_)(in|emb|embed|embedder|embedding|patch|time|guidance|vector)(?:_|$)")
 _LAST = re.compile(r"(?:^|_)(final|out|head)(?:_|$)")
 
-# Heads of numbered blocks: the word shown for them.
+# Heads of numbered blocks, and the word displayed for each.
 _HEADS = {
     "double_blocks": "double", "single_blocks": "single", "single_transformer_blocks": "single",
     "transformer_blocks": "block", "blocks": "block", "block": "block", "encoder_block": "layer",
@@ -70,7 +70,7 @@ _WHOLE = {
     "conv": ("sample", "conv"), "op": ("sample", "conv"),
 }  # fmt: skip
 
-# Order of the rows; what is not listed follows, by name.
+# Order of the rows; others follow by name.
 _GROUPS = (
     "attn1", "attn2", "self", "cross", "img attn", "txt attn", "x attn", "ctx attn", "attn", "add attn",
     "ff", "mlp", "img mlp", "txt mlp", "x mlp", "ctx mlp", "ff ctx", "", "mod", "img mod", "txt mod",
@@ -81,7 +81,7 @@ _LEAVES = ("q", "k", "v", "qkv", "kv", "o", "in", "gate", "up", "down", "out", "
 
 @dataclass(frozen=True)
 class LayerName:
-    """Where a layer sits.
+    """A layer's position in the network.
 
     part: 'UNet', 'text encoder 2', or ''. stage, number: the block, 'down' and '1.0'. unit: the transformer
     block inside it, where it can have several. group, leaf: the projection, 'attn1' and 'q'. order: sorts
@@ -115,10 +115,10 @@ class LayerName:
 
 @lru_cache(maxsize=16384)
 def parse_layer_name(name: str) -> LayerName:
-    """The place of a layer, from its key without suffix, in the style of kohya, diffusers, ComfyUI or PEFT.
+    """Parse a layer's key without suffix, in the style of kohya, diffusers, ComfyUI or PEFT.
 
     A name that fits no known style is split at its first number: words before it are the block, words after
-    it the projection. Nothing here fails: any text gives a place, with bounded, printable labels.
+    it the projection. Never fails: any text gives a LayerName with bounded, printable labels.
     """
     text = clean(name, 300)
     part_at, part, path = _part(text)

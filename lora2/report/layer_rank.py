@@ -1,4 +1,4 @@
-"""One layer's rank with its place in the network, and what several of them have in common."""
+"""One layer's rank with its position in the network, and means over several layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ K = TypeVar("K", bound=Hashable)
 class LayerRank:
     """One layer of a LoRA.
 
-    name: its key without suffix; part, block, projection: its place in words. d_in and d_out as for a matrix
+    name: its key without suffix; part, block, projection: its position in words. d_in and d_out as for a matrix
     (a kernel counts inside d_in). parameters: numbers stored. energy_rank: directions that hold 99 % of
     Σ σ², None when not measured. nu: learned decay of importance, None in a file without our metadata.
     """
@@ -39,14 +39,14 @@ class LayerRank:
 
     @property
     def layer_name(self) -> LayerName:
-        """Where it sits, for sorting and drawing."""
+        """The parsed name, for sorting and drawing."""
         return parse_layer_name(self.name)
 
     @property
     def order(self) -> tuple[object, ...]:
         """Sorts layers as the network runs."""
-        where = self.layer_name
-        return (where.order, where.unit or 0, where.row_order, self.name)
+        name = self.layer_name
+        return (name.order, name.unit or 0, name.row_order, self.name)
 
 
 def used_rank(layer: LayerRank) -> int:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from ..util.text import escape_markdown, format_size
 from .layer_rank import LayerRank, grouped, mean_rank, range_words, stored_rank, used_rank
+from .ranks import RankReport
 
-if TYPE_CHECKING:
-    from .ranks import RankReport
-
-_MOST_ROWS = 160
-_MOST_COLUMNS = 16
+_MAX_ROWS = 160
+_MAX_COLUMNS = 16
 
 
 def markdown(report: RankReport) -> str:
@@ -48,15 +45,15 @@ def _rank_table(title: str, layers: list[LayerRank], value: Callable[[LayerRank]
     """A row per block, a column per projection."""
     order = {layer.projection: layer.layer_name.row_order for layer in layers}
     columns = sorted(order, key=lambda projection: order[projection])
-    shown = columns[:_MOST_COLUMNS]
+    displayed = columns[:_MAX_COLUMNS]
     blocks = grouped(layers, lambda layer: layer.block)
-    lines = [f"### {escape_markdown(title)}", "", _row(["block", *shown, "mean"])]
-    lines.append(_row(["---", *["---:"] * (len(shown) + 1)]))
-    for block, members in list(blocks.items())[:_MOST_ROWS]:
+    lines = [f"### {escape_markdown(title)}", "", _row(["block", *displayed, "mean"])]
+    lines.append(_row(["---", *["---:"] * (len(displayed) + 1)]))
+    for block, members in list(blocks.items())[:_MAX_ROWS]:
         cells = grouped(members, lambda layer: layer.projection)
-        ranks = [range_words([value(layer) for layer in cells.get(column, [])]) for column in shown]
+        ranks = [range_words([value(layer) for layer in cells.get(column, [])]) for column in displayed]
         lines.append(_row([block, *ranks, f"{mean_rank(members, value):.1f}"]))
-    if len(blocks) > _MOST_ROWS or len(columns) > _MOST_COLUMNS:
+    if len(blocks) > _MAX_ROWS or len(columns) > _MAX_COLUMNS:
         lines.append(f"\nOf {len(blocks)} blocks and {len(columns)} projections; the data lists every layer.")
     return "\n".join(lines)
 
@@ -70,5 +67,5 @@ def _size_table(report: RankReport) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     """One row of a table; dashes, which make its rule, pass as they are."""
-    shown = (cell if set(cell) <= set("-:") else escape_markdown(cell) for cell in cells)
-    return f"| {' | '.join(shown)} |"
+    escaped = (cell if set(cell) <= set("-:") else escape_markdown(cell) for cell in cells)
+    return f"| {' | '.join(escaped)} |"

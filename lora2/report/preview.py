@@ -1,4 +1,4 @@
-"""The picture that a training run shows while it runs: the loss so far and the ranks so far."""
+"""Live picture of a training run: the loss and the ranks so far."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .rank_map_drawing import draw
 _WIDTH, _EDGE = 768.0, 28.0
 _INNER = _WIDTH - 2 * _EDGE
 _LOSS_TOP, _LOSS_HEIGHT = 96.0, 190.0
-_STRIP = Style(15, 2, 5, 60, 16, 0, most_rows=12, most_lines=12, most_height=420)
+_STRIP = Style(15, 2, 5, 60, 16, 0, max_rows=12, max_lines=12, max_height=420)
 _RAW: Color = (110, 86, 66)
 
 
@@ -41,8 +41,8 @@ def preview_picture(
     unit of rank, which give the size (numbers of number_bytes bytes) and weigh the mean. cuts: the steps before
     which layers were cut.
     """
-    spots = [Cell(parse_layer_name(name), rank, max(1, (costs or {}).get(name, 1))) for name, rank in ranks.items()]
-    chart = lay_out(spots, _INNER, Canvas(_WIDTH, 1, int(_WIDTH)), (_STRIP,)) if spots else None
+    cells = [Cell(parse_layer_name(name), rank, max(1, (costs or {}).get(name, 1))) for name, rank in ranks.items()]
+    chart = lay_out(cells, _INNER, Canvas(_WIDTH, 1, int(_WIDTH)), (_STRIP,)) if cells else None
     top = _LOSS_TOP + _LOSS_HEIGHT + 44
     canvas = Canvas(_WIDTH, top + 66 + chart.height + _EDGE if chart else top + 8, width)
     values = np.asarray(losses, dtype=np.float64).reshape(-1)
@@ -51,7 +51,7 @@ def preview_picture(
     _head(canvas, smooth, steps, phase)
     _losses(canvas, values, smooth, steps, [c for c in cuts if 0 < c <= len(values)], phase)
     if chart:
-        _ranks(canvas, chart, spots, top, number_bytes if costs else 0)
+        _ranks(canvas, chart, cells, top, number_bytes if costs else 0)
     return canvas.picture()
 
 
@@ -73,10 +73,10 @@ def smoothed(values: np.ndarray, window: float) -> np.ndarray:
 
 def _head(canvas: Canvas, smooth: np.ndarray, steps: int, phase: str) -> None:
     """Phase, step and the present loss."""
-    colour = CALM if phase == "pruned" else ACCENT
+    color = CALM if phase == "pruned" else ACCENT
     words = canvas.fit(phase, 20, 0.4 * _INNER)
     wide = canvas.text_width(words, 20) + 28
-    canvas.box(_EDGE, 26, wide, 36, colour, 18)
+    canvas.box(_EDGE, 26, wide, 36, color, 18)
     canvas.text(_EDGE + wide / 2, 44, words, 20, CARD, "mm", strong=True)
     canvas.text(_EDGE + wide + 16, 44, f"step {len(smooth)} of {steps}", 22, INK, "lm")
     last = f"{smooth[-1]:.4f}" if len(smooth) and math.isfinite(smooth[-1]) else "-"
@@ -126,15 +126,15 @@ def _range(finite: np.ndarray, smooth: np.ndarray) -> tuple[float, float]:
     high = max(float(np.quantile(finite, 0.95)), float(smooth.max()))
     if high - low > 1e-9 * abs(high):
         return low, high
-    room = 0.5 * abs(high) + 1e-9
-    return low - room, high + room
+    margin = 0.5 * abs(high) + 1e-9
+    return low - margin, high + margin
 
 
-def _thinned(values: np.ndarray, most: int) -> list[tuple[float, float]]:
-    """(step, value) of at most `most` points: means over equal stretches; NaN where a stretch has none."""
-    if len(values) <= most:
+def _thinned(values: np.ndarray, limit: int) -> list[tuple[float, float]]:
+    """(step, value) of at most `limit` points: means over equal stretches; NaN where a stretch has none."""
+    if len(values) <= limit:
         return [(index + 1.0, value) for index, value in enumerate(values.tolist())]
-    edges = np.linspace(0, len(values), most + 1).astype(int)
+    edges = np.linspace(0, len(values), limit + 1).astype(int)
     points = []
     for start, end in pairwise(edges.tolist()):
         part = values[start:end]
@@ -154,17 +154,17 @@ def _runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float
     return [run for run in runs if run]
 
 
-def _ranks(canvas: Canvas, chart: RankMap, spots: Sequence[Cell], y: float, number_bytes: int) -> None:
+def _ranks(canvas: Canvas, chart: RankMap, cells: Sequence[Cell], y: float, number_bytes: int) -> None:
     """Mean, range and size in words, and the strip of all layers."""
-    values = [spot.value for spot in spots]
+    values = [cell.value for cell in cells]
     low, high = round(min(values)), round(max(values))
-    number = three_digits(mean(spots)) if high else "0"
+    number = three_digits(mean(cells)) if high else "0"
     canvas.text(_EDGE, y + 28, number, 34, INK)
     words = "rank of every layer" if low == high else f"mean rank, {low} - {high}"
     canvas.text(_EDGE + canvas.text_width(number, 34) + 12, y + 28, words, 20, QUIET)
-    words = "1 layer" if len(spots) == 1 else f"{len(spots)} layers"
+    words = "1 layer" if len(cells) == 1 else f"{len(cells)} layers"
     if number_bytes:
-        words += f", {format_size(sum(spot.value * spot.cost for spot in spots) * number_bytes)}"
+        words += f", {format_size(sum(cell.value * cell.cost for cell in cells) * number_bytes)}"
     canvas.text(_WIDTH - _EDGE, y + 28, words, 20, QUIET, "rs")
-    # A fixed low end: colours of one run can be compared from step to step.
+    # A fixed low end: colors of one run can be compared from step to step.
     draw(chart, canvas, _EDGE, y + 52, _INNER, RankScale(0, max(6, math.ceil(math.log2(max(high, 1))))))

@@ -1,4 +1,4 @@
-"""The layout of the rank map: projections as rows, blocks from left to right, a band of colour per layer."""
+"""The layout of the rank map: projections as rows, blocks from left to right, a band of color per layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .canvas import Canvas
 from .layer_names import OUTSIDE, LayerName
 from .layer_rank import grouped
 
-_MOST_STAGES, _MOST_PARTS = 12, 6
+_MAX_STAGES, _MAX_PARTS = 12, 6
 
 
 class Row(NamedTuple):
@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One layer on the map: its place, its rank, its parameters per unit of rank."""
+    """One layer on the map: its name, its rank, its parameters per unit of rank."""
 
     layer_name: LayerName
     value: float
@@ -40,24 +40,24 @@ class Cell:
 class Style:
     """Sizes in units of the canvas.
 
-    row, gap: height of a cell and the space around it. least, most: width of a column of one band. label,
-    numbers: size of the names, and of the ranks printed, 0 for none. most_rows: of one panel; most_lines:
-    cells above each other in a panel whose columns are wrapped; most_height: of all panels.
+    row, gap: height of a cell and the space around it. min_width, max_width: of a column of one band. label,
+    numbers: size of the names, and of the ranks printed, 0 for none. max_rows: of one panel; max_lines:
+    cells above each other in a panel whose columns are wrapped; max_height: of all panels.
     """
 
     row: float
     gap: float
-    least: float
-    most: float
+    min_width: float
+    max_width: float
     label: float
     numbers: float
-    most_rows: int
-    most_lines: int
-    most_height: float
+    max_rows: int
+    max_lines: int
+    max_height: float
 
 
-ROOMY = Style(40, 4, 37, 180, 22, 21, most_rows=20, most_lines=26, most_height=1500)
-COMPACT = Style(28, 3, 30, 90, 18, 15, most_rows=16, most_lines=16, most_height=2600)
+ROOMY = Style(40, 4, 37, 180, 22, 21, max_rows=20, max_lines=26, max_height=1500)
+COMPACT = Style(28, 3, 30, 90, 18, 15, max_rows=16, max_lines=16, max_height=2600)
 
 
 @dataclass
@@ -95,11 +95,11 @@ class Panel:
 
 @dataclass
 class RankMap:
-    """The panels, and how many layers had no room."""
+    """The panels, and the number of layers that did not fit."""
 
     panels: list[Panel]
     style: Style
-    left_out: int = 0
+    omitted: int = 0
 
     @property
     def height(self) -> float:
@@ -110,31 +110,31 @@ class RankMap:
 
     @property
     def note(self) -> str:
-        """The line below the panels."""
-        if self.left_out:
-            return f"and {self.left_out} layers more"
+        """The note below the panels."""
+        if self.omitted:
+            return f"and {self.omitted} more layers"
         bands = any(column.bands > 1 for panel in self.panels for line in panel.lines for column in line)
         shown = bands and self.style.numbers
         return "A number is the mean of the layers below it, one band each." if shown else ""
 
 
-def lay_out(spots: Sequence[Cell], width: float, canvas: Canvas, styles: Sequence[Style] = (ROOMY, COMPACT)) -> RankMap:
+def lay_out(cells: Sequence[Cell], width: float, canvas: Canvas, styles: Sequence[Style] = (ROOMY, COMPACT)) -> RankMap:
     """Lay the layers out on a width, in the first style that is not too high; the last one leaves panels out.
 
     canvas: measures texts, nothing is drawn on it.
     """
     for style in styles:
-        chart = _arrange(spots, width, canvas, style)
-        if chart.height <= style.most_height:
+        chart = _arrange(cells, width, canvas, style)
+        if chart.height <= style.max_height:
             return chart
-    while len(chart.panels) > 1 and chart.height > style.most_height:
-        gone = chart.panels.pop()
-        chart.left_out += sum(len(cell) for line in gone.lines for c in line for cell in c.cells.values())
+    while len(chart.panels) > 1 and chart.height > style.max_height:
+        removed = chart.panels.pop()
+        chart.omitted += sum(len(cell) for line in removed.lines for c in line for cell in c.cells.values())
     return chart
 
 
-def _arrange(spots: Sequence[Cell], width: float, canvas: Canvas, style: Style) -> RankMap:
-    tables = [(title, columns, _rows(columns, style.most_rows)) for title, columns in _tables(spots)]
+def _arrange(cells: Sequence[Cell], width: float, canvas: Canvas, style: Style) -> RankMap:
+    tables = [(title, columns, _rows(columns, style.max_rows)) for title, columns in _tables(cells)]
     # Panels of blocks share the width of their labels, so that they stand in one grid.
     shared = [row for _, columns, rows in tables if not _outside(columns) for row in rows]
     panels = []
@@ -160,15 +160,15 @@ def _labels(rows: Sequence[Row], width: float, canvas: Canvas, style: Style) -> 
     return groups, max(whole, groups + leaves + 0.5 * style.label) + 0.6 * style.label
 
 
-def _tables(spots: Sequence[Cell]) -> list[tuple[str, list[Column]]]:
+def _tables(cells: Sequence[Cell]) -> list[tuple[str, list[Column]]]:
     """(title, columns) of every panel: stages of one part that have the same projections share a panel."""
-    spots = sorted(spots, key=lambda s: (s.layer_name.order, s.layer_name.unit or 0))
+    cells = sorted(cells, key=lambda s: (s.layer_name.order, s.layer_name.unit or 0))
     tables: list[tuple[str, list[Column]]] = []
-    parts = grouped(_bounded(spots), lambda s: s.layer_name.part)
+    parts = grouped(_bounded(cells), lambda s: s.layer_name.part)
     for part, members in parts.items():
         title = part if len(parts) > 1 else ""
         stages = grouped(members, lambda s: s.layer_name.stage)
-        outer = [spot for stage in OUTSIDE for spot in stages.pop(stage, [])]
+        outer = [cell for stage in OUTSIDE for cell in stages.pop(stage, [])]
         open_rows: set[Row] = set()
         for stage in stages.values():
             columns = [_column(block) for block in grouped(stage, lambda s: s.layer_name.number).values()]
@@ -184,25 +184,25 @@ def _tables(spots: Sequence[Cell]) -> list[tuple[str, list[Column]]]:
     return tables
 
 
-def _bounded(spots: Sequence[Cell]) -> list[Cell]:
-    """The same layers with few parts and stages: names that nobody knows must not make a thousand panels."""
-    parts = list(dict.fromkeys(s.layer_name.part for s in spots))
-    stages = {s.layer_name.stage for s in spots}
-    kept = set(parts[:_MOST_PARTS]) if len(parts) > _MOST_PARTS else set(parts)
+def _bounded(cells: Sequence[Cell]) -> list[Cell]:
+    """The same layers with few parts and stages: unknown names must not make a thousand panels."""
+    parts = list(dict.fromkeys(s.layer_name.part for s in cells))
+    stages = {s.layer_name.stage for s in cells}
+    shown = set(parts[:_MAX_PARTS]) if len(parts) > _MAX_PARTS else set(parts)
     out = []
-    for spot in spots:
-        where = spot.layer_name
-        if where.part not in kept:
-            where = replace(where, part="other parts")
-        if len(stages) > _MOST_STAGES and where.order[2]:
-            where = replace(where, stage="other", number="")
-        out.append(spot if where is spot.layer_name else replace(spot, layer_name=where))
+    for cell in cells:
+        name = cell.layer_name
+        if name.part not in shown:
+            name = replace(name, part="other parts")
+        if len(stages) > _MAX_STAGES and name.order[2]:
+            name = replace(name, stage="other", number="")
+        out.append(cell if name is cell.layer_name else replace(cell, layer_name=name))
     return out
 
 
-def _column(spots: Sequence[Cell]) -> Column:
-    where = spots[0].layer_name
-    return Column(where.stage, where.number, grouped(spots, lambda s: s.row))
+def _column(cells: Sequence[Cell]) -> Column:
+    name = cells[0].layer_name
+    return Column(name.stage, name.number, grouped(cells, lambda s: s.row))
 
 
 def _rows(columns: Sequence[Column], most: int) -> list[Row]:
@@ -230,8 +230,8 @@ def _rows(columns: Sequence[Column], most: int) -> list[Row]:
 
 def _lines(columns: list[Column], rows: int, width: float, style: Style) -> list[list[Column]]:
     """Columns in as few lines as they need; beyond the lines allowed, neighbours share a column."""
-    per_line = max(1, int((width + style.gap) // (style.least + style.gap)))
-    lines = min(math.ceil(len(columns) / per_line), max(1, style.most_lines // max(rows, 1)))
+    per_line = max(1, int((width + style.gap) // (style.min_width + style.gap)))
+    lines = min(math.ceil(len(columns) / per_line), max(1, style.max_lines // max(rows, 1)))
     share = 1
     merged = columns
     while len(merged) > lines * per_line and share < len(columns):
@@ -252,11 +252,11 @@ def _merge(columns: Sequence[Column]) -> Column:
     return Column(columns[0].stage, f"{columns[0].number}-{columns[-1].number}", cells)
 
 
-def mean(spots: Iterable[Cell]) -> float:
+def mean(cells: Iterable[Cell]) -> float:
     """Mean value weighted by cost."""
-    spots = list(spots)
-    weight = sum(s.cost for s in spots)
-    return sum(s.value * s.cost for s in spots) / weight if weight else 0.0
+    cells = list(cells)
+    weight = sum(s.cost for s in cells)
+    return sum(s.value * s.cost for s in cells) / weight if weight else 0.0
 
 
 def head(style: Style) -> float:

@@ -34,8 +34,8 @@ def _widths(columns: Sequence[Column], width: float, style: Style) -> list[float
     """Every column the least width, and the rest of the space by the number of its bands."""
     bands = [column.bands for column in columns]
     breaks = sum(a.stage != b.stage for a, b in pairwise(columns))
-    spare = max(0.0, width - len(columns) * style.least - (len(columns) - 1 + 2 * breaks) * style.gap)
-    return [min(style.least + spare * b / sum(bands), max(style.most, 14.0 * b)) for b in bands]
+    spare = max(0.0, width - len(columns) * style.min_width - (len(columns) - 1 + 2 * breaks) * style.gap)
+    return [min(style.min_width + spare * b / sum(bands), max(style.max_width, 14.0 * b)) for b in bands]
 
 
 def _draw_line(
@@ -62,12 +62,12 @@ def _draw_line(
     for members in grouped(range(len(rows)), lambda i: rows[i].group).values():
         middle = (starts[members[0]] + starts[members[-1]] + style.row) / 2
         row = rows[members[0]]
-        room = groups_width if row.leaf else labels_width - 0.6 * style.label
-        canvas.text(x, middle, canvas.fit(row.group, size, room), size, INK, "lm")
-    room = labels_width - groups_width - 1.1 * style.label
+        space = groups_width if row.leaf else labels_width - 0.6 * style.label
+        canvas.text(x, middle, canvas.fit(row.group, size, space), size, INK, "lm")
+    space = labels_width - groups_width - 1.1 * style.label
     for row, top in zip(rows, starts[:-1], strict=True):
         right = x + labels_width - 0.6 * style.label
-        canvas.text(right, top + style.row / 2, canvas.fit(row.leaf, size, room), size, QUIET, "rm")
+        canvas.text(right, top + style.row / 2, canvas.fit(row.leaf, size, space), size, QUIET, "rm")
         for column, (at, wide) in zip(columns, spans, strict=True):
             _draw_cell(canvas, column.cells.get(row, []), at, top, wide, style, scale)
     return starts[-1]
@@ -99,21 +99,21 @@ def _draw_heads(
 
 
 def _draw_cell(
-    canvas: Canvas, spots: Sequence[Cell], x: float, y: float, width: float, style: Style, scale: RankScale
+    canvas: Canvas, cells: Sequence[Cell], x: float, y: float, width: float, style: Style, scale: RankScale
 ) -> None:
     """One layer fills its cell; of several, the mean rank stands over a band for each."""
-    if not spots:
+    if not cells:
         canvas.box(x, y + style.row / 2 - 1, width, 2, PLATE)
         return
-    value = mean(spots)
+    value = mean(cells)
     fill = scale.color(value)
-    upper = style.row if len(spots) == 1 else _MEAN * style.row if style.numbers else 0.0
+    upper = style.row if len(cells) == 1 else _MEAN * style.row if style.numbers else 0.0
     if upper:
-        canvas.box(x, y, width, upper if len(spots) == 1 else upper - 2, fill)
+        canvas.box(x, y, width, upper if len(cells) == 1 else upper - 2, fill)
     if upper < style.row:
-        bands = min(len(spots), max(1, int(width / 1.5)))
+        bands = min(len(cells), max(1, int(width / 1.5)))
         for band in range(bands):
-            part = spots[band * len(spots) // bands : (band + 1) * len(spots) // bands]
+            part = cells[band * len(cells) // bands : (band + 1) * len(cells) // bands]
             start, end = x + width * band / bands, x + width * (band + 1) / bands
             canvas.box(start, y + upper, end - start, style.row - upper, scale.color(mean(part)))
     text = f"{value:.1f}".removesuffix(".0") if value < 9.95 else f"{value:.0f}"

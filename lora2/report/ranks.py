@@ -1,4 +1,4 @@
-"""What a LoRA holds: the rank of every layer, and what the same layers would weigh at one rank for all."""
+"""Rank report of a LoRA: every layer's rank, and the size of the same layers at one uniform rank."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from ..util.errors import LoraError
 from ..util.text import clean
 from .layer_names import parse_layer_name
 from .layer_rank import LayerRank, mean_rank, used_rank
-from .markdown import markdown
 
 if TYPE_CHECKING:
     from ..files.document import LoraDocument
 
 UNIFORM_RANKS = (8, 16, 32, 64, 128, 256, 512)
-ENERGY_SHARE = 0.99  # of Σ σ²: what is left out is at most a tenth of the update's norm
+ENERGY_SHARE = 0.99  # of Σ σ²: the rest is at most a tenth of the update's norm
 
-# What other trainers write into the metadata, in the words shown for it.
+# Metadata keys of other trainers, and the label displayed for each.
 _FACTS = {
     "ss_base_model_version": "base model",
     "modelspec.architecture": "architecture",
@@ -39,8 +38,8 @@ _FACTS = {
     "ss_optimizer": "optimizer",
     "ss_num_train_images": "training images",
 }
-_MOST_TRAINING_FACTS = 24
-_MOST_NOTES = 8
+_MAX_TRAINING_FACTS = 24
+_MAX_NOTES = 8
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class RankReport:
     bytes: all factors and other tensors as stored (alphas, 4 bytes a layer, are left out so that sizes of
     equal ranks are equal); other_bytes of them belong to the other_tensors, which are no plain up/down pair.
     dtype: the type of most numbers; number_bytes: its size. facts: (name, value) from the metadata, shortened
-    and without control characters, but not escaped for any markup; notes: what was wrong with it.
+    and without control characters, but not escaped for any markup; notes: problems found in the file.
     """
 
     title: str
@@ -65,7 +64,7 @@ class RankReport:
 
     @property
     def min_rank(self) -> int:
-        """The smallest rank; 0 if a layer was left out of the file."""
+        """The smallest rank; 0 if a layer was removed."""
         return min(layer.rank for layer in self.layers)
 
     @property
@@ -111,10 +110,6 @@ class RankReport:
         """`to_dict` as JSON text, ASCII only."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
-    def to_markdown(self) -> str:
-        """Summary, rank per block and projection, size against uniform ranks; file's words are escaped."""
-        return markdown(self)
-
 
 def build_report(
     doc: LoraDocument, title: str, energy: bool = False, between: Callable[[], None] = lambda: None
@@ -122,7 +117,7 @@ def build_report(
     """The report of a LoRA document.
 
     title: the name to show; any text, made safe here. energy: also measure how many directions of each layer
-    hold 99 % of its energy (takes some seconds for large files; `effective.energy_rank`). between: called before
+    hold 99 % of its energy (takes some seconds for large files; `svd.energy_rank`). between: called before
     every layer, for a host that wants to stop by an exception.
     Raises LoraError if there is no plain LoRA layer, or if energy is asked for and a layer is not finite.
     """
@@ -136,7 +131,7 @@ def build_report(
     for name, factors in doc.layers.items():
         between()
         layers.append(_layer(name, factors, known.get(name, {}), energy))
-    layers += filter(None, (_left_out(name, entry) for name, entry in known.items() if name not in doc.layers))
+    layers += filter(None, (_removed(name, entry) for name, entry in known.items() if name not in doc.layers))
     numbers: Counter[str] = Counter()
     for tensor in _tensors(doc.layers):
         numbers[_type(tensor)] += tensor.numel()
@@ -151,18 +146,18 @@ def build_report(
         other_tensors=len(doc.other),
         other_bytes=other,
         facts=tuple(_facts(doc)),
-        notes=tuple(clean(note, 300) for note in doc.notes[:_MOST_NOTES]),
+        notes=tuple(clean(note, 300) for note in doc.notes[:_MAX_NOTES]),
     )
 
 
 def _layer(name: str, factors: Factors, entry: Mapping[str, object], energy: bool) -> LayerRank:
-    where = parse_layer_name(name)
+    parsed = parse_layer_name(name)
     nu = entry.get("nu")
     return LayerRank(
         name=clean(name, 300),
-        part=where.part,
-        block=where.block,
-        projection=where.projection,
+        part=parsed.part,
+        block=parsed.block,
+        projection=parsed.projection,
         rank=factors.rank,
         d_in=factors.down.shape[1:].numel(),
         d_out=factors.up.shape[0],
@@ -172,15 +167,17 @@ def _layer(name: str, factors: Factors, entry: Mapping[str, object], energy: boo
     )
 
 
-def _left_out(name: str, entry: Mapping[str, object]) -> LayerRank | None:
+def _removed(name: str, entry: Mapping[str, object]) -> LayerRank | None:
     """A layer whose rank became 0: no tensors in the file, but our metadata tells its shape."""
     shape = entry.get("shape")
     if entry.get("rank") != 0 or not isinstance(shape, list | tuple) or len(shape) < 2:
         return None
     if not all(isinstance(n, int) and 0 < n < 2**24 for n in shape):
         return None
-    where = parse_layer_name(name)
-    return LayerRank(clean(name, 300), where.part, where.block, where.projection, 0, math.prod(shape[1:]), shape[0], 0)
+    parsed = parse_layer_name(name)
+    return LayerRank(
+        clean(name, 300), parsed.part, parsed.block, parsed.projection, 0, math.prod(shape[1:]), shape[0], 0
+    )
 
 
 def _entries(info: object) -> dict[str, Mapping[str, object]]:
@@ -192,15 +189,15 @@ def _entries(info: object) -> dict[str, Mapping[str, object]]:
 
 
 def _facts(doc: LoraDocument) -> Iterator[tuple[str, str]]:
-    """What the metadata tells of the training; only the last part of anything that looks like a path."""
+    """Facts about the training from the metadata; of paths, the last part only."""
     for key, words in _FACTS.items():
         text = clean(doc.metadata.get(key, "")).replace("\\", "/").rsplit("/", 1)[-1]
         if text and text != "None":
             yield words, clean(text, 80)
     training = doc.info.get("training") if isinstance(doc.info, Mapping) else None
     if isinstance(training, Mapping):
-        shown = [(k, v) for k, v in training.items() if isinstance(v, str | int | float | bool)]
-        for key, value in shown[:_MOST_TRAINING_FACTS]:
+        plain = [(k, v) for k, v in training.items() if isinstance(v, str | int | float | bool)]
+        for key, value in plain[:_MAX_TRAINING_FACTS]:
             yield clean(key, 40).replace("_", " "), clean(value, 80)
 
 

@@ -1,4 +1,4 @@
-"""How alike pictures are to a subject's and to a prompt, by the vectors that an encoder gives them.
+"""Similarity of pictures to a subject's pictures and to prompts, by the vectors of an encoder.
 
 The metrics of Ruiz et al., "DreamBooth" (arXiv:2208.12242, §4.1): CLIP-I and DINO are the mean cosine between all pairs of
 a generated and a real picture of the subject, CLIP-T that between each generated picture and its prompt.
@@ -30,7 +30,7 @@ def unit(vectors: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     if not bool((torch.isfinite(length) & (length > 0)).all()):
         raise LoraError(
-            "The encoder gives vectors that hold NaN, infinity or only zeros, so there is nothing to compare. Check its file, "
+            "The encoder returned NaN, infinity or zero vectors, so there is nothing to compare. Check the encoder's file, "
             "and that the pictures are not damaged."
         )
     return rows / length
@@ -45,22 +45,22 @@ def cosines(one: Tensor, other: Tensor) -> Tensor:
     return unit(one) @ unit(other).T
 
 
-def against_all(pictures: Tensor, references: Tensor) -> Tensor:
+def mean_cosines(pictures: Tensor, references: Tensor) -> Tensor:
     """Every picture's mean cosine with all references, (pictures,) float64; their mean is CLIP-I or DINO."""
     return cosines(pictures, references).mean(dim=1)
 
 
-def against_own(pictures: Tensor, texts: Tensor) -> Tensor:
+def paired_cosines(pictures: Tensor, texts: Tensor) -> Tensor:
     """Every picture's cosine with its own text, (pictures,) float64; one text counts for all. Their mean is CLIP-T."""
     if len(texts) not in (1, len(pictures)):
-        raise LoraError(f"{len(texts)} prompts do not go with {len(pictures)} pictures.")
+        raise LoraError(f"{len(texts)} prompts do not match {len(pictures)} pictures.")
     table = cosines(pictures, texts)
     return table[:, 0] if len(texts) == 1 else table.diagonal()
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Every metric that was measured, picture by picture; how many references there were; which encoders."""
+    """Measured metrics: one value per picture, the number of references, and the encoders."""
 
     each: dict[str, list[float]]
     references: int
@@ -81,7 +81,7 @@ class Scores:
         lines = [
             f"{_count(self.pictures, 'picture')} against {_count(self.references, 'reference')}",
             "",
-            "| metric | mean | lowest | highest | what it compares |",
+            "| metric | mean | lowest | highest | compares |",
             "| --- | --- | --- | --- | --- |",
         ]
         for metric in METRICS:

@@ -1,4 +1,4 @@
-"""The picture of a LoRA's ranks: where in the network they are, how they spread, and what they save."""
+"""Picture of a LoRA's ranks: their map, their distribution, and the file size against uniform ranks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _BAR, _BARS_HEAD = 36.0, 52.0
 def rank_picture(report: RankReport, width: int = 1024, in_use: bool = False) -> Image.Image:
     """The report as an RGB picture of `width` pixels; its height follows from the number of blocks.
 
-    in_use: colour the ranks in use (`LayerRank.energy_rank`, where measured) instead of the ranks stored.
+    in_use: color the ranks in use (`LayerRank.energy_rank`, where measured) instead of the ranks stored.
     """
     value = used_rank if in_use else stored_rank
     ranks = [value(layer) for layer in report.layers]
     scale = RankScale.around(min((r for r in ranks if r), default=1), max(ranks))
     measure = Canvas(_WIDTH, 1, int(_WIDTH))
-    spots = [Cell(layer.layer_name, value(layer), layer.cost) for layer in report.layers]
-    chart = lay_out(spots, _INNER, measure)
+    cells = [Cell(layer.layer_name, value(layer), layer.cost) for layer in report.layers]
+    chart = lay_out(cells, _INNER, measure)
     tops = _tops(chart, report)
     canvas = Canvas(_WIDTH, tops["end"], width)
     _title(canvas, report, ranks, mean_rank(report.layers, value), in_use)
@@ -74,7 +74,7 @@ def _title(canvas: Canvas, report: RankReport, ranks: list[int], mean: float, in
 
 
 def _legend(canvas: Canvas, ranks: list[int], scale: RankScale, y: float) -> None:
-    """The colour scale, with the number of layers of each rank standing on it."""
+    """The color scale, with the number of layers of each rank standing on it."""
     bins = 4 * (scale.high - scale.low) + 1
     counts = [0] * bins
     for rank in ranks:
@@ -107,12 +107,12 @@ def _sizes(canvas: Canvas, report: RankReport, y: float) -> None:
     rows.sort(key=lambda row: (row[0], row[2]))
     longest = max(number for number, _, _ in rows)
     left = _EDGE + 140
-    room = _INNER - 140 - 130
+    width = _INNER - 140 - 130
     y += _BARS_HEAD
     for number, words, own in rows:
         ink = ACCENT if own else QUIET
         canvas.text(_EDGE, y + _BAR / 2, words, 22, ink, "lm", strong=own)
-        wide = max(3.0, room * number / longest)
+        wide = max(3.0, width * number / longest)
         canvas.box(left, y + 6, wide, _BAR - 12, ACCENT if own else RULE, 4)
         canvas.text(left + wide + 12, y + _BAR / 2, format_size(number), 22, ink, "lm", strong=own)
         y += _BAR

@@ -17,7 +17,7 @@ from ...lora2.adapters.attach import replaced_forward
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules to recompute: items of lists and sequences, the innermost ones that still hold several layers.
+    """The modules to recompute: items of lists and sequences, the innermost ones that contain several layers.
 
     A list inside a block (SDXL's ten transformer blocks in one) counts instead of the block around it. Sequences
     themselves never count: the host's UNet walks through them without calling them.
@@ -41,9 +41,9 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
-    """While inside, these blocks keep only their inputs in the forward pass."""
+    """Context: these blocks keep only their inputs in the forward pass."""
     if blocks:
-        _choose_attention()
+        _warm_up_attention()
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(replaced_forward(block, _recomputed))
@@ -51,11 +51,11 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
 
 
 @cache
-def _choose_attention() -> None:
-    """Let a process's first attention be another one than a block's; once in a process.
+def _warm_up_attention() -> None:
+    """Run one attention before any block does; once per process.
 
-    On Hopper GPUs torch puts cuDNN's kernel first at the first call of all, whatever order the host asks for, and at no later
-    one: a block that is the first would be computed again by another kernel, which checkpointing refuses.
+    On Hopper GPUs torch prefers cuDNN's kernel in the very first call, whatever order the host asks for, and in no later call.
+    The first block would be recomputed by another kernel, which checkpointing refuses.
     """
     device = comfy.model_management.get_torch_device()
     if device.type == "cuda":
@@ -66,8 +66,8 @@ def _choose_attention() -> None:
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        # Some blocks add to their input in place; the recomputation must start from what they were given, which in-place
-        # work would also turn into a tensor that requires a gradient.
+        # Some blocks add to their input in place. Recomputation must start from the original input, and an in-place
+        # operation would turn it into a tensor that requires a gradient.
         def fresh(*inner: Any, **named: Any) -> Any:
             return forward(*map(_cloned, inner), **{k: _cloned(v) for k, v in named.items()})
 
@@ -82,9 +82,9 @@ def _cloned(value: Any) -> Any:
 
 @contextmanager
 def norm_inputs_copied(model: nn.Module) -> Iterator[None]:
-    """While inside, normalisation layers save a copy of their input for the backward pass.
+    """Context: normalization layers save a copy of their input for the backward pass.
 
-    The host's transformers add to their residual stream in place, which would change what a norm saved. (Its UNet does not.)
+    The host's transformers add to their residual stream in place, which would change a norm's saved input. (Its UNet does not.)
     """
 
     def keep(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

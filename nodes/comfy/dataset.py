@@ -1,4 +1,4 @@
-"""Latents and conditioning as ComfyUI's dataset nodes give them, as one picture and one caption each."""
+"""Pictures and captions from the latents and conditioning of ComfyUI's dataset nodes."""
 
 from __future__ import annotations
 

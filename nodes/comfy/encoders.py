@@ -1,4 +1,4 @@
-"""Pictures and prompts as vectors, by the host's own encoders."""
+"""Embedding vectors of pictures and prompts, by the host's encoders."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from ...lora2.util.errors import LoraError
 from ...lora2.util.text import escaped
 
 BATCH = 16
-"""Pictures that an encoder gets at once."""
+"""Pictures per encoder call."""
 
 KINDS = {"clip_vision_model": CLIP_I, "dinov2": DINO}
-"""The host's names of encoders (comfy/clip_vision.py) that give a picture one vector. It knows DINOv3 too, but its
-`encode_image` fails there (0.30.0): that model has no output of the layer before the last."""
+"""The host's encoder types (comfy/clip_vision.py) that give one vector per picture. It also loads DINOv3, but its
+`encode_image` fails there (0.30.0): that model has no output of the second to last layer."""
 
 TEXT_ENCODERS = (("l", "clip_l"), ("g", "clip_g"), ("h", "clip_h"))
-"""CLIP text encoders inside the host's CLIP objects: key of their tokens, attribute."""
+"""CLIP text encoders inside the host's CLIP objects: token key, attribute."""
 
 SPREAD = 1000.0
-"""A matrix whose largest entry is this many times its median one holds what its memory held before, not weights."""
+"""A matrix whose largest entry exceeds this multiple of its median is uninitialized memory, not weights."""
 
 
 def metric_of(encoder: Any) -> str:
-    """The metric that an encoder is for: CLIP-I or DINO. Raises LoraError for other kinds."""
+    """The metric of an encoder: CLIP-I or DINO. Raises LoraError for other kinds."""
     kind = getattr(encoder, "model_type", type(encoder).__name__)
     if kind not in KINDS:
         raise LoraError(
-            f"An encoder of kind {escaped(kind)} does not give one vector per picture that these metrics are defined for. Load a "
+            f"An encoder of kind {escaped(kind)} does not give one vector per picture, which these metrics need. Load a "
             "CLIP vision model (for CLIP-I and CLIP-T) or a DINOv2 model (for DINO) with Load CLIP Vision."
         )
     return KINDS[kind]
 
 
 def name_of(encoder: Any) -> str:
-    """What the encoder is, in words: its kind, width, depth and picture size."""
+    """Description of an encoder: type, width, depth and picture size."""
     config = getattr(encoder, "config", {})
     size = getattr(encoder, "image_size", "?")
     width, layers = (config.get(key, "?") for key in ("hidden_size", "num_hidden_layers"))
@@ -49,7 +49,7 @@ def name_of(encoder: Any) -> str:
 def picture_vectors(encoder: Any, pictures: Sequence[Tensor]) -> Tensor:
     """(pictures, width) float32 on the CPU. pictures: IMAGE batches (count, height, width, channels), of any sizes.
 
-    Scaled, cropped to the middle, and normalised as the encoder's own configuration says.
+    Pictures are scaled, center-cropped, and normalized as the encoder's configuration says.
     """
     found = []
     for batch in pictures:
@@ -67,8 +67,8 @@ def picture_vectors(encoder: Any, pictures: Sequence[Tensor]) -> Tensor:
 def prompt_vectors(clip: Any, prompts: Sequence[str], width: int) -> Tensor:
     """(prompts, width) float32 on the CPU: the text encoder's vectors in the space that it shares with the vision encoder.
 
-    That is the last layer's state at the end of the text, after the final norm, times the text projection: what CLIP's own
-    text features are. Only the first 75 tokens of a prompt count. Raises LoraError where no text encoder fits.
+    CLIP's text features: the last layer's state at the end-of-text token, after the final norm, times the text projection.
+    Only the first 75 tokens of a prompt count. Raises LoraError if no text encoder fits.
     """
     key, part = _text_encoder(clip, width)
     model = clip.cond_stage_model
@@ -78,7 +78,7 @@ def prompt_vectors(clip: Any, prompts: Sequence[str], width: int) -> Tensor:
             tokens = clip.tokenize(prompt)
             model.reset_clip_options()
             clip.load_model(tokens)
-            # Without this an SD 1.x text encoder gives what comes before the projection.
+            # Without this an SD 1.x text encoder returns the state before the projection.
             model.set_clip_options({"execution_device": clip.patcher.load_device, "projected_pooled": True})
             with management.cuda_device_context(clip.patcher.load_device):
                 pooled = part.encode_token_weights(tokens[key])[1]
@@ -109,10 +109,13 @@ def _text_encoder(clip: Any, width: int) -> tuple[str, Any]:
 
 
 def _check_projection(weight: Tensor, name: str) -> None:
-    """Checkpoints of SD 1.x and SDXL leave CLIP-L's projection out, since images need none: the host's weight is then empty."""
+    """Raise LoraError for an uninitialized projection.
+
+    SD 1.x and SDXL checkpoints omit CLIP-L's projection, which image generation does not need.
+    """
     sizes = weight.detach().float().abs()
     if not float(sizes.max()) < SPREAD * float(sizes.median()):
         raise LoraError(
             f"The text encoder {name} was loaded without its projection (text_projection), which CLIP-T needs. Checkpoints of SD "
-            "1.x and SDXL leave CLIP-L's out: load the whole text encoder from a file of its own with Load CLIP."
+            "1.x and SDXL leave CLIP-L's out: load the complete text encoder from its own file with Load CLIP."
         )

@@ -1,4 +1,4 @@
-"""Pictures of the library as the host's images."""
+"""Pictures as ComfyUI IMAGE tensors."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""What every node does before and after its work: its inputs are checked, and a ComfyUI that does not fit is named."""
+"""Checks around a node's `execute`: inputs against its schema, errors against the ComfyUI version."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -11,19 +10,21 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...lora2.util.errors import LoraError
+from ...lora2.util.knobs import check_range
 from ...lora2.util.text import escaped
 from .apply_lora import is_clip, is_model
 from .versions import incompatibility
 
-TEXT_LIMIT = 10_000
-"""Characters of a text input: more than any name or any list of patterns needs."""
+MAX_TEXT_LENGTH = 10_000
+"""Characters of a text input."""
 
 
 def checked_inputs(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    """A node's `execute` behind a check of everything it is given.
+    """Decorator of a node's `execute` that checks every input against the schema.
 
-    The widgets check what a person types; over the API, and through links from nodes that give anything, every input can
-    hold everything. Raises LoraError, naming the input, for what its schema does not allow.
+    Widgets check only what is typed into them: over the API, and through links of type *, an input can be of any type.
+    Raises LoraError, naming the input, for a value that the schema does not allow, and for any error of `execute` that an
+    incompatible ComfyUI explains.
     """
 
     @functools.wraps(execute)
@@ -34,18 +35,18 @@ def checked_inputs(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.No
         except LoraError:
             raise
         except Exception as error:
-            words = incompatibility(error)
-            if words is None:
+            message = incompatibility(error)
+            if message is None:
                 raise
-            raise LoraError(words) from error
+            raise LoraError(message) from error
 
     return checked
 
 
 def check_inputs(inputs: Sequence[io.Input], given: Mapping[str, Any], lists: bool) -> dict[str, Any]:
-    """The values given, each checked against its input; those left open are left out, for the defaults of `execute`.
+    """Values by input, checked. Optional inputs without a value are omitted, so that the defaults of `execute` apply.
 
-    lists: every value is a list of values, as nodes get them that take whole lists. Raises LoraError.
+    lists: each value is a list, as nodes with `is_input_list` receive it. Raises LoraError.
     """
     values = {}
     for known in inputs:
@@ -69,22 +70,16 @@ def check_inputs(inputs: Sequence[io.Input], given: Mapping[str, Any], lists: bo
 
 
 def _check(known: Any, value: Any) -> None:
-    """Raise LoraError unless the value is of the kind that its input takes, and within its limits."""
+    """Raise LoraError unless the value has the type of its input and lies within its limits."""
     kind = known.get_io_type()
-    wanted, fits = _KINDS.get(kind, ("", _anything))
-    if not fits(value):
-        raise LoraError(f"{known.id} must be {wanted}, not {_described(value)}. {_ADVICE}")
-    if kind == "STRING" and len(value) > TEXT_LIMIT:
-        raise LoraError(f"{known.id} has {len(value)} characters; at most {TEXT_LIMIT} are read.")
+    if kind in _KINDS:
+        expected, fits = _KINDS[kind]
+        if not fits(value):
+            raise LoraError(f"{known.id} must be {expected}, not {_described(value)}. {_ADVICE}")
+    if kind == "STRING" and len(value) > MAX_TEXT_LENGTH:
+        raise LoraError(f"{known.id} has {len(value)} characters, but may have at most {MAX_TEXT_LENGTH}. Shorten it.")
     if kind in ("INT", "FLOAT"):
-        low, high = getattr(known, "min", None), getattr(known, "max", None)
-        low, high = -math.inf if low is None else low, math.inf if high is None else high
-        if not low <= value <= high:  # nor does NaN
-            raise LoraError(f"{known.id} = {escaped(value)} must lie between {low} and {high}.")
-
-
-def _anything(_: Any) -> bool:
-    return True
+        check_range(known.id, value, known.min, known.max)
 
 
 def _whole(value: Any) -> bool:
@@ -99,10 +94,10 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-_ADVICE = "Look at what is connected to this input, or set it again."
+_ADVICE = "Check the connection to this input, or set it again."
 
 _OWN_CHECKS = ("LATENT", "CONDITIONING")
-"""Kinds whose own checks say more: they name the picture or the caption (host/dataset.py)."""
+"""Types that dataset.py checks itself, naming the image or the caption."""
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "INT": ("a whole number", _whole),
@@ -110,14 +105,14 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "STRING": ("a text", _text),
     "COMBO": ("one of the choices", _text),
     "BOOLEAN": ("true or false", lambda value: isinstance(value, bool)),
-    "MODEL": ("a diffusion model, as Load Checkpoint gives it", is_model),
-    "CLIP": ("a text encoder, as Load Checkpoint gives it", is_clip),
-    "LORA_MODEL": ("a LoRA, as a training node gives it", lambda value: isinstance(value, Mapping)),
+    "MODEL": ("a diffusion model, such as that of Load Checkpoint", is_model),
+    "CLIP": ("a text encoder, such as that of Load Checkpoint", is_clip),
+    "LORA_MODEL": ("a LoRA from a training node", lambda value: isinstance(value, Mapping)),
 }
 
 
 def _described(value: Any) -> str:
-    """A value in words, as far as a message may repeat it."""
+    """Description of a value for a message: short and printable."""
     if value is None:
         return "nothing"
     if isinstance(value, (bool, int, float)):

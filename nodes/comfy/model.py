@@ -1,4 +1,4 @@
-"""A ComfyUI model as a denoiser that can be trained through."""
+"""A ComfyUI model as a trainable denoiser: loading, conditioning, noise, prediction."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from .weights import offloaded_weights, offloaded_weights_pinned, trainable_weig
 log = logging.getLogger("lora2")
 
 TRAINING_OVER_INFERENCE = 20
-"""Activations that a backward pass needs, over the host's estimate for an inference step (SDXL, 1024², measured)."""
+"""Activation memory of a training step over the host's estimate for an inference step (SDXL, 1024², measured)."""
 
-MUCH_AWAY = 0.01
-"""Of a model's weights: from so many that are not on its device on, checkpointing pays."""
+OFFLOADED_SHARE = 0.01
+"""Fraction of a model's weights off its device above which gradient checkpointing pays."""
 
 _UNTRAINABLE = ("control", "gligen", "hooks", "area", "mask")
-"""Conditioning options that act at sampling time; a training step would have to ignore them."""
+"""Conditioning options that act at sampling time only."""
 
 _WHOLE_RANGE = {"start_percent": 0.0, "end_percent": 1.0}
 
-_ENCODE = "Encode the captions with the text encoder that belongs to the model."
+_ENCODE = "Encode the captions with the model's own text encoder."
 
 
 class HostModel:
-    """A model and its captions, ready to be trained through while `training` is entered.
+    """A diffusion model with encoded captions; implements Denoiser (lora2/training/denoiser.py) inside `training`.
 
-    prediction, sigma_data: what the network puts out (lora2.method.losses). device: where it runs.
+    prediction, sigma_data: parametrization of the network's output (lora2/method/losses.py). device: the load device.
     """
 
     def __init__(self, patcher: Any, dtype: torch.dtype | None = None) -> None:
@@ -64,35 +64,34 @@ class HostModel:
 
     @property
     def latent_format(self) -> Any:
-        """How the model's latents are made and scaled."""
+        """The model's latent format: channels, dimensions, scale."""
         return self.patcher.get_model_object("latent_format")
 
     @property
     def _sampling(self) -> Any:
-        # Asked of the patcher: until it is loaded, the model may carry what another branch of the graph has set.
+        # From the patcher: until it is loaded, the model may carry objects that another branch of the graph set.
         return self.patcher.get_model_object("model_sampling")
 
     # -- before training ---------------------------------------------------------------------------------------------
 
     def check_latents(self, latents: Sequence[Tensor]) -> None:
-        """Raise LoraError when a latent cannot belong to this model."""
+        """Raise LoraError for a latent whose dimensions or channels are not the model's."""
         channels = self.latent_format.latent_channels
         dimensions = self.latent_format.latent_dimensions
         for number, latent in enumerate(latents, 1):
             if latent.ndim != dimensions + 1:
                 raise LoraError(
-                    f"Picture {number} has a latent of shape {list(latent.shape)}, but this model works on {dimensions} "
-                    "dimensions beside the channels: 2 are a picture, 3 a video. Encode pictures with the VAE that belongs to "
-                    "the model."
+                    f"Picture {number} has a latent of shape {list(latent.shape)}, but this model expects {dimensions} "
+                    "dimensions after the channels (2 for pictures, 3 for video). Encode the pictures with the model's VAE."
                 )
             if latent.shape[0] != channels:
                 raise LoraError(
-                    f"Picture {number} has a latent of {latent.shape[0]} channels, but this model works on {channels}. "
-                    "Encode the pictures with the VAE that belongs to the model."
+                    f"Picture {number} has a latent of {latent.shape[0]} channels, but this model expects {channels}. "
+                    "Encode the pictures with the model's VAE."
                 )
 
     def scale_latents(self, latents: Sequence[Tensor]) -> list[Tensor]:
-        """VAE latents in the scale that the diffusion model works on."""
+        """VAE latents in the diffusion model's scale."""
         return [self.latent_format.process_in(latent[None])[0].float().clone() for latent in latents]
 
     @contextmanager
@@ -104,14 +103,14 @@ class HostModel:
         batch: int,
         checkpointing: str,
     ) -> Iterator[None]:
-        """While inside, the model is loaded, its weights are frozen ordinary tensors, and captions are encoded.
+        """Context: the model is loaded, its weights are frozen plain tensors, and captions are encoded.
 
-        latents: scaled, one per caption: sizes that the model is conditioned on come from each picture's own shape.
-        checkpointing: "auto" turns it on when memory is short, here or later (`save_memory`).
+        latents: scaled, one per caption; size conditioning comes from each picture's own shape.
+        checkpointing: "auto" turns it on when memory is short, now or later (`save_memory`).
         """
         shape = max((tuple(t.shape) for t in latents), key=math.prod)
         memory = self.model.memory_required([batch, *shape])
-        with torch.inference_mode():  # as every other node: weights that are moved or patched stay inference tensors
+        with torch.inference_mode():  # as in every other node: moved or patched weights stay inference tensors
             comfy.model_management.load_models_gpu([self.patcher], memory_required=memory * 2)
         checkpoint = self._checkpoint(checkpointing, memory)
         was_training = comfy.model_management.in_training
@@ -138,29 +137,31 @@ class HostModel:
         self.patcher.cleanup()
 
     def _checkpoint(self, choice: str, memory: float) -> bool:
-        away = sum(weight.nbytes for weight in offloaded_weights(self.model, self.device).values())
-        much = away > MUCH_AWAY * self.patcher.model_size()
-        if much:
+        offloaded = sum(weight.nbytes for weight in offloaded_weights(self.model, self.device).values())
+        is_offloaded = offloaded > OFFLOADED_SHARE * self.patcher.model_size()
+        if is_offloaded:
             log.info(
-                "LoRA²: %.1f GB of the model's weights wait in the CPU's memory; steps take longer for it.", away / 1e9
+                "LoRA²: %.1f GB of the model's weights are offloaded to the CPU, so steps take longer.", offloaded / 1e9
             )
         if choice != "auto":
             return choice == "on"
-        if much:
-            log.info("LoRA²: gradient checkpointing on, so that their copies need not all be kept at once.")
+        if is_offloaded:
+            log.info(
+                "LoRA²: gradient checkpointing is on, so that copies of offloaded weights are not all kept at once."
+            )
             return True
         needed = memory * TRAINING_OVER_INFERENCE
         free = self.patcher.get_free_memory(self.device)
         if needed > free:
             log.info(
-                "LoRA²: gradient checkpointing on, as %.1f GB of activations do not fit %.1f GB.",
+                "LoRA²: gradient checkpointing is on: %.1f GB of activations do not fit into %.1f GB.",
                 needed / 1e9,
                 free / 1e9,
             )
         return bool(needed > free)
 
     def save_memory(self) -> str | None:
-        """Turn gradient checkpointing on while `training`, where that is left to us and would change something."""
+        """Turn gradient checkpointing on if it is "auto" and off; returns the change in words, None without one."""
         stack, self._may_checkpoint = self._may_checkpoint, None
         blocks = repeated_blocks(self.model.diffusion_model) if stack else []
         if stack is None or not blocks:
@@ -177,12 +178,12 @@ class HostModel:
         return options
 
     def _encode(self, caption: Caption, latent: Tensor) -> dict[str, Any]:
-        """The model's own conditioning for one caption at one latent's shape, as ordinary tensors."""
+        """The model's conditioning for one caption at one latent's shape, as plain tensors."""
         present = [k for k in _UNTRAINABLE if caption[1].get(k) is not None]
         present += [k for k, whole in _WHOLE_RANGE.items() if caption[1].get(k, whole) != whole]
         if present:
             raise LoraError(
-                f"A caption's conditioning carries {', '.join(present)}, which cannot be trained with. Remove it."
+                f"A caption's conditioning has {', '.join(present)}, which training does not support. Remove it."
             )
         sample = latent[None].to(self.device)
         conds = comfy.sampler_helpers.convert_cond([caption])
@@ -194,19 +195,19 @@ class HostModel:
             if incompatibility(error):
                 raise
             raise LoraError(
-                f"A caption does not suit this model ({type(error).__name__}: {error}). {_ENCODE}"
+                f"A caption does not fit this model ({type(error).__name__}: {error}). {_ENCODE}"
             ) from error
         model_conds = encoded[0]["model_conds"]
         self._check_text(model_conds)
-        return {k: _ordinary_cond(v.process_cond(batch_size=1, area=None)) for k, v in model_conds.items()}
+        return {k: _plain_cond(v.process_cond(batch_size=1, area=None)) for k, v in model_conds.items()}
 
     def _check_text(self, model_conds: dict[str, Any]) -> None:
         config = self.model.model_config.unet_config
-        wanted = config.get("context_dim") or config.get("context_in_dim")
+        width = config.get("context_dim") or config.get("context_in_dim")
         text = getattr(model_conds.get("c_crossattn"), "cond", None)
-        if isinstance(wanted, int) and isinstance(text, Tensor) and text.shape[-1] != wanted:
+        if isinstance(width, int) and isinstance(text, Tensor) and text.shape[-1] != width:
             raise LoraError(
-                f"A caption has width {text.shape[-1]}, but this model reads text of width {wanted}. {_ENCODE}"
+                f"A caption has width {text.shape[-1]}, but this model reads text of width {width}. {_ENCODE}"
             )
 
     def _empty_for(self, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -214,11 +215,11 @@ class HostModel:
             self._empty[shape] = self._encode(self._empty_source, torch.zeros(shape[1:]))
         return self._empty[shape]
 
-    # -- the denoiser (lora2.training.denoiser) ----------------------------------------------------------------------------------
+    # -- Denoiser (lora2/training/denoiser.py) -------------------------------------------------------------------
 
     @property
     def prediction(self) -> str:
-        """What the network puts out; raises LoraError for kinds that have no denoising loss here."""
+        """The network's output: one of losses.PREDICTIONS; raises LoraError for other kinds."""
         sampling, known = self._sampling, comfy.model_sampling
         if isinstance(sampling, (known.IMG_TO_IMG_FLOW, known.IMG_TO_IMG, known.COSMOS_RFLOW)):
             raise LoraError(f"Models of the kind {type(self.model).__name__} cannot be trained yet.")
@@ -241,7 +242,7 @@ class HostModel:
 
     @property
     def sigma_data(self) -> float:
-        """The data's standard deviation in the model's parametrisation."""
+        """The data's standard deviation in the model's parametrization."""
         return float(getattr(self._sampling, "sigma_data", 1.0))
 
     def sigma(self, time: Tensor, shifted: bool) -> Tensor:
@@ -250,7 +251,7 @@ class HostModel:
         if self.prediction == FLOW:
             return sampling.sigma(time * getattr(sampling, "multiplier", 1)).float() if shifted else time
         if self._sigmas is None:
-            self._sigmas = sampling.sigmas.float().cpu()  # once: reading it would wait for the GPU at every step
+            self._sigmas = sampling.sigmas.float().cpu()  # read once: every read waits for the GPU
         table = self._sigmas
         return table[(time * len(table)).long().clamp(max=len(table) - 1)]
 
@@ -259,7 +260,7 @@ class HostModel:
         return self._sampling.noise_scaling(sigma, noise, clean, False)
 
     def conditions(self, captions: Sequence[int], shape: torch.Size) -> list[tuple[list[int], dict[str, Any]]]:
-        """The captions' conditioning, joined for samples whose conditioning fits together, on the model's device."""
+        """The captions' conditioning on the model's device, joined for samples whose conditioning can be concatenated."""
         conds = [self._empty_for((1, *shape[1:])) if i == EMPTY_CAPTION else self._captions[i] for i in captions]
         groups: list[list[int]] = []
         for index, cond in enumerate(conds):
@@ -275,7 +276,7 @@ class HostModel:
         return {k: _to(c.concat([other[k] for other in conds[1:]]), self.device) for k, c in conds[0].items()}
 
     def denoise(self, noisy: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
-        """x0 predicted for samples whose conditioning `conditions` joined."""
+        """The x0 prediction of samples whose conditioning `conditions` joined."""
         options = dict(self._options, cond_or_uncond=[0] * len(sigma), uuids=[], sigmas=sigma)
         return self.model.apply_model(noisy, sigma, transformer_options=options, **conditioning)
 
@@ -285,7 +286,7 @@ def training_dtype(patcher: Any, choice: str) -> torch.dtype | None:
 
     auto keeps bf16 and fp32, and leaves fp16, whose gradients underflow, for bf16 or else fp32.
     """
-    # Not get_dtype_inference: a run before this one may have left its own choice on the model that is loaded.
+    # Not get_dtype_inference: an earlier run may have left its choice on the loaded model.
     own = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(choice)
     if choice == "auto" and own == torch.float16:
@@ -293,7 +294,7 @@ def training_dtype(patcher: Any, choice: str) -> torch.dtype | None:
     return None if chosen == own else chosen
 
 
-def _ordinary_cond(cond: Any) -> Any:
+def _plain_cond(cond: Any) -> Any:
     """Conditioning computed in inference mode, as tensors that autograd may save."""
     return _map(cond, lambda t: t.detach().clone())
 
@@ -318,7 +319,7 @@ def _fit(first: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def empty_caption(captions: Sequence[Caption], given: Sequence[Any] | None) -> Caption:
-    """What a dropped caption becomes: the one given, or a caption of zeros shaped like the first."""
+    """The replacement of a dropped caption: the given one, or zeros shaped like the first caption."""
     if given:
         entries = caption_entries(given[0], "The empty caption")
         if not entries:

@@ -1,4 +1,4 @@
-"""Words and pictures from a running node to the person at the graph."""
+"""Status texts and pictures from a running node to the page."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from PIL import Image
 from server import PromptServer
 
 _LINKS = re.compile(r"\[(?=\[)|www(?=\.)|__(?=LNK)", re.IGNORECASE)
-"""Where the frontend sees a link begin: [[label|address]], www., and the marks that it works with itself."""
+"""Starts of links in the frontend: [[label|address]], www., and its internal markers."""
 
 log = logging.getLogger("lora2")
 
 
 def status_sender(node_id: str | None) -> Callable[[str], None]:
-    """A function that writes into the log and onto the node."""
+    """A function that writes a text to the log and to the node."""
 
-    def say(words: str) -> None:
-        log.info("LoRA²: %s", words)
+    def send(text: str) -> None:
+        log.info("LoRA²: %s", text)
         server = getattr(PromptServer, "instance", None)
         if server is not None and node_id is not None:
-            server.send_progress_text(inert(words), node_id)
+            server.send_progress_text(inert(text), node_id)
 
-    return say
+    return send
 
 
 def stop_if_cancelled() -> None:
-    """Raise what the host raises where its cancel button was pressed."""
+    """Raise the host's interrupt exception if the user pressed cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def inert(words: str) -> str:
-    """Words that the frontend shows as they are: it renders what nodes say as HTML and links, and names come from files."""
+def inert(text: str) -> str:
+    """The text without HTML and links, which the frontend would render: names in it come from files."""
     for sign, other in (("<", "‹"), (">", "›"), ("&", "＆"), ("://", ":/ /")):
-        words = words.replace(sign, other)
-    return _LINKS.sub(r"\g<0> ", words)
+        text = text.replace(sign, other)
+    return _LINKS.sub(r"\g<0> ", text)
 
 
 def send_preview(picture: Image.Image) -> None:
-    """Leave a picture in the node that runs: the frontend goes on showing the last live one, over the node's output."""
+    """Send a picture to the running node: the frontend keeps showing the last live picture over the node's output."""
     comfy.utils.ProgressBar(1).update_absolute(1, 1, ("JPEG", picture, max(picture.size)))

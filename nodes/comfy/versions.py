@@ -1,6 +1,6 @@
-"""Which ComfyUI this is, and what to say where it and the pack do not fit together.
+"""Version of ComfyUI, and the message for a ComfyUI that is incompatible with the pack.
 
-Imports nothing of ComfyUI's but its version: it must work where nothing else does.
+Imports nothing of ComfyUI but its version: it must work when nothing else does.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from pathlib import Path
 
 PACK_VERSION = "0.1.0"
 OLDEST, NEWEST = "0.16.3", "0.30.0"
-"""The oldest and the newest ComfyUI that the tests have run on."""
+"""The oldest and the newest tested ComfyUI."""
 
-_MISFITS = (ImportError, AttributeError, TypeError, NotImplementedError)
-"""What Python raises where a name is gone, or takes other arguments than it did."""
+_INCOMPATIBLE = (ImportError, AttributeError, TypeError, NotImplementedError)
+"""Errors that Python raises for a removed name or a changed signature."""
 
 _PATH = re.compile(r" \([^()]*[/\\][^()]*\)")
-"""Where a module lies, which Python adds to what it could not import."""
+"""The local path that Python adds to import errors."""
 
-_BRIDGE = Path(__file__).resolve().parent.parent
+_NODES = Path(__file__).resolve().parent.parent
 
 
 def host_version() -> str:
@@ -32,12 +32,9 @@ def host_version() -> str:
 
 
 def incompatibility(error: BaseException) -> str | None:
-    """What to say where a node met a ComfyUI that is not as it was; None for any other error.
-
-    Only where the error arose in the nodes themselves or in their bridge: what comes from deeper inside speaks for itself.
-    """
+    """The message for an error that a changed ComfyUI caused in nodes/; None for any other error."""
     frames = traceback.extract_tb(error.__traceback__)
-    if not isinstance(error, _MISFITS) or not frames or not _is_ours(frames[-1].filename):
+    if not isinstance(error, _INCOMPATIBLE) or not frames or not _is_ours(frames[-1].filename):
         return None
     return incompatibility_message(error)
 
@@ -46,10 +43,10 @@ def incompatibility_message(error: BaseException) -> str:
     """One sentence with both versions, what is wrong, and what to do."""
     what = _PATH.sub("", str(error)).rstrip(".")
     return (
-        f"LoRA² {PACK_VERSION} and this ComfyUI ({host_version()}) do not fit together: {what}. LoRA² is tested with ComfyUI "
+        f"LoRA² {PACK_VERSION} is incompatible with this ComfyUI ({host_version()}): {what}. LoRA² is tested with ComfyUI "
         f"{OLDEST} to {NEWEST}: update LoRA², or ComfyUI if it is older. If both are up to date, please report this."
     )
 
 
 def _is_ours(file: str) -> bool:
-    return Path(file).resolve().is_relative_to(_BRIDGE)
+    return Path(file).resolve().is_relative_to(_NODES)

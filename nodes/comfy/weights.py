@@ -1,4 +1,4 @@
-"""Base weights as autograd takes them, without a second copy."""
+"""Base weights as tensors that autograd accepts, without a second copy."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import torch
 from torch import Tensor, nn
 
 SMALL_BUFFER = 16 * 2**20
-"""Bytes up to which a buffer is on the device while a model is trained, wherever the host has left it."""
+"""Buffers of up to this many bytes are moved to the device for training."""
 
 
 @contextmanager
 def trainable_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """While inside, the model's parameters and buffers are ordinary frozen tensors over the same memory.
+    """Context: the model's parameters and buffers are plain frozen tensors over the same memory.
 
-    Nodes run in inference mode, where a loaded model's weights are inference tensors that autograd refuses to save. A new
-    tensor over the same storage is not one, and costs nothing; the original objects come back at the end, so that the
-    host finds what it left. All of them, since a weight that was moved between devices outside inference mode no longer
-    says that it is an inference tensor, and is refused all the same. LoRAs that the host applies in bypass mode, as it does
-    to quantised models, keep their weights outside the model: the same is done for those. Weights that wait in the CPU's memory
-    may be saved too (`_copies_of_their_own`); small buffers are on the device, as in a model that is loaded whole. Call with
-    inference mode off.
+    Nodes run in inference mode, where a loaded model's weights are inference tensors, which autograd refuses to save. A new
+    tensor over the same storage is a plain one and costs no memory; the original objects return at the end. All weights are
+    replaced: one that was moved between devices outside inference mode no longer reports that it is an inference tensor, and
+    is refused all the same. LoRAs that the host applies in bypass mode (on quantized models) keep their weights outside the
+    model; those are replaced too. Offloaded weights may be saved as well (`_separate_copies`); small buffers are moved to the
+    device, as in a fully loaded model. Call with inference mode off.
     """
     swapped: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
     for module in model.modules():
@@ -43,7 +42,7 @@ def trainable_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
             slots[name] = alias
         for adapter, weights in bypasses:
             adapter.weights = tuple(plain_tensor(w) if isinstance(w, Tensor) else w for w in weights)
-        with _copies_of_their_own():
+        with _separate_copies():
             yield
     finally:
         for adapter, weights in bypasses:
@@ -54,10 +53,10 @@ def trainable_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _copies_of_their_own() -> Iterator[None]:
-    """While inside, a weight that waits in the CPU's memory is copied to memory of its own when a layer needs it.
+def _separate_copies() -> Iterator[None]:
+    """Context: an offloaded weight is copied to memory of its own when a layer needs it.
 
-    The host would copy it into one of a few buffers, beside its other work: over what autograd has saved of the layers before.
+    The host would copy it asynchronously into one of a few shared buffers, overwriting tensors that autograd has saved.
     """
     management: Any = comfy.model_management
     usual = getattr(management, "NUM_STREAMS", None)
@@ -71,17 +70,17 @@ def _copies_of_their_own() -> Iterator[None]:
 
 
 def offloaded_weights(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """A loaded model's weights that are elsewhere than on its device, by key: they are copied there when they are needed."""
+    """A loaded model's weights that are not on its device, by key; they are copied there when needed."""
     return {key: p for key, p in model.named_parameters() if p.device.type != device.type}
 
 
 @contextmanager
 def offloaded_weights_pinned(patcher: Any) -> Iterator[None]:
-    """While inside, what waits in the CPU's memory is pinned: copies are faster then, and can be recorded (lora2/training/step.py).
+    """Context: offloaded weights are pinned, so that copies are faster and can be recorded (lora2/training/cuda_graph.py).
 
-    The host pins what it leaves there, but not anew when such a model is loaded again; and as soon as any patcher of a model is
-    gone it lets go of all that is pinned, whose list they share. A recorded copy must not lose its source, so until the end
-    the list is empty.
+    The host pins offloaded weights, but not again when the model is reloaded; and it unpins all weights of a model as soon as
+    any patcher of it is collected, since patchers share the list. A recorded copy must not lose its source, so the list is
+    empty while inside.
     """
     listed: set[str] | None = getattr(patcher, "pinned", None)
     if not isinstance(listed, set) or not hasattr(patcher, "pin_weight_to_device"):
@@ -89,16 +88,16 @@ def offloaded_weights_pinned(patcher: Any) -> Iterator[None]:
         return
     for key in offloaded_weights(patcher.model, patcher.load_device):
         patcher.pin_weight_to_device(key)
-    kept = set(listed)
+    pinned = set(listed)
     listed.clear()
     try:
         yield
     finally:
-        listed.update(kept)
+        listed.update(pinned)
 
 
 def bypass_adapters(module: nn.Module) -> Iterator[Any]:
-    """The host's adapters around a module's forward (comfy/weight_adapter/bypass.py), from the outermost one in."""
+    """The host's adapters around a module's forward (comfy/weight_adapter/bypass.py), outermost first."""
     forward = vars(module).get("forward")
     while (hook := getattr(forward, "__self__", None)) is not None and hasattr(hook, "original_forward"):
         if isinstance(getattr(getattr(hook, "adapter", None), "weights", None), (tuple, list)):
@@ -107,7 +106,7 @@ def bypass_adapters(module: nn.Module) -> Iterator[Any]:
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor that autograd may save; a copy only for tensor kinds that have no plain storage."""
+    """The same memory as a tensor that autograd may save; a copy for tensor subclasses, which have no plain storage."""
     with torch.no_grad():
         if type(tensor) not in (Tensor, nn.Parameter):
             plain = tensor.clone()

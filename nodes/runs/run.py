@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ...lora2.adapters.layer import module_shape
 from ...lora2.adapters.network import AdaptiveNetwork
 from ...lora2.checkpoints.directory import CheckpointDirectory
 from ...lora2.checkpoints.state import State
-from ...lora2.config import LAYER_CHOICES, PRECISIONS, TRISTATE, TrainingConfig
+from ...lora2.config import TrainingConfig
 from ...lora2.files.document import LoraStateDict
 from ...lora2.method.attention_entropy import EntropyProbe
 from ...lora2.method.factors import cost
@@ -36,9 +36,10 @@ from ..comfy.dataset import pictures_and_captions
 from ..comfy.layers import cross_attention, family_of, file_prefixes, is_plain, select_layers
 from ..comfy.model import HostModel, empty_caption, training_dtype
 from .fingerprint import fingerprint_of
-from .resume import ON_DIFFERENCE, REFUSE, SavedRun, about_run, decide_start, open_source
+from .request import RunRequest
+from .resume import SavedRun, about_run, decide_start, open_source
 from .save import DTYPES, LoraFile, SaveTarget, check_target, free_bytes, save_lora, save_target, write_unsaved
-from .states import NEWEST, NOTHING, CheckpointSource, resolve_source, states_folder
+from .states import NEWEST, CheckpointSource, resolve_source, states_folder
 
 log = logging.getLogger("lora2")
 
@@ -49,41 +50,6 @@ NO_ROOM_TO_START = (
 
 PREVIEW_SHARE = 0.03
 """Live pictures may take this share of the time."""
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What the node was asked for, beside the settings."""
-
-    save_name: str
-    target: str
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    checkpointing: str = "auto"
-    precision: str = "auto"
-    save_dtype: str = "fp16"
-    continue_from: str = NOTHING
-    on_difference: str = REFUSE
-    state_every: int = 200
-    states_kept: int = 2
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.save_name, str):
-            raise LoraError("save_name must be a text: the file's name, such as subjects/mug.")
-        for name, choices in (
-            ("target", LAYER_CHOICES),
-            ("checkpointing", TRISTATE),
-            ("precision", PRECISIONS),
-            ("save_dtype", tuple(DTYPES)),
-            ("on_difference", ON_DIFFERENCE),
-        ):
-            if getattr(self, name) not in choices:
-                label = "layers" if name == "target" else name
-                raise LoraError(f"{label} = {getattr(self, name)!r} must be one of {', '.join(choices)}.")
-        for name, least in (("state_every", 0), ("states_kept", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise LoraError(f"{name} = {value!r} must be a whole number, at least {least}.")
 
 
 @dataclass(frozen=True)
@@ -136,7 +102,7 @@ def _train(
     images, captions = pictures_and_captions(latents, conditioning)
     host = HostModel(patcher, training_dtype(patcher, request.precision))
     host.check_latents(images)
-    layers = select_layers(host.model, request.target, request.include, request.exclude)
+    layers = select_layers(host.model, request.layers, request.include.split(), request.exclude.split())
     past = open_source(source, layers)
     if isinstance(past, SavedRun):
         images, captions = past.in_order(images, captions)
@@ -145,7 +111,12 @@ def _train(
     config = config.resolved_for(len(images))
     told = config.to_dict()
     of_a_layer = files.layer_overhead(shapes, place.stem, told) if config.budget_mb else 0
-    config = config.with_file_format(files.overhead(shapes, place.stem, told), files.dtype.itemsize, of_a_layer)
+    config = replace(
+        config,
+        file_overhead=files.overhead(shapes, place.stem, told),
+        bytes_per_parameter=files.dtype.itemsize,
+        layer_overhead=of_a_layer,
+    )
     least, most = _bytes(shapes, config)
     check_target(place, least)
     if least < most and free_bytes(place) < most:
@@ -264,7 +235,7 @@ class _Finish:
         losses = [loss for loss in progress.losses if math.isfinite(loss)]
         training: dict[str, Any] = dict(
             self.config.to_dict(),
-            layers=self.request.target,
+            layers=self.request.layers,
             pictures=self.pictures,
             steps_done=progress.step,
             last_loss=losses[-1],

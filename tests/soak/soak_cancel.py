@@ -22,9 +22,9 @@ from cancelling import (
     until,
     whole,
 )
-from probing import probed
+from probed_server import probed
 from recording import record
-from test_cancel import painted, picture
+from server_graphs import painted, picture
 
 from dev.browser import frontend, open_workflow, queue, quiet_settings, set_values, wait_for_end
 from dev.demo import TRAIN, adapt, template

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from cancelling import figures, next_prompt_is_as_ever
-from probing import probed
+from probed_server import probed
 from recording import record
-from test_cancel import node, painted, picture, training
+from server_graphs import node, painted, picture, training
 
 from dev.server import ComfyServer
 
