@@ -1,4 +1,4 @@
-"""Recorded steps without a GPU: GraphStepRunner's own code with tapes for graphs (recording.py) against steps as they are written."""
+"""Recorded steps without a GPU: GraphStepRunner's own code with tapes for graphs (cuda_graph_tapes.py) against steps as they are written."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_a_recording_of_memory_that_is_gone_is_noticed(fault: Callable[[Trainer]
 
 def test_without_the_check_of_places_results_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tape trains what it was recorded with: even unnoticed, a stale one cannot give the written steps' results."""
-    monkeypatch.setattr("recording.places", lambda trainer: {})
+    monkeypatch.setattr("cuda_graph_tapes.places", lambda trainer: {})
     recorded, written = pair(torch.bfloat16, "ranks fall")
     stale_after_resizing(recorded)
     recorded.run()

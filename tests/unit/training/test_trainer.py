@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,9 @@ types = pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("compute", "optimizer", "settle_at"),
     [
-        *((torch.float32, optimizer, share) for optimizer in ("adamw", "adam", "sgd") for share in (0.0, 0.5, 1.0)),
+        *((torch.float32, "adamw", share) for share in (0.0, 0.5, 1.0)),
+        (torch.float32, "adam", 0.5),
+        (torch.float32, "sgd", 1.0),
         (torch.bfloat16, "adamw", 0.5),
     ],
 )
@@ -83,13 +86,23 @@ def spoil_gradient(predicted: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("compute", "accumulation", "settle_at"),
-    [(torch.float32, 1, 0.25), (torch.float32, 3, 1.0), (torch.bfloat16, 1, 1.0), (torch.bfloat16, 3, 0.25)],
-)
-@pytest.mark.parametrize(
-    "spoil",
-    [spoil_output(math.nan), spoil_output(math.inf), spoil_output(1e19), spoil_gradient],
-    ids=["NaN", "infinity", "a square beyond float32 with finite gradients", "gradients only"],
+    ("spoil", "compute", "accumulation", "settle_at"),
+    [
+        (spoil_output(math.nan), torch.float32, 1, 0.25),
+        (spoil_output(math.nan), torch.bfloat16, 3, 0.25),
+        (spoil_output(math.inf), torch.bfloat16, 1, 1.0),
+        (spoil_output(1e19), torch.float32, 3, 1.0),
+        (spoil_gradient, torch.float32, 3, 1.0),
+        (spoil_gradient, torch.bfloat16, 3, 0.25),
+    ],
+    ids=[
+        "NaN",
+        "NaN, bf16",
+        "infinity",
+        "a square beyond float32 with finite gradients",
+        "gradients",
+        "gradients, bf16",
+    ],
 )
 def test_a_bad_step_is_not_taken(spoil: Any, compute: torch.dtype, accumulation: int, settle_at: float) -> None:
     """One bad micro-batch is enough; the adapter stays as it was, bit for bit, and can be saved."""
@@ -132,8 +145,9 @@ def test_latents_with_a_nan_stop_the_first_step() -> None:
 # -- stopping ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [1, 5, 6, 12])
-@pytest.mark.parametrize("kind", [Stop, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(
+    ("at", "kind"), [(1, Stop), (5, Stop), (6, Stop), (12, Stop), (5, KeyboardInterrupt), (6, RuntimeError)]
+)
 def test_a_callback_that_raises_stops_at_once_and_keeps_what_was_learned(at: int, kind: type[BaseException]) -> None:
     """Before settling, right at it and after it."""
     trainer = trainer_of(settle_at=0.5)
@@ -444,7 +458,7 @@ def test_a_size_below_the_target_is_no_reason_to_learn_faster() -> None:
 def test_gradients_are_clipped_together() -> None:
     """A first step of SGD moves by rate · min(norm, clip)."""
     moved = {}
-    for clip in (0.0, 1e-3, 1e6):
+    for clip in (0.0, 1e-3, 1e3):
         trainer = trainer_of(optimizer="sgd", clip_norm=clip, warmup=0.0, settle_at=1.0, learning_rate=0.5)
         before = state(trainer)[:-1]
 
@@ -456,7 +470,7 @@ def test_gradients_are_clipped_together() -> None:
         after = state(trainer)[:-1]
         moved[clip] = global_norm([a - b for a, b in zip(after, before, strict=True)]).item() / 0.5
     assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2)
-    assert moved[0.0] == pytest.approx(moved[1e6], rel=1e-6)
+    assert moved[0.0] == pytest.approx(moved[1e3], rel=1e-6)
     assert moved[0.0] > 0.01
 
 
@@ -640,10 +654,15 @@ def teach(**changes: Any) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("weight", [1e-2, 3e-2])
-def test_layers_learn_the_ranks_that_their_tasks_need(weight: float) -> None:
-    """The trial in DESIGN: teachers of rank 1 to 32, all layers started at 16 and pulled toward 2."""
-    ranks = list(teach(rank_weight=weight).progress.ranks.values())
+@functools.cache
+def ranks_learned(rank_weight: float) -> list[int]:
+    """Of the teachers of rank 1 to 32, all layers started at 16 and pulled toward 2 with this weight."""
+    return list(teach(rank_weight=rank_weight).progress.ranks.values())
+
+
+def test_layers_learn_the_ranks_that_their_tasks_need() -> None:
+    """The trial in DESIGN."""
+    ranks = ranks_learned(3e-2)
     assert ranks == sorted(ranks)
     assert len(set(ranks)) >= 4
     assert ranks[0] < 10
@@ -651,7 +670,7 @@ def test_layers_learn_the_ranks_that_their_tasks_need(weight: float) -> None:
 
 
 def test_a_stronger_pull_gives_smaller_ranks() -> None:
-    weak, strong = (list(teach(rank_weight=w, steps=200).progress.ranks.values()) for w in (1e-4, 3e-2))
+    weak, strong = ranks_learned(1e-4), ranks_learned(3e-2)
     assert sum(strong) < 0.9 * sum(weak)
     assert all(s <= w for s, w in zip(strong, weak, strict=True))
 
@@ -668,7 +687,9 @@ def test_settling_finds_the_true_ranks() -> None:
 
 def test_a_target_that_is_only_the_most_is_not_filled() -> None:
     """Positions that are worth nothing are not kept; a budget is filled all the same."""
-    told: dict[str, Any] = {"settle_at": 0.75, "learning_rate": 1e-2, "settle_keep": 0.99, "initial_rank": 40}
+    told: dict[str, Any] = {
+        "settle_at": 0.75, "learning_rate": 1e-2, "settle_keep": 0.99, "initial_rank": 40, "steps": 200,
+    }  # fmt: skip
     little, much = (teach(target_rank=target, **told).progress for target in (11, 30))
     assert sum(little.ranks.values()) <= 66
     assert sum(much.ranks.values()) < 0.6 * 6 * 30
