@@ -1,5 +1,5 @@
 # make demo    train, load, sample and inspect on a real ComfyUI     make ui    leave that server on, for a browser
-# make test    every test       make lint    ruff and mypy           make bench figures of docs/benchmarks/
+# make test    every test, by two workers; ARGS="tests/unit -k rank": some       make lint    ruff and mypy           make bench figures of docs/benchmarks/
 # make test-gpu    the tests that need a GPU
 # make test-oldest   the nodes' tests on the oldest ComfyUI that they work with
 # make fuzz    read mutated LoRA files for ten minutes, or ARGS="--seconds N"
@@ -12,6 +12,7 @@ BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v
 VENV := .venv/bin/python
 HOST := $(or $(COMFYUI_PYTHON),$(VENV))
 
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 OLDEST := comfy/training comfy/load comfy/load_reduced comfy/families comfy/base_models comfy/bad_files comfy/bad_input comfy/failures comfy/progress server/server server/inspect server/cancel
 
 unexport PYTHONDONTWRITEBYTECODE
@@ -31,7 +32,7 @@ ui: setup
 	@$(HOST) -m dev.ui
 
 test: setup-dev
-	@COMFYUI_PYTHON= $(VENV) -m pytest $(ARGS)
+	@COMFYUI_PYTHON= $(VENV) -m pytest $(or $(ARGS),$(WORKERS))
 
 soak: setup-dev
 	@COMFYUI_PYTHON= $(VENV) -m pytest tests/soak -o "python_files=soak_*.py" -o "pythonpath=tests/soak" -s $(ARGS)

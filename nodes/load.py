@@ -1,4 +1,4 @@
-"""Load Adaptive LoRA: applies a LoRA, whole or truncated to a fraction, a rank or a size."""
+"""Load Adaptive LoRA: apply a LoRA whole, or cut to a share, a rank or a size without training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..lora2.files.document import LoraDocument, read
 from ..lora2.files.resize import ResizeResult, resize
 from ..lora2.report.ranks import build_report
 from ..lora2.util.text import format_size
-from .comfy import apply_lora as loading
 from .comfy import lora_paths as files
+from .comfy.apply_lora import apply_lora, blocked_output, match_layers
 from .comfy.input_checks import checked_inputs
 from .comfy.progress import status_sender, stop_if_cancelled
 from .comfy.schema import Ranks
@@ -115,36 +115,34 @@ class LoadAdaptiveLora(io.ComfyNode):
         megabytes: float = 0.0,
         clip: Any = None,
     ) -> io.NodeOutput:
-        """Read, match, truncate, apply; report the result as the node's status."""
+        """Read the file, check it against the model, resize it, apply it, report."""
         document = read(files.lora_path(lora_name))
-        matched = loading.match(document, model, clip)
+        match = match_layers(document, model, clip)
         result = resize(document, share, max_rank, megabytes, stop_if_cancelled)
-        tensors = result.document.state_dict()
-        changed = loading.apply_lora(
-            model, clip, dict(tensors), strength_model, strength_clip, tensors.metadata, matched.keys
-        )
-        status_sender(cls.hidden.unique_id)(" ".join([matched.words(), *_cut_words(result), *document.notes]))
-        return io.NodeOutput(*changed, _ranks(result.document, files.lora_title(lora_name)))
+        lora = result.document.state_dict()
+        patched = apply_lora(model, clip, dict(lora), strength_model, strength_clip, lora.metadata, match.host_names)
+        status_sender(cls.hidden.unique_id)(" ".join([match.describe(), *_describe_cut(result), *document.notes]))
+        return io.NodeOutput(*patched, _ranks(result.document, files.lora_title(lora_name)))
 
 
 def _ranks(document: LoraDocument, title: str) -> Any:
-    """Rank report; an absent output for a file without plain LoRA layers, which loads all the same."""
+    """The report, or a blocked output for a file without plain LoRA layers, which is applied all the same."""
     if not document.layers:
-        return loading.absent(f"{title} holds no plain LoRA layer, so it has no ranks to show.")
+        return blocked_output(f"{title} holds no plain LoRA layer, so it has no ranks to show.")
     return build_report(document, title)
 
 
-def _cut_words(result: ResizeResult) -> list[str]:
-    """Sentences on the layers that were truncated and those that cannot be."""
-    words = []
+def _describe_cut(result: ResizeResult) -> list[str]:
+    """Sentences about the reduction in size, and about the parts that cannot be cut."""
+    sentences = []
     if result.bytes_after < result.bytes_before:
-        words.append(f"Cut from {format_size(result.bytes_before)} to {format_size(result.bytes_after)}.")
+        sentences.append(f"Cut from {format_size(result.bytes_before)} to {format_size(result.bytes_after)}.")
     if result.uncut:
         kinds = ", ".join(sorted(set(result.uncut.values())))
         count = len(result.uncut)
         parts = "1 part cannot be cut and stays" if count == 1 else f"{count} parts cannot be cut and stay"
-        words.append(f"{parts} whole: {kinds}.")
-    return words
+        sentences.append(f"{parts} whole: {kinds}.")
+    return sentences
 
 
 NODES = [LoadAdaptiveLora]

@@ -20,7 +20,7 @@ from ..lora2.report.similarity import (
     prompts_of,
 )
 from ..lora2.util.errors import LoraError
-from .comfy.apply_lora import absent
+from .comfy.apply_lora import blocked_output
 from .comfy.encoders import metric_of, name_of, picture_vectors, prompt_vectors
 
 log = logging.getLogger("lora2")
@@ -172,7 +172,7 @@ def _or_absent(scores: Scores, metric: str) -> Any:
         CLIP_T: "CLIP-T was not measured: connect clip and a CLIP vision model, and write a prompt.",
     }
     value = scores.mean(metric)
-    return absent(why[metric]) if value is None else value
+    return blocked_output(why[metric]) if value is None else value
 
 
 NODES = [ScorePictures]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +22,7 @@ from dev import assets, host  # noqa: E402
 from dev.server import ComfyServer  # noqa: E402
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 
 @pytest.fixture(autouse=True)
@@ -53,27 +54,29 @@ def small_model(fresh_model: Callable[[str], Any]) -> Iterator[Callable[[str], A
 
     Loaded in inference mode or outside it, as the caller is: whether weights are inference tensors makes a difference.
     """
-    loaded: dict[tuple[str, bool], tuple[Any, str]] = {}
+    loaded: dict[tuple[str, bool], tuple[Any, dict[str, int]]] = {}
 
     def model(family: str) -> Any:
         key = (family, torch.is_inference_mode_enabled())
         if key not in loaded:
             fresh = fresh_model(family)
-            loaded[key] = fresh, digest(fresh.model)
+            loaded[key] = fresh, bit_sums(fresh.model)
         return loaded[key][0].clone()
 
     yield model
-    changed = [key for key, (shared, before) in loaded.items() if digest(shared.model) != before]
-    assert not changed, f"a test changed the weights of {changed}"
+    for (family, _), (shared, before) in loaded.items():
+        after = bit_sums(shared.model)
+        changed = [name for name in before | after if before.get(name) != after.get(name)]
+        assert not changed, f"tests changed weights of {family}: {changed[:5]}. Use fresh_model."
 
 
-def digest(module: torch.nn.Module) -> str:
-    """Of every weight's name and bits."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+def bit_sums(module: torch.nn.Module) -> dict[str, int]:
+    """The sum of each weight's bits, read as whole numbers."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        name: int(tensor.detach().contiguous().view(-1).view(whole[tensor.element_size()]).sum(dtype=torch.int64))
+        for name, tensor in module.state_dict().items()
+    }
 
 
 @pytest.fixture
@@ -126,8 +129,24 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
 NEEDS_GPU = pytest.StashKey[int]()
 
 
+GROUPS = ("server", "tests/server/", "tests/comfy/", "tests/repo/", "")
+"""What two workers take first, by the start of a group's name: the parts that take longest."""
+
+
+def group_of(item: pytest.Item) -> str:
+    """Tests with the session's server share a group, hence a worker; others are grouped by file."""
+    shared = "server" in getattr(item, "fixturenames", ())
+    return "server" if shared else item.path.relative_to(ROOT).as_posix()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where there is one; elsewhere they are left out, and the summary says so."""
+    """Groups for workers; and tests marked `gpu` run where there is one, else are left out, and the summary says so."""
+    if config.pluginmanager.hasplugin("xdist"):
+        groups = {item: group_of(item) for item in items}
+        items.sort(key=lambda item: [groups[item].startswith(start) for start in GROUPS].index(True))
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(groups[item]))
     if torch.cuda.is_available():
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]

@@ -142,7 +142,11 @@ def trained(
 
     def file() -> Factors:
         # What a trainer of plain LoRAs writes has the order of training; ours writes every settled layer in singular order.
-        return network.export(ordered=False) if job.method == FIXED else network.final_factors()[0]
+        return (
+            network.export_factors(ordered=False)
+            if job.method == FIXED
+            else pack("lora2.adapters.prune").final_factors(network)[0]
+        )
 
     def look(progress: Any) -> None:
         if progress.step in job.marks or progress.step == job.steps:
@@ -200,4 +204,4 @@ def make_plain(network: Any, job: Job) -> None:
         rank = min(job.rank, fan_in, adapter.shape[0])
         down = torch.randn(rank, *adapter.shape[1:], generator=generator) / math.sqrt(3 * fan_in)
         adapter.load(pack("lora2.method.factors").Factors(torch.zeros(adapter.shape[0], rank), down))
-    network._rebuild()
+    network.rebuild()

@@ -19,6 +19,7 @@ import torch
 from benchmarks.evidence.experiment import Claim, Results, chosen, main, mean
 from benchmarks.evidence.teachers import Shape, Teachers, residuals
 from lora2.adapters.network import AdaptiveNetwork
+from lora2.adapters.prune import final_factors
 from lora2.config import TrainingConfig
 from lora2.method.factors import cost
 from lora2.training.trainer import Trainer
@@ -96,7 +97,7 @@ def measure(case: Case) -> Results:
     )  # fmt: skip
     trainer = Trainer(AdaptiveNetwork(teachers.layers(), settings), teachers, [teachers.latent()], settings)
     trainer.run()
-    factors, _ = trainer.network.final_factors()
+    factors, _ = final_factors(trainer.network)
     ranks = [f.rank for f in factors.values()]
     left = residuals(factors, teachers.truths)
     return {

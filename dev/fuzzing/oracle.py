@@ -70,7 +70,7 @@ def guarded() -> Iterator[None]:
 
 
 def exercise(path: Path, picture: bool = True) -> str:
-    """Read, report, cut, draw; returns what came of it: "read", or the first words of our error.
+    """Read, report, cut, draw; returns what came of it: "read", or the beginning of our error.
 
     Raises Broken, or whatever went wrong.
     """
@@ -131,7 +131,7 @@ def _message(error: Exception, path: Path) -> str:
     _plain(words)
     if str(path.parent) in words:
         _broken(f"a message tells where the file lies: {words}")
-    return words[:60]
+    return words[:160]
 
 
 def _plain(text: str, limit: int = MESSAGE_LIMIT) -> None:

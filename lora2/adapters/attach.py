@@ -1,4 +1,4 @@
-"""A model's layers with their adapters' paths, for as long as they are trained."""
+"""Adds the low-rank paths to a model's layers while they are trained."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .recompute import recompute_saved
 
 
 @contextmanager
-def attached(adapters: Sequence[Adapter], plain: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """While inside, the adapted layers answer with their adapters' paths added; nothing is left behind after.
+def attached(adapters: Sequence[Adapter], is_plain: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """While inside, every adapted layer returns its output plus its low-rank path. On exit the model is as it was.
 
-    plain: which layers compute x Wᵀ + bias from their own weight and bias, and no more.
+    is_plain: whether a layer computes x Wᵀ + bias from its own weight and bias, and nothing else.
     """
     with ExitStack() as stack:
         for adapter in adapters:
-            if adapter.working is not None and plain(adapter.module):
-                stack.enter_context(replaced_forward(adapter.module, partial(_together, adapter)))
+            if adapter.working is not None and is_plain(adapter.module):
+                stack.enter_context(replaced_forward(adapter.module, partial(_fused_forward, adapter)))
                 continue
-            if adapter.convolution:
-                stack.enter_context(replaced_forward(adapter.module, partial(_without_its_input, adapter)))
-            stack.callback(adapter.module.register_forward_hook(_hook(adapter)).remove)
+            if adapter.is_convolution:
+                stack.enter_context(replaced_forward(adapter.module, partial(_recomputing_forward, adapter)))
+            stack.callback(adapter.module.register_forward_hook(_adding_hook(adapter)).remove)
         yield
 
 
@@ -37,9 +37,9 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 @contextmanager
 def replaced_forward(module: Any, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """While inside, `change` of a module's forward stands in its place.
+    """While inside, `change(module.forward)` replaces the module's forward.
 
-    What others have put around it meanwhile stays, and comes to the module's own forward after that.
+    A wrapper that others put around it meanwhile stays, and calls the module's own forward afterwards.
     """
     own, found, inside = module.forward, vars(module).get("forward"), True
     changed = change(own)
@@ -55,24 +55,24 @@ def replaced_forward(module: Any, change: Callable[[Callable[..., Any]], Callabl
         if vars(module).get("forward") is forward:
             if found is None:
                 del module.forward
-            else:  # the host's or another pack's, around a layer that they change
+            else:  # a wrapper of the host or of another pack
                 module.forward = found
 
 
-def _together(adapter: Adapter, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A plain layer's forward with its adapter's path, in one operation where types allow."""
+def _fused_forward(adapter: Adapter, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A plain layer's forward with its low-rank path, in one operation where the types allow it."""
     module: Any = adapter.module
 
     def forward(x: Tensor) -> Tensor:
         if adapter.can_fuse(module.weight, x):
-            return adapter.linear(x, module.weight, module.bias)
+            return adapter.fused_linear(x, module.weight, module.bias)
         return adapter.add(own(x), x)
 
     return forward
 
 
-def _without_its_input(adapter: Adapter, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A convolution's forward, which keeps its input also where it is frozen, and makes it again where it can."""
+def _recomputing_forward(adapter: Adapter, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A convolution's forward that does not save its input where it can be recomputed; torch's saves it even if frozen."""
 
     def forward(x: Tensor, *args: Any, **named: Any) -> Tensor:
         with recompute_saved((x, adapter.recipe(x))):
@@ -81,7 +81,7 @@ def _without_its_input(adapter: Adapter, own: Callable[..., Tensor]) -> Callable
     return forward
 
 
-def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+def _adding_hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return adapter.add(output, args[0])
 

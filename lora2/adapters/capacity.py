@@ -1,4 +1,4 @@
-"""When arrays follow the ranks: seldom, since a recorded step has to be recorded again after it (engine.py)."""
+"""When and how far arrays follow the ranks: rarely, because a CUDA graph has to be recorded again after every resize."""
 
 from __future__ import annotations
 
@@ -6,74 +6,93 @@ import math
 from collections.abc import Sequence
 
 from ..config import TrainingConfig
-from .layer import HEADROOM, next_capacity
+from .layer import GRANULE, round_up_capacity
 
-PRESSED_SHARE, FREED_SHARE = 0.02, 0.05
-"""Of the parameters held: what makes the arrays follow the ranks."""
+HEADROOM = 1.3
+"""Capacity of a growing layer in multiples of its rank, where its growth is unknown."""
+
+MIN_PRESSED_SHARE, MIN_FREED_SHARE = 0.02, 0.05
+"""Fractions of all parameters, in layers that need larger arrays or in rows to be freed, from which a resize pays."""
 
 MAX_RESIZES = 4
-"""How often they follow in a run, evenly spaced."""
+"""Resizes per run, evenly spaced."""
 
 MAX_GROWTH = 2.5
-"""A growing layer gets room for this many times its rank at most."""
+"""Largest growth of a rank until the next resize that is planned for."""
+
+
+def next_capacity(capacity: int, rank: int, max_rank: int, expected_rank: int | None = None) -> int:
+    """A layer's next capacity: it grows when the rank exceeds it, and shrinks with one granule of hysteresis.
+
+    rank: what θ asks for now; max_rank: the most it may ever ask for; expected_rank: what it is expected to ask for at the next
+    resize, if known.
+    """
+    grows = max(rank, expected_rank or 0) > capacity
+    if expected_rank is None:
+        expected_rank = math.ceil(HEADROOM * rank)
+    wanted = max(round_up_capacity(rank) + GRANULE, round_up_capacity(expected_rank))
+    if grows:
+        return max(capacity, min(wanted, round_up_capacity(max_rank)))
+    return wanted if wanted <= capacity - GRANULE else capacity
 
 
 class CapacityPolicy:
-    """What is remembered from sync to sync. ranks: every layer's continuous rank at the last one. at: the syncs, counted from 1,
-    at which arrays were resized.
+    """Decides at every sync whether arrays are resized.
+
+    last_ranks: every layer's continuous rank at the last sync. resized_at: the syncs, counted from 1, that resized arrays.
     """
 
     def __init__(self, config: TrainingConfig, ranks: Sequence[float]) -> None:
-        self.ranks = [float(rank) for rank in ranks]
-        self.at: list[int] = []
+        self.last_ranks = [float(rank) for rank in ranks]
+        self.resized_at: list[int] = []
         self.syncs = 0
-        adapting = config.adapting_steps - round(config.steps * config.rank_hold)
-        self._between = max(1, math.ceil(adapting / config.sync_every / MAX_RESIZES))
+        adapting_steps = config.adapting_steps - round(config.steps * config.rank_hold)
+        self._interval = max(1, math.ceil(adapting_steps / config.sync_every / MAX_RESIZES))
 
-    def sync(
+    def next_capacities(
         self,
-        held: Sequence[int],
-        wanted: Sequence[int],
-        ranks: Sequence[float],
-        limits: Sequence[int],
+        capacities: Sequence[int],
+        ranks: Sequence[int],
+        continuous_ranks: Sequence[float],
+        max_ranks: Sequence[int],
         costs: Sequence[int],
-        exactly: bool,
+        exact: bool,
     ) -> list[int]:
-        """The capacities to hold from now on; those held, where arrays stay as they are.
+        """Every layer's next capacity; `capacities` themselves where arrays stay as they are.
 
-        held: every layer's capacity; wanted: the whole rank that it asks for; ranks: the continuous one; limits: the largest one;
-        costs: the parameters of a position. exactly: hold every rank that is asked for, also where resizing would not pay.
+        ranks: what θ asks for, as whole numbers; max_ranks: the most it may ever ask for; costs: parameters per component.
+        exact: hold every rank that is asked for, even where resizing does not pay.
         """
         self.syncs += 1
-        capacities = [
-            next_capacity(capacity, rank, limit, self._expected(now, before))
-            for capacity, rank, limit, now, before in zip(held, wanted, limits, ranks, self.ranks, strict=True)
+        wanted = [
+            next_capacity(capacity, rank, most, self._expected_rank(now, before))
+            for capacity, rank, most, now, before in zip(
+                capacities, ranks, max_ranks, continuous_ranks, self.last_ranks, strict=True
+            )
         ]
-        self.ranks = list(ranks)
-        short = exactly and any(rank > capacity for rank, capacity in zip(wanted, held, strict=True))
-        if not short and not (self._may() and _worth(held, capacities, wanted, costs)):
-            return list(held)
-        self.at.append(self.syncs)
-        return capacities
+        self.last_ranks = list(continuous_ranks)
+        required = exact and any(rank > capacity for rank, capacity in zip(ranks, capacities, strict=True))
+        if not required and not (self._interval_over() and _resizing_pays(capacities, wanted, ranks, costs)):
+            return list(capacities)
+        self.resized_at.append(self.syncs)
+        return wanted
 
-    def _may(self) -> bool:
-        return not self.at or self.syncs - self.at[-1] >= self._between
+    def _interval_over(self) -> bool:
+        return not self.resized_at or self.syncs - self.resized_at[-1] >= self._interval
 
-    def _expected(self, now: float, before: float) -> int:
-        """The rank that a layer will ask for when the arrays may follow again, if it grows on as since the last sync."""
-        return math.ceil(now * min(MAX_GROWTH, max(1.0, now / before) ** self._between))
+    def _expected_rank(self, now: float, before: float) -> int:
+        """The rank at the next possible resize, if it keeps growing as since the last sync."""
+        return math.ceil(now * min(MAX_GROWTH, max(1.0, now / before) ** self._interval))
 
 
-def _worth(held: Sequence[int], capacities: Sequence[int], wanted: Sequence[int], costs: Sequence[int]) -> bool:
-    """Whether resizing pays.
-
-    It does when layers that hold a share of the parameters press against their arrays, or a single one wants much more
-    than its own, or when a share would be freed.
-    """
-    if any(rank > HEADROOM * capacity for rank, capacity in zip(wanted, held, strict=True)):
+def _resizing_pays(
+    capacities: Sequence[int], wanted: Sequence[int], ranks: Sequence[int], costs: Sequence[int]
+) -> bool:
+    """Whether enough parameters need larger arrays or would be freed, or a single layer asks for much more than it has."""
+    if any(rank > HEADROOM * capacity for rank, capacity in zip(ranks, capacities, strict=True)):
         return True
-    layers = list(zip(held, capacities, wanted, costs, strict=True))
+    layers = list(zip(capacities, wanted, ranks, costs, strict=True))
     pressed = sum(now * cost for now, new, rank, cost in layers if rank > now and new > now)
     freed = sum((now - new) * cost for now, new, _, cost in layers if new < now)
-    everything = sum(now * cost for now, _, _, cost in layers)
-    return pressed > PRESSED_SHARE * everything or freed > FREED_SHARE * everything
+    total = sum(now * cost for now, _, _, cost in layers)
+    return pressed > MIN_PRESSED_SHARE * total or freed > MIN_FREED_SHARE * total

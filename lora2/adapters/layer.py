@@ -1,10 +1,11 @@
-"""One adapted layer: the frozen layer's output plus B Λ A x, with arrays that grow and shrink."""
+"""One adapted layer: the frozen layer's output plus B Λ A x, with factors whose capacity can change."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,28 +19,25 @@ from .functions import AddLowRank, LowRankLinear
 from .recompute import Recipe, recipe_for, recompute_saved
 
 GRANULE = 8
-"""Capacities are multiples of this: tensor cores like it, and resizing stays rare."""
-
-HEADROOM = 1.3
-"""A growing layer's arrays get this much more than it asks for, where nothing is known of how fast it grows."""
+"""Capacities are multiples of this number: tensor cores need it, and fewer resizes follow."""
 
 ZERO_TOLERANCE = 1e-7
-"""Singular values below this share of the largest are float32's rounding."""
+"""Singular values below this fraction of the largest are float32 rounding errors."""
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 def adaptable(module: nn.Module) -> bool:
-    """Whether a layer of this kind can carry an adapter: linear, or a 1-, 2- or 3-dimensional convolution.
+    """Whether a layer can carry an adapter: linear, or a 1-, 2- or 3-dimensional convolution.
 
-    Quantised linear layers need not be nn.Linear: any module with in_features, out_features and a weight counts.
+    Quantized linear layers need not be nn.Linear: any module with in_features, out_features and a weight is accepted.
     """
     linear = hasattr(module, "in_features") and hasattr(module, "out_features")
     return (linear or isinstance(module, tuple(_CONVOLUTIONS))) and getattr(module, "weight", None) is not None
 
 
 def module_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of the weight that a layer stands for: (d_out, d_in) or (c_out, c_in / groups, *kernel)."""
+    """The shape of a layer's unpacked weight: (d_out, d_in) or (c_out, c_in / groups, *kernel)."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return tuple(module.weight.shape)
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
@@ -50,138 +48,150 @@ def round_up_capacity(rank: int) -> int:
     return max(GRANULE, math.ceil(rank / GRANULE) * GRANULE)
 
 
-def next_capacity(capacity: int, rank: int, limit: int, soon: int | None = None) -> int:
-    """The capacity to hold from now on: grows when the rank presses against it, shrinks with a granule of hysteresis.
+class WorkingCopies(NamedTuple):
+    """One linear layer's factors in the model's compute type, and sums of their gradients (flat_buffers.py).
 
-    rank: what θ asks for now; limit: the most it may ever ask for; soon: what it is expected to ask for before the arrays can
-    follow again, if that is known.
+    down: ΛA, (rows, d_in); up: B, (rows, d_out); down_sums, up_sums: summed ∂L/∂(ΛA) and ∂L/∂B in the same shapes.
+    rows is the capacity rounded up to a multiple of 8; the rows beyond the capacity are zero.
     """
-    presses = max(rank, soon or 0) > capacity
-    if soon is None:
-        soon = math.ceil(HEADROOM * rank)
-    ahead = max(round_up_capacity(rank) + GRANULE, round_up_capacity(soon))
-    if presses:
-        return max(capacity, min(ahead, round_up_capacity(limit)))
-    return ahead if ahead <= capacity - GRANULE else capacity
+
+    down: Tensor
+    up: Tensor
+    down_sums: Tensor
+    up_sums: Tensor
+
+    @property
+    def gradient_sums(self) -> tuple[Tensor, Tensor]:
+        """Sums for the down and the up factor."""
+        return self.down_sums, self.up_sums
 
 
 class Adapter:
-    """The factors of one layer and the low-rank path through them.
+    """The factors of one layer and the low-rank path B Λ A x.
 
-    down: (capacity, d_in) for a linear layer, (capacity, c_in / groups, *kernel) for a convolution.
-    up: (capacity, d_out): position-major like down, so that resizing cuts or adds rows of both.
-    importance: (≥ capacity,), Λ of each position, zero beyond the logical rank; written by the network, never trained
-    through autograd (see network.py). None once the layer is settled: all ones.
-    working: ΛA and B in the type that the model computes in, and the sums of their gradients, kept by the network
-    (packed.py); None where it keeps none.
+    down: A, (capacity, d_in) for a linear layer, (capacity, c_in / groups, *kernel) for a convolution.
+    up: Bᵀ, (capacity, d_out): one row per component like down, so that resizing cuts or appends rows of both.
+    importance: Λ, (≥ capacity,), zero beyond the logical rank; None after pruning, which stands for ones. The network writes it
+    and computes its gradient (network.py); autograd does not see it.
+    working: copies in the model's compute type; None where the network keeps none.
+    down_std: standard deviation of new rows of A.
     """
 
     def __init__(
-        self, module: nn.Module, capacity: int, std: float, device: torch.device, generator: Generator
+        self, module: nn.Module, capacity: int, down_std: float, device: torch.device, generator: Generator
     ) -> None:
         if not adaptable(module):
-            raise LoraError(f"A layer of kind {type(module).__name__} cannot carry an adapter.")
+            raise LoraError(f"A layer of type {type(module).__name__} cannot carry an adapter.")
         self.module = module
         self.shape = module_shape(module)
-        self.std = std
+        self.down_std = down_std
         self.device = device
         self.down = nn.Parameter(self._new_rows(capacity, generator))
         self.up = nn.Parameter(torch.zeros(capacity, self.shape[0], device=device))
         self.importance: Tensor | None = None
-        self.working: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self._apply = _convolution_of(module) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else _linear
+        self.working: WorkingCopies | None = None
+        self._path = (
+            _convolution_path(module) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else _linear_path
+        )
 
     @property
     def capacity(self) -> int:
-        """How many positions the arrays hold."""
+        """The number of components that the arrays hold."""
         return int(self.down.shape[0])
 
     @property
-    def convolution(self) -> bool:
-        """Whether the layer is one, rather than linear."""
+    def is_convolution(self) -> bool:
+        """Whether the layer is a convolution; otherwise it is linear."""
         return len(self.shape) > 2
 
     @property
     def cost(self) -> int:
-        """Parameters per position."""
+        """Parameters per component."""
         return cost(self.shape)
 
+    # -- forward -------------------------------------------------------------------------------------------------------
+
     def __call__(self, x: Tensor) -> Tensor:
-        """B Λ A x for the layer's input x, in x's dtype; the shape of the layer's output."""
-        down = _folded(*self._parts(self.down), dtype=x.dtype)
+        """B Λ A x in x's dtype and the shape of the layer's output; x: the layer's input."""
+        down = _scaled_down(*self._scaled_down_parts(self.down), dtype=x.dtype)
         cast = None
         if x.dtype != self.down.dtype:
-            cast = Recipe(partial(_folded, dtype=x.dtype), self._parts(self.down.detach()))
+            cast = Recipe(partial(_scaled_down, dtype=x.dtype), self._scaled_down_parts(self.down.detach()))
         with recompute_saved((x, self.recipe(x)), (down, cast)):
-            return self._apply(x, down, self.up.to(x.dtype))
+            return self._path(x, down, self.up.to(x.dtype))
 
     def recipe(self, x: Tensor) -> Recipe | None:
-        """How the layer's input x can be made again in the backward pass; None where it is kept."""
+        """How the backward pass can recompute the layer's input x; None where x has to be saved."""
         return recipe_for(x, self.shape[0])
 
-    def folded_down(self) -> Tensor:
+    def scaled_down(self) -> Tensor:
         """Λ A, (capacity, …), detached."""
-        return _folded(*self._parts(self.down.detach()), dtype=self.down.dtype)
+        return _scaled_down(*self._scaled_down_parts(self.down.detach()), dtype=self.down.dtype)
 
-    def _parts(self, down: Tensor) -> tuple[Tensor, ...]:
-        """What ΛA is made of: A, and Λ where there is one."""
+    def _scaled_down_parts(self, down: Tensor) -> tuple[Tensor, ...]:
+        """A, and Λ where there is one."""
         return (down,) if self.importance is None else (down, self.importance[: self.capacity])
 
     def add(self, output: Tensor, x: Tensor) -> Tensor:
-        """The layer's output plus B Λ A x, with as few launches as the layer's kind allows."""
+        """The layer's output plus B Λ A x, in as few kernel launches as the layer allows."""
         if not self.capacity:
-            return output  # a cut has dropped the layer
-        if self.working is not None and not output.dtype == x.dtype == self.working[0].dtype:
-            # A layer that the model runs in another type: its gradients must still reach the sums.
-            dtype = self.working[0].dtype
+            return output  # pruned to rank 0
+        working = self.working
+        if working is not None and not output.dtype == x.dtype == working.down.dtype:
+            # The model runs this layer in another type. Its gradients must still reach the sums.
+            dtype = working.down.dtype
             return output + self.add(torch.zeros_like(output, dtype=dtype), x.to(dtype)).to(output.dtype)
-        if self.convolution or output.dtype != x.dtype:
+        if self.is_convolution or output.dtype != x.dtype:
             return output + self(x)
         importance = None if self.importance is None else self.importance[: self.capacity]
-        sums = None
-        if self.working is not None:
-            folded, cast, *sums = self.working
+        if working is not None:
+            down, up, sums = working.down, working.up, working.gradient_sums
         else:
+            sums = None
             with torch.no_grad():
-                folded = _folded(*self._parts(self.down), dtype=x.dtype)
-                cast = self.up.to(x.dtype)
-        return AddLowRank.apply(output, x, self.down, self.up, folded, cast, importance, sums, self.recipe(x))
+                down = _scaled_down(*self._scaled_down_parts(self.down), dtype=x.dtype)
+                up = self.up.to(x.dtype)
+        return AddLowRank.apply(output, x, self.down, self.up, down, up, importance, sums, self.recipe(x))
 
     def can_fuse(self, weight: object, x: Tensor) -> bool:
-        """Whether `linear` can stand for the layer and its path, for a layer that is x Wᵀ + bias and no more."""
+        """Whether `fused_linear` may replace a layer that computes x Wᵀ + bias and nothing else."""
         if not self.capacity or self.working is None:
             return False
         if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
             return False
-        return self.working[0].dtype == x.dtype and weight.device == x.device and weight.is_floating_point()
+        return self.working.down.dtype == x.dtype and weight.device == x.device and weight.is_floating_point()
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer and its path, x Wᵀ + bias + B Λ A x, in one operation, where `can_fuse` agrees."""
+    def fused_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with its path, x Wᵀ + bias + B Λ A x, in one operation, where `can_fuse` is true."""
         if self.working is None:
-            raise ValueError("There are no working copies to compute with.")
-        folded, cast, *sums = self.working
-        return LowRankLinear.apply(x, weight, bias, self.up, folded, cast, sums, self.recipe(x))
+            raise ValueError("fused_linear needs working copies.")
+        working = self.working
+        return LowRankLinear.apply(
+            x, weight, bias, self.up, working.down, working.up, working.gradient_sums, self.recipe(x)
+        )
+
+    # -- changes between steps -----------------------------------------------------------------------------------------
 
     def _new_rows(self, count: int, generator: Generator) -> Tensor:
-        """Rows of a down factor that is about to grow: N(0, σ²), drawn on the CPU so that every device draws the same."""
-        return (torch.randn(count, *self.shape[1:], generator=generator) * self.std).to(self.device)
+        """Rows for A from N(0, σ²), drawn on the CPU so that the numbers do not depend on the device."""
+        return (torch.randn(count, *self.shape[1:], generator=generator) * self.down_std).to(self.device)
 
     def resize(self, capacity: int, generator: Generator, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Keep the first positions and hold room for `capacity` of them.
+        """Keep the first components and hold `capacity` in all; optimizer moments follow.
 
-        A new position has a random down row and a zero up row, so the output does not change; optimizer moments follow,
-        those of new positions zero. Only between an optimizer step and the next forward.
+        A new component has a random row in A and zeros in B, so the output does not change; its moments are zero. Call it only
+        between an optimizer step and the next forward pass.
         """
-        keep = min(capacity, self.capacity)
-        extra = capacity - keep
-        down = torch.cat([self.down.data[:keep], self._new_rows(extra, generator)])
-        up = torch.cat([self.up.data[:keep], self.up.data.new_zeros(extra, self.shape[0])])
-        self._replace({"down": down, "up": up}, keep, optimizer)
+        kept = min(capacity, self.capacity)
+        added = capacity - kept
+        down = torch.cat([self.down.data[:kept], self._new_rows(added, generator)])
+        up = torch.cat([self.up.data[:kept], self.up.data.new_zeros(added, self.shape[0])])
+        self._replace({"down": down, "up": up}, kept, optimizer)
 
     def reset_components(
         self, start: int, generator: Generator, optimizer: torch.optim.Optimizer | None = None
     ) -> None:
-        """Drop what the positions from `start` on have learned: fresh down rows, zero up rows and moments."""
+        """Reinitialize the components from index `start` on: random rows in A, zeros in B and in the moments."""
         if start >= self.capacity:
             return
         self.down.data[start:] = self._new_rows(self.capacity - start, generator)
@@ -191,48 +201,49 @@ class Adapter:
                 moment[start:] = 0
 
     def restart_zero_components(self, generator: Generator) -> None:
-        """Let positions without weight learn again, as a plain LoRA's new ones do, once settled.
+        """Reinitialize components of singular value zero after pruning, as a plain LoRA starts.
 
-        A position of singular value zero has two zero factors and so no gradient, for ever. It gets a random down row
-        (variance 1 / (3 d_in)) and a zero up row; the output changes by the rounding that it held.
+        Both rows of such a component are zero, so its gradient would stay zero. It gets a random row in A (variance
+        1 / (3 d_in)) and zeros in B. The output changes by rounding error only.
         """
         weight = self.down.data.flatten(1).norm(dim=1) * self.up.data.norm(dim=1)
-        dead = weight <= ZERO_TOLERANCE * weight.amax() if self.capacity else weight > 0
+        zero = weight <= ZERO_TOLERANCE * weight.amax() if self.capacity else weight > 0
         rows = torch.randn(self.down.shape, generator=generator) / math.sqrt(3 * math.prod(self.shape[1:]))
-        self.down.data[dead] = rows.to(self.down)[dead]
-        self.up.data[dead] = 0
+        self.down.data[zero] = rows.to(self.down)[zero]
+        self.up.data[zero] = 0
 
     def rotate(self) -> None:
-        """Train mixtures of the positions instead of the positions, once settled (mixing.py); the output stays.
+        """Rotate the components after pruning (rotation.py); the output stays.
 
-        Not of the last ones, which have been revived: their rows are large, and mixtures would only cancel them to rounding.
+        Restarted components are left out. Their rows of A are large, and a rotation would have to cancel them, which leaves
+        rounding errors.
         """
-        live = int((self.up.data.norm(dim=1) > 0).sum())
+        trained = int((self.up.data.norm(dim=1) > 0).sum())
         for parameter in (self.down, self.up):
-            rows = parameter.data[:live]
+            rows = parameter.data[:trained]
             rows.copy_(on_device_or_cpu(self.device, partial(rotate, rows)))
 
     def load(self, factors: Factors, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Take these factors as they are, at exactly their rank; moments start at zero."""
+        """Replace A and B with these factors at exactly their rank; moments start at zero."""
         down, up = factors.down * factors.scale, factors.up.reshape(self.shape[0], -1).t()
-        self._replace({"down": self._own(down), "up": self._own(up)}, 0, optimizer)
+        self._replace({"down": self._copied(down), "up": self._copied(up)}, 0, optimizer)
 
-    def load_arrays(self, down: Tensor, up: Tensor, std: float) -> None:
-        """Take these arrays, (capacity, …) and (capacity, d_out), and the deviation of new rows. Start a new optimizer then."""
-        self.std = std
-        self._replace({"down": self._own(down), "up": self._own(up)}, 0, None)
+    def load_arrays(self, down: Tensor, up: Tensor, down_std: float) -> None:
+        """Replace A and B with these arrays, (capacity, …) and (capacity, d_out). Requires a new optimizer."""
+        self.down_std = down_std
+        self._replace({"down": self._copied(down), "up": self._copied(up)}, 0, None)
 
-    def _own(self, rows: Tensor) -> Tensor:
-        """The same numbers in memory that is not the caller's, row by row.
+    def _copied(self, rows: Tensor) -> Tensor:
+        """A copy in row-major memory.
 
-        A single row counts as contiguous in other layouts too, and products of those are rounded in another way.
+        A single row counts as contiguous in other layouts too, and BLAS rounds products of those differently.
         """
         return rows.to(self.down, copy=True, memory_format=torch.contiguous_format)
 
     def factors(self, rank: int, device: torch.device | None = None) -> Factors:
-        """The first `rank` positions with √Λ folded into both factors; float32 views or copies, detached.
+        """The first `rank` components with √Λ folded into both factors; float32 views or copies, detached.
 
-        device: where to work that out; the adapter's own if not given.
+        device: where to compute; the adapter's own by default.
         """
         device = device or self.device
         down, up = self.down.detach()[:rank].to(device), self.up.detach()[:rank].to(device)
@@ -242,17 +253,17 @@ class Adapter:
         tail = (1,) * (len(self.shape) - 2)
         return Factors(up=up.t().reshape(self.shape[0], rank, *tail), down=down, alpha=float(rank))
 
-    def _replace(self, data: dict[str, Tensor], keep: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Put new Parameters in the places of these, and in the optimizer's, whose moments keep their first rows.
+    def _replace(self, data: dict[str, Tensor], kept: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Replace the parameters, also in the optimizer, whose moments keep their first `kept` rows.
 
-        A resized `.data` would do only while no graph of an earlier step is alive, since that one remembers the old shape.
-        All memory is asked for before anything is changed: where it runs out, the layer is as it was.
+        Assigning to `.data` would fail while the graph of an earlier step is alive, because it remembers the old shape.
+        All memory is allocated before anything is changed, so an out-of-memory error leaves the layer as it was.
         """
         moments = {}
         for name, values in data.items():
             for key, moment in _moments(optimizer, getattr(self, name)).items():
                 moments[name, key] = torch.zeros_like(values)
-                moments[name, key][:keep] = moment[:keep]
+                moments[name, key][:kept] = moment[:kept]
         for name, values in data.items():
             old, new = getattr(self, name), nn.Parameter(values)
             setattr(self, name, new)
@@ -265,41 +276,43 @@ class Adapter:
                 optimizer.state[new] = state | {key: moment for (of, key), moment in moments.items() if of == name}
 
 
-def _folded(down: Tensor, importance: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
-    """Λ A in a type."""
+def _scaled_down(down: Tensor, importance: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+    """Λ A in a dtype."""
     return (down if importance is None else down * importance.view(-1, *(1,) * (down.ndim - 1))).to(dtype)
 
 
 def _moments(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """The optimizer's tensors that have the parameter's shape."""
+    """The optimizer's tensors of the parameter's shape."""
     if optimizer is None or parameter not in optimizer.state:
         return {}
     state = optimizer.state[parameter]
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape}
 
 
-def _linear(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def _linear_path(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return F.linear(x, down) @ up
 
 
-def _convolution_of(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The low-rank path of a convolution: the layer's own geometry at rank channels, then a 1×1 convolution.
+def _convolution_path(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The low-rank path of a convolution: the layer's own geometry with rank channels, then a 1×1 convolution.
 
-    With groups every group sees the same down kernels on its own channels, which is what reshaping up · down to the
-    weight's shape means.
+    With groups, every group applies the same down kernels to its own channels. That is the meaning of reshaping up · down to
+    the weight's shape.
     """
     convolve = next(f for kind, f in _CONVOLUTIONS.items() if isinstance(module, kind))
     stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
-    mode, around = module.padding_mode, module._reversed_padding_repeated_twice
+    mode, padding_per_side = module.padding_mode, module._reversed_padding_repeated_twice
 
     def path(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         pad: int | str | tuple[int, ...] = padding
         if mode != "zeros":
-            x, pad = F.pad(x, around, mode=mode), 0
+            x, pad = F.pad(x, padding_per_side, mode=mode), 0
         if groups > 1:
             down = down.repeat(groups, *(1,) * (down.ndim - 1))
         hidden = convolve(x, down, None, stride, pad, dilation, groups)
-        mix = up.t().reshape(up.shape[1], up.shape[0], *(1,) * (down.ndim - 2))
-        return convolve(hidden, mix, None, 1, 0, 1, groups)
+        pointwise = up.t().reshape(up.shape[1], up.shape[0], *(1,) * (down.ndim - 2))
+        return convolve(hidden, pointwise, None, 1, 0, 1, groups)
 
     return path

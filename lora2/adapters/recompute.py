@@ -1,8 +1,9 @@
-"""Inputs of layers that need not be kept for the backward pass, since what they were made of is kept anyway.
+"""Layer inputs that the backward pass recomputes, because autograd saves the tensors that they were computed from anyway.
 
-A gradient of A asks for the layer's input, which a frozen linear layer does not keep. Where that is what an activation, a product
-or a norm has put out, autograd keeps what went into it: it is made again from that when it is needed, and takes no memory until
-then. Bit for bit the same, but for a norm's output, which is the same to float32's rounding before it is cast.
+The gradient of A needs the layer's input, which a frozen linear layer does not save. Where the input is the output of an
+activation, a product or a norm, autograd has saved the inputs of that operation. The layer's input is recomputed from them when
+it is needed and takes no memory until then. The result is bit-identical, except for a norm: its output is the same up to
+float32 rounding before the cast.
 """
 
 from __future__ import annotations
@@ -18,71 +19,71 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_BYTES = 2**20
-"""Bytes from which an input is worth one more launch."""
+"""Smallest input that is worth one more kernel launch."""
 
 MIN_WIDTH_RATIO = 4
-"""Times d_in: layers whose own products are so much more work that a norm's four launches do not count."""
+"""Smallest d_out / d_in for which the four launches of a norm are negligible beside the layer's own products."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a tensor is made again: `make` of `parts`, detached tensors that are kept anyway."""
+    """How to recompute a tensor: `make(*parts)`. parts: detached tensors that autograd saves anyway."""
 
     make: Callable[..., Tensor]
     parts: tuple[Tensor, ...]
 
 
-def recipe_for(x: Tensor, width: int) -> Recipe | None:
-    """How a layer's input x can be made again; width: d_out of the layer.
+def recipe_for(x: Tensor, d_out: int) -> Recipe | None:
+    """How to recompute a layer's input x; d_out: the layer's output width.
 
-    None where x is small, was made in another way or in place, or was changed since, also unseen by autograd (but a change
-    through `x.data` leaves no trace). And where hooks for saved tensors are in use, or were when x was made, as in a
-    checkpointed block: what they keep is not asked for.
+    None where x is small, is the output of another operation or of one in place, or was changed since, even unseen by autograd
+    (a change through `x.data` cannot be detected). None also where hooks for saved tensors are active or were active when x was
+    computed, as in a checkpointed block: reading their tensors would run the hooks.
     """
     node: Any = x.grad_fn
     if node is None or x.nbytes < MIN_BYTES or x._version:
         return None
-    known = _KNOWN.get(node.name())
-    if known is None or _hooked() or (known is _norm and width < MIN_WIDTH_RATIO * x.shape[-1]):
+    make_recipe = _RECIPES.get(node.name())
+    if make_recipe is None or _hooks_active() or (make_recipe is _norm and d_out < MIN_WIDTH_RATIO * x.shape[-1]):
         return None
     try:
-        return known(node)
-    except RuntimeError:  # a part was changed since, or is gone: whoever goes backward through x hears of it
+        return make_recipe(node)
+    except RuntimeError:  # a part was changed since, or was freed: the backward pass through x will report it
         return None
 
 
 def saved_tensors(x: Tensor, recipe: Recipe | None) -> tuple[Tensor, ...]:
-    """What to save of an input: its parts, or itself."""
+    """The tensors to save for an input: its recipe's parts, or the input itself."""
     return (x,) if recipe is None else recipe.parts
 
 
 def recomputed(saved: Sequence[Tensor], make: Callable[..., Tensor] | None) -> Tensor:
-    """The input from what was saved of it; make: the recipe's, None where there was none."""
+    """The input from its saved tensors. make: the recipe's, None where there was no recipe."""
     return saved[0] if make is None else make(*saved)
 
 
 @contextmanager
 def recompute_saved(*known: tuple[Tensor, Recipe | None]) -> Iterator[None]:
-    """While inside, torch's own operations keep none of these tensors that have a recipe, but make them again by it.
+    """While inside, torch's own operations save the recipes of these tensors, where there are any, instead of the tensors.
 
-    Going backward raises RuntimeError where a part was changed in between, as autograd does.
+    The backward pass raises RuntimeError if a part has been changed in between, as autograd does.
     """
     recipes = [(x, recipe) for x, recipe in known if recipe is not None]
     with ExitStack() as stack:
-        if recipes and torch.is_grad_enabled() and not _hooked():
+        if recipes and torch.is_grad_enabled() and not _hooks_active():
             try:
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_packer(recipes), _unpacked))
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_packer(recipes), _unpack))
             except RuntimeError:  # hooks are forbidden, or these tensors have no memory of their own (torch.func)
                 stack.close()
         yield
 
 
 def _packer(recipes: Sequence[tuple[Tensor, Recipe]]) -> Callable[[Tensor], object]:
-    """What packs saved tensors. It lives as long as what it packs, and so must not hold the tensors."""
-    places = {x.data_ptr(): (x.shape, recipe) for x, recipe in recipes}
+    """The pack hook. It lives as long as its results, so it must not hold the tensors."""
+    by_address = {x.data_ptr(): (x.shape, recipe) for x, recipe in recipes}
 
     def pack(saved: Tensor) -> object:
-        shape, recipe = places.get(saved.data_ptr(), (None, None))
+        shape, recipe = by_address.get(saved.data_ptr(), (None, None))
         if recipe is None or saved.shape != shape:
             return saved
         return recipe, [part._version for part in recipe.parts]
@@ -90,7 +91,7 @@ def _packer(recipes: Sequence[tuple[Tensor, Recipe]]) -> Callable[[Tensor], obje
     return pack
 
 
-def _unpacked(packed: Any) -> Tensor:
+def _unpack(packed: Any) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
     recipe, versions = packed
@@ -99,8 +100,8 @@ def _unpacked(packed: Any) -> Tensor:
     return recipe.make(*recipe.parts)
 
 
-def _hooked() -> bool:
-    """Whether torch's hooks for saved tensors are in use: it refuses to switch them off then."""
+def _hooks_active() -> bool:
+    """Whether hooks for saved tensors are active: torch then refuses to disable them."""
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks("Nothing is saved here."):
             return False
@@ -109,8 +110,8 @@ def _hooked() -> bool:
 
 
 def _saved(node: Any, name: str) -> Tensor | None:
-    """What a node keeps, detached; None where it keeps nothing, or hooks keep it in its place."""
-    if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None) is not None:  # older torch does not tell
+    """A tensor saved by a node, detached; None where it saved none, or where a hook has replaced it."""
+    if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None) is not None:  # absent in older torch
         return None
     value = getattr(node, f"_saved_{name}")
     return None if value is None else value.detach()
@@ -118,7 +119,7 @@ def _saved(node: Any, name: str) -> Tensor | None:
 
 def _product(node: Any) -> Recipe | None:
     one, other = _saved(node, "self"), _saved(node, "other")
-    # Of a factor that needs no gradient the other one is not kept.
+    # If one factor requires no gradient, autograd does not save the other.
     return None if one is None or other is None else Recipe(torch.mul, (one, other))
 
 
@@ -133,15 +134,17 @@ def _gelu(node: Any) -> Recipe | None:
 
 
 def _norm(node: Any) -> Recipe | None:
-    x, mean, deviation = (_saved(node, name) for name in ("input", "result1", "result2"))
-    if x is None or mean is None or deviation is None or mean.dtype not in (torch.float32, torch.float64):
-        return None  # on a CPU the moments may be as coarse as x
-    return Recipe(partial(_normalised, weight=_saved(node, "weight"), bias=_saved(node, "bias")), (x, mean, deviation))
+    x, mean, inverse_std = (_saved(node, name) for name in ("input", "result1", "result2"))
+    if x is None or mean is None or inverse_std is None or mean.dtype not in (torch.float32, torch.float64):
+        return None  # on the CPU the moments may be in x's half precision
+    return Recipe(
+        partial(_normalized, weight=_saved(node, "weight"), bias=_saved(node, "bias")), (x, mean, inverse_std)
+    )
 
 
-def _normalised(x: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """(x − mean) · weight / σ + bias, from the moments that the norm has kept; mean, deviation: E x and 1/σ in float32."""
-    out = (x - mean).mul_(deviation)
+def _normalized(x: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x − mean) · weight / σ + bias; mean, inverse_std: E x and 1/σ in float32, as the norm saved them."""
+    out = (x - mean).mul_(inverse_std)
     if weight is not None:
         out.mul_(weight)
     if bias is not None:
@@ -149,7 +152,7 @@ def _normalised(x: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor | Non
     return out.to(x.dtype)
 
 
-_KNOWN: dict[str, Callable[[Any], Recipe | None]] = {
+_RECIPES: dict[str, Callable[[Any], Recipe | None]] = {
     "MulBackward0": _product, "SiluBackward0": _silu, "GeluBackward0": _gelu, "NativeLayerNormBackward0": _norm,
 }  # fmt: skip
 """By the name of autograd's node."""

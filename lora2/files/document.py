@@ -1,4 +1,4 @@
-"""A LoRA file as layers: from keys to factors and back."""
+"""LoRA files as layers: from keys to factors and back."""
 
 from __future__ import annotations
 
@@ -14,18 +14,15 @@ from torch import Tensor
 from ..method.factors import Factors
 from ..util.errors import LoraError
 from ..util.text import escaped
-from ..util.thread_pool import run_parallel, workers
+from ..util.thread_pool import run_parallel, worker_count
 from .keys import BIASES, COMPANIONS, KEY_STYLES, stems
 from .rank_info import KEY, RankInfo
 from .rank_info import parse as parse_info
 from .reader import read_file
-from .writer import write_new
-
-__all__ = ["LoraDocument", "LoraStateDict", "fold_scale", "parse", "read", "to_state_dict", "write_new"]
 
 
 class LoraStateDict(dict[str, Tensor]):
-    """A LoRA's tensors, as every node of the host takes them, with the file's metadata beside them."""
+    """A LoRA's tensors as the host's nodes exchange them, with the file's metadata."""
 
     metadata: dict[str, str]
 
@@ -39,15 +36,14 @@ def to_state_dict(
 ) -> dict[str, Tensor]:
     """The file's tensors: up, down and alpha of every layer, contiguous and on the CPU.
 
-    layers: by the full prefix of their keys ("lora_unet_…_to_q", "diffusion_model.….qkv"). style: "kohya"
-    (lora_up/lora_down) or "peft" (lora_B/lora_A). Layers of rank 0 are left out, since ComfyUI divides by the
-    rank. Raises LoraError where a value is NaN, infinite, or too large for the dtype.
+    layers: by the full prefix of their keys ("lora_unet_…_to_q", "diffusion_model.….qkv"). style: a key of KEY_STYLES.
+    Layers of rank 0 are omitted, since ComfyUI divides by the rank. Raises LoraError if a value is NaN, infinite, or too
+    large for the dtype.
 
-    alpha: every layer's own rank where it is None, so that the scale is 1; or one number for all layers, the
-    factors then holding what the scale alpha / rank takes away. Both give the same ΔW to readers that take
-    each layer's alpha and rank from the file. diffusers (0.39 to 0.42 measured) loses alphas that differ on
-    the attention layers of a UNet in kohya's keys and then scales them wrongly; one number for all it reads
-    right.
+    alpha: None for each layer's rank (a scale of 1), or one number for all layers, with the factors rescaled to the same ΔW.
+    Readers that take each layer's alpha and rank from the file see no difference. diffusers (0.39 to 0.42 measured) loses
+    alphas that differ between the attention layers of a UNet in kohya's keys and scales them wrongly; one alpha for all
+    layers is read correctly.
     """
     up_suffix, down_suffix = KEY_STYLES[style]
     tensors: dict[str, Tensor] = {}
@@ -61,7 +57,7 @@ def to_state_dict(
 
 
 def fold_scale(factors: Factors, alpha: float | None = None) -> Factors:
-    """The same ΔW with another alpha, the rank where None; the tensors themselves where nothing changes."""
+    """The same ΔW with another alpha (None: the rank); the same tensors if the scale does not change."""
     target = float(factors.rank) if alpha is None else alpha
     ratio = factors.scale * factors.rank / target if factors.rank else 1.0
     if ratio == 1.0:
@@ -72,13 +68,12 @@ def fold_scale(factors: Factors, alpha: float | None = None) -> Factors:
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype, prefix: str) -> Tensor:
-    """A copy for the file, never the tensor that is still being trained."""
+    """A copy for the file, which does not follow further training."""
     stored = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
     if not bool(torch.isfinite(stored).all()):
         raise LoraError(
-            f"Layer {escaped(prefix)} holds NaN, infinity, or a value too large for"
-            f" {str(dtype).removeprefix('torch.')}. Save as float32 or bfloat16; if that fails too, the"
-            " training has diverged: lower the learning rate."
+            f"Layer {escaped(prefix)} contains NaN, infinity, or a value too large for {str(dtype).removeprefix('torch.')}. "
+            "Save as float32 or bfloat16; if that fails too, the training has diverged: lower the learning rate."
         )
     return stored
 
@@ -87,9 +82,9 @@ def _stored(tensor: Tensor, dtype: torch.dtype, prefix: str) -> Tensor:
 class LoraDocument:
     """A LoRA file as layers.
 
-    layers: the plain ones, by prefix. styles: how each one's keys end (keys.STYLES). alphas: their alpha
-    tensors, where there are any. other: all tensors that are not part of a plain layer, by their keys.
-    metadata: as in the file. info: our JSON, None without one. notes: what was wrong with it, in sentences.
+    layers: plain layers (up · down and nothing else) by prefix. styles: key style of each, of KEY_STYLES. alphas: alpha
+    tensors of those that have one. other: all other tensors by key. metadata: as in the file. info: the pack's own JSON,
+    None without one. notes: sentences about errors in it.
     """
 
     layers: dict[str, Factors]
@@ -101,13 +96,13 @@ class LoraDocument:
     notes: list[str] = field(default_factory=list)
 
     def state_dict(self) -> LoraStateDict:
-        """The tensors under the keys they came with, and the metadata; a layer of rank 0 is left out.
+        """The tensors under their original keys, with the metadata; layers of rank 0 are omitted.
 
-        With all of its pairs: a file may hold one layer in several styles, and the pair that ComfyUI would not look at
-        must not come to light because the first one was cut away.
+        All pairs of an omitted layer are: a file may hold one layer in several styles, and ComfyUI would apply the second
+        pair if only the first were missing.
         """
         tensors: dict[str, Tensor] = {}
-        gone: set[str] = set()
+        omitted: set[str] = set()
         for prefix, factors in self.layers.items():
             if factors.rank:
                 up_suffix, down_suffix = KEY_STYLES[self.styles[prefix]]
@@ -116,12 +111,12 @@ class LoraDocument:
                 if prefix in self.alphas:
                     tensors[prefix + ".alpha"] = self.alphas[prefix]
             else:
-                gone.update(prefix + suffix for pair in KEY_STYLES.values() for suffix in pair)
-        others = {key: tensor for key, tensor in self.other.items() if key not in gone}
+                omitted.update(prefix + suffix for pair in KEY_STYLES.values() for suffix in pair)
+        others = {key: tensor for key, tensor in self.other.items() if key not in omitted}
         return LoraStateDict({**tensors, **others}, self.metadata)
 
     def uncut(self) -> dict[str, str]:
-        """What cannot be cut and why, by layer, or by key for a tensor of no known kind of layer."""
+        """Reasons why parts cannot be cut, by layer, or by key for tensors of no known kind of layer."""
         reasons: dict[str, str] = {}
         for key in self.other:
             suffix = next((s for s in COMPANIONS if key.endswith(s)), None)
@@ -135,17 +130,17 @@ class LoraDocument:
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoraDocument:
-    """The layers in a LoRA's tensors. metadata: that of a LoraStateDict is taken where none is given.
+    """Group a LoRA's tensors into layers. metadata: default is that of a LoraStateDict.
 
-    Nothing is lost: what is not a plain pair goes to `other`. Raises LoraError, naming the layer, where a
-    pair does not fit together, its alpha is not one number, or it holds NaN or infinity. Our JSON, where it
-    cannot be used, costs a note and not the file.
+    Tensors that are not part of a plain layer go to `other`. Raises LoraError with the layer's name if the shapes of a pair
+    do not match, its alpha is not one number, or it contains NaN or infinity. If the pack's own JSON is unusable, a note
+    says so and the tensors are used without it.
     """
     if metadata is None:
         metadata = getattr(tensors, "metadata", None) or {}
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise LoraError(f"{escaped(key)} in this LoRA is no tensor. Connect a LoRA, or load one from a file.")
+            raise LoraError(f"{escaped(key)} in this LoRA is not a tensor. Connect a LoRA, or load one from a file.")
     layers: dict[str, Factors] = {}
     styles: dict[str, str] = {}
     alphas: dict[str, Tensor] = {}
@@ -172,7 +167,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = No
 
 
 def read(path: str | Path) -> LoraDocument:
-    """The layers of a LoRA file. Raises LoraError, naming the file, where it makes no sense."""
+    """Read a LoRA file. Raises LoraError with the file's name if it is damaged; see `read_file` and `parse`."""
     path = Path(path)
     tensors, metadata = read_file(path)
     try:
@@ -182,7 +177,7 @@ def read(path: str | Path) -> LoraDocument:
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The style of every layer that ComfyUI would apply as up · down and nothing else."""
+    """Key style of every layer that ComfyUI applies as up · down and nothing else, by prefix."""
     styles: dict[str, str] = {}
     for style, (up_suffix, down_suffix) in KEY_STYLES.items():
         for key in tensors:
@@ -198,11 +193,11 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _checked(prefix: str, up: Tensor, down: Tensor, alpha: Tensor | None) -> Factors:
-    """The factors of one layer, if they make sense; whether they are finite is asked for all layers together."""
+    """The factors of one layer after a check of their shapes; `_check_finite` checks the values of all layers."""
     if up.ndim < 2 or down.ndim < 2 or up.shape[1:].numel() != down.shape[0]:
         raise LoraError(
-            f"The factors of layer {escaped(prefix)} do not fit together: up has the shape {list(up.shape)},"
-            f" down {list(down.shape)}; up's second size must be down's first. The LoRA is damaged."
+            f"The factors of layer {escaped(prefix)} do not fit together: up has the shape {list(up.shape)}, down "
+            f"{list(down.shape)}; the second dimension of up must equal the first of down. The LoRA is damaged."
         )
     if 0 in (up.shape[0], *down.shape[1:]):
         raise LoraError(f"Layer {escaped(prefix)} belongs to a weight of size 0: the LoRA is damaged.")
@@ -212,29 +207,29 @@ def _checked(prefix: str, up: Tensor, down: Tensor, alpha: Tensor | None) -> Fac
 
 
 def _check_finite(layers: Mapping[str, Factors]) -> None:
-    """Raise LoraError, naming the first layer that holds NaN or infinity.
+    """Raise LoraError with the name of the first layer that contains NaN or infinity.
 
-    It is the first to touch a file's pages, and takes as long as memory takes to bring them: so all cores ask for some layers.
+    This is the first access to a file's memory-mapped pages and is bound by reading them, hence in parallel.
     """
     names = list(layers)
-    per_piece = max(1, len(names) // (4 * workers()) + 1)
-    pieces = [names[i : i + per_piece] for i in range(0, len(names), per_piece)]
-    found = run_parallel(partial(_first_broken, layers, piece) for piece in pieces)
-    broken = next((name for name in found if name is not None), None)
-    if broken is not None:
+    chunk = max(1, len(names) // (4 * worker_count()) + 1)
+    found = run_parallel(partial(_first_nonfinite, layers, names[i : i + chunk]) for i in range(0, len(names), chunk))
+    nonfinite = next((name for name in found if name is not None), None)
+    if nonfinite is not None:
         raise LoraError(
-            f"Layer {escaped(broken)} holds NaN or infinity: it would turn every picture black. Use another LoRA."
+            f"Layer {escaped(nonfinite)} contains NaN or infinity: it would turn every image black. Use another LoRA."
         )
 
 
-def _first_broken(layers: Mapping[str, Factors], names: Sequence[str]) -> str | None:
+def _first_nonfinite(layers: Mapping[str, Factors], names: Sequence[str]) -> str | None:
     return next((name for name in names if not (_finite(layers[name].up) and _finite(layers[name].down))), None)
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; 8-bit floats have no such question of their own.
+    """Whether all values are finite.
 
-    The least and the greatest are asked, which NaN passes on to: one pass without a map of the answers, 15 to 40 times faster.
+    By minimum and maximum, which propagate NaN: one pass without a mask, 15 to 40 times faster than torch.isfinite. 8-bit
+    floats, for which torch has neither, are converted first.
     """
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True

@@ -1,4 +1,4 @@
-"""Which model family a LoRA file was made for, as far as it tells."""
+"""Model families: which one a LoRA file was trained for, and how other tools name them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ..method.factors import Factors
 from ..util.text import clean
 from .document import LoraDocument
 
-_BY_CONTEXT = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
-"""UNets are told apart by the width of the text that cross-attention reads."""
+_BY_TEXT_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+"""UNet families by the width of the text embedding that cross-attention reads."""
 
 
 def describe_family(document: LoraDocument) -> str:
-    """The family in words: from the layers' shapes and names, else from the metadata, else "unknown"."""
+    """The family for messages: by the layers' shapes and names, else by the metadata, else "unknown"."""
     return _by_layers(document.layers) or _by_metadata(document.metadata) or "unknown"
 
 
 def text_width(layers: Mapping[str, Factors]) -> int | None:
-    """The width of the text that a UNet's cross-attention reads; None where no layer tells."""
+    """Width of the text embedding that a UNet's cross-attention reads; None without such a layer."""
     for name, factors in layers.items():
         if name.endswith(("attn2_to_k", "attn2.to_k", "attn2.processor.to_k")):
             return factors.down.shape[1:].numel()
@@ -27,8 +27,8 @@ def text_width(layers: Mapping[str, Factors]) -> int | None:
 
 
 def family_of_width(width: int) -> str:
-    """The family of UNets that read text of this width, in words."""
-    return _BY_CONTEXT.get(width, f"a UNet with text of width {width}")
+    """The UNet family with this width of the text embedding, for messages."""
+    return _BY_TEXT_WIDTH.get(width, f"a UNet with text of width {width}")
 
 
 def _by_layers(layers: Mapping[str, Factors]) -> str:
@@ -49,7 +49,10 @@ def _by_metadata(metadata: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family in the words of other tools."""
+    """A model family as other tools name it in metadata.
+
+    base: kohya's `ss_base_model_version`, and v2 its `ss_v2`. architecture, implementation: of ModelSpec.
+    """
 
     base: str
     architecture: str
@@ -58,7 +61,6 @@ class Family:
 
 
 _SGM = "https://github.com/Stability-AI/generative-models"
-
 
 FAMILIES: dict[str, Family] = {
     "sd1": Family("sd_v1", "stable-diffusion-v1", "diffusers"),

@@ -1,4 +1,4 @@
-"""The names of tensors in LoRA files: which belong together, and how they are shown in a message."""
+"""Keys of tensors in LoRA files: which belong to one layer, and which kind of layer they make."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEY_STYLES: dict[str, tuple[str, str]] = {
     "peft-default": (".lora_B.default.weight", ".lora_A.default.weight"),
 }
 
-# Beside a pair these make the layer more than up · down; alone they are another kind of layer.
+# Beside a pair these make the layer more than up · down; alone, another kind of layer.
 COMPANIONS: dict[str, str] = {
     ".dora_scale": "DoRA",
     ".lora_magnitude_vector": "DoRA",
@@ -38,7 +38,7 @@ BIASES: dict[str, str] = {".diff_b": "bias", ".b_norm": "bias", ".lora_B.bias": 
 
 
 def stems(key: str) -> list[str]:
-    """The prefixes that a key may belong to: all but its last one, two or three parts, less `_lora`."""
+    """The prefixes that a key may belong to: without its last one, two or three parts, and without `_lora`."""
     parts = key.split(".")
     found = [".".join(parts[:-n]) for n in (1, 2, 3) if len(parts) > n]
     return found + [stem.removesuffix("_lora") for stem in found if stem.endswith("_lora")]

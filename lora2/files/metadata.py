@@ -1,8 +1,7 @@
-"""What a file says about itself: the keys other tools look for, and one JSON of ours.
+"""The metadata of a LoRA file: keys that other tools read, and the pack's own JSON (rank_info.py).
 
-The `ss_*` and `sshs_*` keys are those of kohya's sd-scripts, the `modelspec.*` keys those of Stability's
-ModelSpec 1.0.1; all values are strings. `lora_adapter_metadata` is never written: diffusers refuses it beside
-alphas.
+The `ss_*` and `sshs_*` keys are those of kohya's sd-scripts, the `modelspec.*` keys those of Stability's ModelSpec 1.0.1; all
+values are strings. `lora_adapter_metadata` is never written: diffusers refuses it beside alphas.
 """
 
 from __future__ import annotations
@@ -17,25 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from .families import FAMILIES, Family
-from .rank_info import FORMAT, KEY, LayerInfo, RankInfo, layer_info
+from .rank_info import FORMAT, KEY, LayerInfo, RankInfo
 from .writer import data, header
 
-__all__ = [
-    "FAMILIES",
-    "HEADER_LIMIT",
-    "Family",
-    "LayerInfo",
-    "build",
-    "layer_info",
-    "legacy_hash",
-    "model_hash",
-    "with_info",
-]
+MAX_VIEWABLE_HEADER = 1 << 20
+"""Header bytes beyond which ComfyUI's /view_metadata shows nothing."""
 
-HEADER_LIMIT = 1 << 20  # ComfyUI's /view_metadata answers nothing for a larger one.
-
-
-_OF_THE_RUN = ("ss_output_name", "modelspec.title", "modelspec.date")
+_RUN_KEYS = ("ss_output_name", "modelspec.title", "modelspec.date")
+"""Keys that describe the training run rather than the tensors."""
 
 
 def build(
@@ -52,17 +40,14 @@ def build(
 ) -> dict[str, str]:
     """The metadata of a file with these tensors.
 
-    name: the output's name. family: one of FAMILIES, or another name, which is then written as it is.
-    training: settings that JSON can hold; numbers that are not finite become null. prediction: "epsilon", "v"
-    or "flow". resolution: (width, height) in pixels. created: local time; now if not given.
+    name: the output's name. family: a key of FAMILIES, or another name, which is then written as it is. layers: entries by
+    prefix. training: JSON-like settings; numbers that are not finite become null. prediction: "epsilon", "v" or "flow".
+    resolution: (width, height) in pixels. created: local time; default now.
 
-    about_run: False leaves out all that tells of the run and not of the tensors: the name, the date, the resolution, the
-    settings of the training, the hashes. What remains says what the file is and how to read it: family, prediction, and
-    each layer's rank, ν, target, shape and order.
+    about_run: False omits everything about the training run: name, date, resolution, settings, hashes. What is needed to read
+    the file remains: family, prediction, and each layer's rank, ν, target, shape and order.
 
-    The whole header stays below 1 MiB: where the per-layer detail is too long, first shape and target go,
-    then all but ν, then all. Where the tensors' own entries (some 300 bytes a layer) are longer than that
-    already, nothing would be gained, and everything is kept.
+    The whole header stays below MAX_VIEWABLE_HEADER if possible, see `with_info`.
     """
     if not about_run:
         training, resolution = {}, None
@@ -87,7 +72,7 @@ def build(
     if resolution is not None:
         metadata["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
     if not about_run:
-        for key in _OF_THE_RUN:
+        for key in _RUN_KEYS:
             del metadata[key]
         return with_info(tensors, metadata, {"format": FORMAT, "layers": dict(layers), "training": {}})
     metadata["sshs_model_hash"] = model_hash(tensors)
@@ -96,11 +81,15 @@ def build(
 
 
 def with_info(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], info: RankInfo) -> dict[str, str]:
-    """The metadata with our JSON in as much detail as the header has room for."""
+    """The metadata with the pack's own JSON in as much detail as MAX_VIEWABLE_HEADER permits.
+
+    If the header is too long, shapes and targets are dropped first, then everything but ν, then all layers. If the entries
+    of the tensors alone (some 300 bytes a layer) exceed the limit, nothing is dropped.
+    """
     full = {**metadata, KEY: _dump(info)}
     for text in (full[KEY], *_shorter(info)):
         candidate = {**metadata, KEY: text}
-        if len(header(tensors, candidate)) < HEADER_LIMIT:
+        if len(header(tensors, candidate)) < MAX_VIEWABLE_HEADER:
             return candidate
     return full
 
@@ -110,7 +99,7 @@ def _dump(info: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON can hold: not finite becomes null, another object its text."""
+    """The value as JSON: numbers that are not finite become null, other objects their text."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -123,7 +112,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shorter(info: RankInfo) -> Iterator[str]:
-    """Our JSON with less and less detail."""
+    """The JSON with less and less detail."""
     layers = info["layers"]
     brief = {p: {"nu": layer["nu"], "order": layer["order"]} for p, layer in layers.items()}
     yield _dump({**info, "layers": brief})
@@ -144,7 +133,7 @@ def model_hash(tensors: Mapping[str, Tensor]) -> str:
 def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """sd-scripts' `sshs_legacy_hash`: 8 hex digits of SHA-256 over 64 KiB from 1 MiB on.
 
-    Of the file as it would be with the `ss_*` keys as its only metadata.
+    Computed on the file with only the `ss_*` keys as its metadata.
     """
     digest = hashlib.sha256()
     begin, end = 0x100000, 0x110000

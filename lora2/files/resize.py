@@ -1,9 +1,9 @@
-"""Less of a LoRA: cut to a share, a maximal rank, or a size, without training."""
+"""Resizing a LoRA without training: to a share of its energy, a maximum rank, or a file size."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,18 +18,14 @@ from .document import LoraDocument, fold_scale
 from .metadata import with_info
 from .rank_info import KEY, LayerInfo, RankInfo
 
-# What a cut makes untrue. diffusers refuses its own key beside the alphas that a cut layer gets.
+# Invalid after a cut. diffusers refuses its own key, the last one, beside the alphas that a cut layer gets.
 STALE_KEYS = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata")
 ALPHA_BYTES = 4
 
 
 @dataclass(frozen=True)
 class ResizeResult:
-    """The LoRA that is left, and what that is of the whole one.
-
-    ranks by prefix, before and after; parameters and bytes of all tensors; uncut: what could not be cut, and
-    why.
-    """
+    """The resized LoRA. Ranks by prefix; parameters and bytes of all tensors; uncut: reasons, see LoraDocument.uncut."""
 
     document: LoraDocument
     ranks_before: dict[str, int]
@@ -42,96 +38,94 @@ class ResizeResult:
 
 
 class _Layer:
-    """One layer on its way: its factors so far, and its singular order once somebody asked for it."""
+    """One layer: its current factors, and its singular value decomposition, computed on demand.
+
+    nu: ν if the components are in order of importance, else None.
+    """
 
     def __init__(self, factors: Factors, nu: float | None) -> None:
         self.factors = factors
         self.nu = nu
         self.changed = False
-        self._order: tuple[Factors, Tensor] | None = None
+        self._svd: tuple[Factors, Tensor] | None = None
 
     @property
     def rank(self) -> int:
         return self.factors.rank
 
     @property
-    def unit_bytes(self) -> int:
-        """Bytes per unit of rank after a cut in singular order."""
+    def component_bytes(self) -> int:
+        """Bytes of one component after a cut."""
         up, down = self.factors.up, self.factors.down
         return up.shape[0] * _dtype(up).itemsize + down.shape[1:].numel() * _dtype(down).itemsize
 
-    def order(self) -> tuple[Factors, Tensor]:
-        if self._order is None:
-            self._order = decompose(self.factors)
-        return self._order
+    def svd(self) -> tuple[Factors, Tensor]:
+        """`decompose` of the current factors."""
+        if self._svd is None:
+            self._svd = decompose(self.factors)
+        return self._svd
 
-    def keep_first(self, rank: int) -> None:
-        """Cut in the order in which the positions lie."""
+    def truncate(self, rank: int) -> None:
+        """Keep the first `rank` components of the singular value decomposition."""
         if rank < self.rank:
-            self.factors = cast(fold_scale(self.factors).head(rank), self.factors)
-            self.changed, self._order = True, None
-
-    def keep_strongest(self, rank: int) -> None:
-        """Cut in singular order, the best approximation of that rank."""
-        if rank < self.rank:
-            ordered, sigma = self.order()
+            ordered, sigma = self.svd()
             self.factors = cast(ordered.head(rank), self.factors)
-            self.nu, self.changed, self._order = None, True, (ordered.head(rank), sigma[:rank])
+            self.nu, self.changed, self._svd = None, True, (ordered.head(rank), sigma[:rank])
 
-    def keep(self, rank: int) -> None:
-        """Cut in order of importance where the layer has one, else in singular order."""
-        if self.nu is not None:
-            self.keep_first(rank)
-        else:
-            self.keep_strongest(rank)
+    def cut(self, rank: int) -> None:
+        """Keep the `rank` most important components, or those of the SVD for a layer without an order of importance."""
+        if self.nu is None:
+            self.truncate(rank)
+        elif rank < self.rank:
+            self.factors = cast(fold_scale(self.factors).head(rank), self.factors)
+            self.changed, self._svd = True, None
 
 
 def resize(
-    doc: LoraDocument,
+    document: LoraDocument,
     share: float = 1.0,
     max_rank: int = 0,
     megabytes: float = 0.0,
-    between: Callable[[], None] = lambda: None,
+    check_cancelled: Callable[[], None] = lambda: None,
 ) -> ResizeResult:
-    """Cut every plain layer: first to a share, then to a maximal rank, then all together to a size.
+    """Cut every plain layer to a share, then to a maximum rank, then all layers together to a size.
 
-    share: over 0 and up to 1. A layer whose positions are in order of importance keeps the fewest that hold
-    this share of its mass 1 − e^(−νD); any other the fewest singular values that hold this share of its
-    energy Σ σ². max_rank: 0 for none. megabytes: 10⁶ bytes for all tensors in the types they are stored in, 0
-    for no limit; all layers are brought into singular order and share the room by energy per byte. between: called
-    before the work on every layer, for a host that wants to stop by an exception.
+    share: over 0 and up to 1. A layer whose components are in order of importance keeps the fewest that hold this share of its
+    mass 1 − e^(−νD); any other layer the fewest singular values that hold this share of its energy Σ σ². max_rank: 0 for no
+    limit. megabytes: size of all tensors in their stored dtypes in 10⁶ bytes, 0 for no limit; layers are truncated by SVD,
+    components chosen by energy per byte. check_cancelled: called before the work on each layer; may raise.
 
-    A layer that nothing is cut from keeps its tensors bit for bit; one that is cut gets alpha = rank. Raises
-    LoraError where a limit is impossible.
+    Layers that are not cut keep their tensors bit for bit; those that are cut get alpha = rank. Raises LoraError if a limit
+    is impossible.
     """
     _check(share, max_rank, megabytes)
-    layers = {prefix: _Layer(factors, _rate(doc.info, prefix)) for prefix, factors in doc.layers.items()}
+    layers = {prefix: _Layer(factors, _rate(document.info, prefix)) for prefix, factors in document.layers.items()}
     if share < 1:
         for layer in layers.values():
-            between()
-            layer.keep(_rank_of_share(layer, share))
+            check_cancelled()
+            layer.cut(_rank_of_share(layer, share))
     if max_rank:
         for layer in layers.values():
-            between()
-            layer.keep(max_rank)
+            check_cancelled()
+            layer.cut(max_rank)
     if megabytes:
-        _fit(layers, doc, megabytes, between)
-    after = _document(doc, layers)
-    tensors_before, tensors_after = doc.state_dict(), after.state_dict()
+        _fit_size(layers, document, megabytes, check_cancelled)
+    after = _resized_document(document, layers)
+    tensors_before, tensors_after = document.state_dict(), after.state_dict()
     return ResizeResult(
         document=after,
-        ranks_before={prefix: factors.rank for prefix, factors in doc.layers.items()},
+        ranks_before={prefix: factors.rank for prefix, factors in document.layers.items()},
         ranks_after={prefix: factors.rank for prefix, factors in after.layers.items()},
         parameters_before=sum(tensor.numel() for tensor in tensors_before.values()),
         parameters_after=sum(tensor.numel() for tensor in tensors_after.values()),
-        bytes_before=_bytes(tensors_before),
-        bytes_after=_bytes(tensors_after),
-        uncut=doc.uncut(),
+        bytes_before=_bytes(tensors_before.values()),
+        bytes_after=_bytes(tensors_after.values()),
+        uncut=document.uncut(),
     )
 
 
 def cast(factors: Factors, like: Factors) -> Factors:
-    """The factors in the types of others, contiguous; 8-bit ones become bfloat16, which new values need."""
+    """The factors in the dtypes of `like`, contiguous; bfloat16 instead of 8-bit types, which are too coarse."""
     up = factors.up.to(like.up.device, _dtype(like.up)).contiguous()
     down = factors.down.to(like.down.device, _dtype(like.down)).contiguous()
     return Factors(up, down, factors.alpha)
@@ -145,91 +139,85 @@ def _check(share: float, max_rank: int, megabytes: float) -> None:
     if not 0 < share <= 1:
         raise LoraError(f"The share to load is {share}. Give a number over 0 and up to 1; 1 loads all.")
     if max_rank < 0:
-        raise LoraError(f"The maximal rank is {max_rank}. Give 1 or more, or 0 for no limit.")
+        raise LoraError(f"The maximum rank is {max_rank}. Give 1 or more, or 0 for no limit.")
     if not (math.isfinite(megabytes) and megabytes >= 0):
         raise LoraError(f"The size is {megabytes} MB. Give a number over 0, or 0 for no limit.")
 
 
 def _rate(info: RankInfo | None, prefix: str) -> float | None:
-    """ν of a layer whose positions are in order of importance, else None."""
+    """ν of a layer whose components are in order of importance, else None."""
     entry = None if info is None else info["layers"].get(prefix)
     return entry["nu"] if entry is not None and entry["order"] == "importance" else None
 
 
 def _rank_of_share(layer: _Layer, share: float) -> int:
-    """The fewest positions that hold `share` of what the layer's order measures."""
+    """The fewest components that hold `share` of the layer's mass of importance, or of its energy."""
     if layer.nu is not None:
-        kept = -torch.expm1(-layer.nu * torch.arange(1, layer.rank + 1, dtype=torch.float64))
+        sums = -torch.expm1(-layer.nu * torch.arange(1, layer.rank + 1, dtype=torch.float64))
     else:
-        kept = layer.order()[1].square().cumsum(0)
-    if not len(kept):
+        sums = layer.svd()[1].square().cumsum(0)
+    if not len(sums):
         return 0
-    return int((kept < share * kept[-1]).sum()) + int(kept[-1] > 0)
+    return int((sums < share * sums[-1]).sum()) + int(sums[-1] > 0)
 
 
-def _fit(layers: Mapping[str, _Layer], doc: LoraDocument, megabytes: float, between: Callable[[], None]) -> None:
-    """Cut all layers together so that all tensors take at most this many MB."""
-    fixed = sum(t.numel() * t.element_size() for t in doc.other.values())
+def _fit_size(
+    layers: Mapping[str, _Layer], document: LoraDocument, megabytes: float, check_cancelled: Callable[[], None]
+) -> None:
+    """Truncate all layers together so that all tensors take at most this many MB."""
     budget = int(megabytes * 1e6)
-    alphas = {p: doc.alphas[p].element_size() if p in doc.alphas else 0 for p in layers}
-    stored = {
-        p: sum(t.numel() * t.element_size() for t in (layer.factors.up, layer.factors.down))
-        + (ALPHA_BYTES if layer.changed else alphas[p])
-        for p, layer in layers.items()
-    }
-    if fixed + sum(stored.values()) <= budget:
-        return
-    room = budget - fixed - sum(max(ALPHA_BYTES, alphas[p]) for p in layers)
-    sigmas = {}
+    alphas = {p: document.alphas[p].element_size() if p in document.alphas else 0 for p in layers}
+    size = _bytes(document.other.values())
     for p, layer in layers.items():
-        between()
-        sigmas[p] = layer.order()[1]
-    ranks = allocate(
-        sigmas,
-        {p: layer.unit_bytes for p, layer in layers.items()},
-        room,
-    )
+        size += _bytes((layer.factors.up, layer.factors.down)) + (ALPHA_BYTES if layer.changed else alphas[p])
+    if size <= budget:
+        return
+    fixed = _bytes(document.other.values()) + sum(max(ALPHA_BYTES, alphas[p]) for p in layers)
+    sigmas, costs = {}, {p: layer.component_bytes for p, layer in layers.items()}
+    for p, layer in layers.items():
+        check_cancelled()
+        sigmas[p] = layer.svd()[1]
+    ranks = allocate(sigmas, costs, budget - fixed)
     if not any(ranks.values()):
-        least = min((layer.unit_bytes for layer in layers.values() if layer.rank), default=0) + budget - room
+        smallest = fixed + min((costs[p] for p, layer in layers.items() if layer.rank), default=0)
         raise LoraError(
-            f"{megabytes:g} MB leaves nothing of this LoRA: what cannot be cut and one position of its"
-            f" smallest layer take {least / 1e6:.3g} MB. Give a larger size."
+            f"{megabytes:g} MB leaves nothing of this LoRA: the parts that cannot be cut and one component of its smallest "
+            f"layer take {smallest / 1e6:.3g} MB. Give a larger size."
         )
-    for prefix, layer in layers.items():
-        layer.keep_strongest(ranks[prefix])
+    for p, layer in layers.items():
+        layer.truncate(ranks[p])
 
 
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _document(doc: LoraDocument, layers: Mapping[str, _Layer]) -> LoraDocument:
-    """The document with the layers that changed; the very same where none did."""
+def _resized_document(document: LoraDocument, layers: Mapping[str, _Layer]) -> LoraDocument:
+    """The document with the changed layers; the same object if there are none."""
     changed = {prefix: layer for prefix, layer in layers.items() if layer.changed}
     if not changed:
-        return doc
+        return document
     for prefix, layer in changed.items():
         if not all(bool(torch.isfinite(t).all()) for t in (layer.factors.up, layer.factors.down)):
-            raise LoraError(f"Layer {escaped(prefix)} is too strong to be cut in its own type. Load all of it.")
+            raise LoraError(f"Layer {escaped(prefix)} is too strong to be cut in its own dtype. Load all of it.")
     after = replace(
-        doc,
+        document,
         layers={prefix: layer.factors for prefix, layer in layers.items()},
-        alphas={**doc.alphas, **{p: torch.tensor(float(layer.rank)) for p, layer in changed.items()}},
-        metadata={key: value for key, value in doc.metadata.items() if key not in STALE_KEYS},
+        alphas={**document.alphas, **{p: torch.tensor(float(layer.rank)) for p, layer in changed.items()}},
+        metadata={key: value for key, value in document.metadata.items() if key not in STALE_KEYS},
     )
     for key in ("ss_network_dim", "ss_network_alpha"):
         if key in after.metadata:
             after.metadata[key] = "Dynamic"
-    if doc.info is not None:
-        entries = {p: _entry(entry, changed.get(p)) for p, entry in doc.info["layers"].items()}
-        after.info = {**doc.info, "layers": entries}
+    if document.info is not None:
+        entries = {p: _resized_entry(entry, changed.get(p)) for p, entry in document.info["layers"].items()}
+        after.info = {**document.info, "layers": entries}
         after.metadata.pop(KEY, None)
         after.metadata = with_info(after.state_dict(), after.metadata, after.info)
     return after
 
 
-def _entry(entry: LayerInfo, layer: _Layer | None) -> LayerInfo:
-    """What our JSON says of a layer after the cut."""
+def _resized_entry(entry: LayerInfo, layer: _Layer | None) -> LayerInfo:
     if layer is None:
         return entry
     order = entry["order"] if layer.nu is not None else "singular"

@@ -1,7 +1,7 @@
-"""Writing a safetensors file whole or not at all, and never over another one.
+"""Atomic writing of safetensors files that never overwrites another file.
 
-The bytes are written here, and not by safetensors' own writer, so that the header's size and the hash of the
-data are known before anything is written, and so that a full disk is an ordinary error in this process.
+The bytes are written here and not by safetensors, so that the size of the header and the hash of the data are known before
+anything is written, and a full disk raises an ordinary exception.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-CHUNK = 1 << 24
+CHUNK_BYTES = 1 << 24
 STALE_SECONDS = 24 * 3600
 TEMPORARY = re.compile(r"\.lora2-[0-9a-f]{16}\.partial")
 
 
 def in_file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """The tensors as safetensors lays them out: widest dtype first, which aligns all, then by name."""
+    """The tensors in the order of safetensors' own writer: widest dtype first, which aligns all of them, then by name."""
     return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
 
 
@@ -57,7 +57,7 @@ def header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     offset = 0
     for name, tensor in in_file_order(tensors):
         if tensor.dtype not in DTYPE_NAMES:
-            raise LoraError(f"{escaped(name)} cannot be saved: {tensor.dtype} is not a type that LoRA files hold.")
+            raise LoraError(f"{escaped(name)} cannot be saved: LoRA files do not support {tensor.dtype}.")
         end = offset + tensor.numel() * tensor.element_size()
         entries[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
@@ -71,20 +71,20 @@ def header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 def data(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """The file's bytes after the header, in pieces that are not copied where the tensor is on the CPU."""
+    """The file's bytes after the header in chunks, without a copy of tensors on the CPU."""
     for _, tensor in in_file_order(tensors):
         if tensor.numel():
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            yield from (memoryview(piece.numpy()) for piece in flat.split(CHUNK))
+            yield from (memoryview(piece.numpy()) for piece in flat.split(CHUNK_BYTES))
 
 
 def write_new(folder: Path, stem: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write `stem`_00001.safetensors, or the next number above those in the folder; returns the path.
+    """Write `stem`_00001.safetensors, or the next number above those in the folder; return the path.
 
-    A temporary file in the same folder is written, flushed to the disk, and only then given its name, by a
-    step that fails where the name is taken: a crash leaves no half file under a name that ComfyUI lists, and
-    of two writers at once each gets a number of its own. Raises LoraError where the disk is full, the folder
-    cannot be written, or the stem is no plain name; nothing is left behind then.
+    A temporary file in the same folder is written, flushed to the disk, and then renamed by a step that fails if the name is
+    taken: a crash leaves no partial file under a name that ComfyUI lists, and concurrent writers get different numbers.
+    Raises LoraError if the disk is full, the folder is not writable, or the stem is not a plain file name; no file remains
+    in that case.
     """
     if stem in ("", ".", "..") or any(character in stem for character in "/\\:\0"):
         raise LoraError(f"'{escaped(stem)}' is not a file name. Give a name without folders, such as my_lora.")
@@ -99,10 +99,10 @@ def write_whole(
     what: str = "LoRA",
     mark: str = "",
 ) -> Path:
-    """Write a file under a temporary name and flush it to the disk, then let `publish` give it its own; returns that path.
+    """Write a temporary file, flush it to the disk, and call `publish` to rename it; return the new path.
 
-    what: what a message calls it. mark: up to 15 hexadecimal digits that the temporary name begins with. Raises LoraError as
-    `write_new` does; nothing is left behind then.
+    what: name of the kind of file in messages. mark: up to 15 hexadecimal digits at the start of the temporary name. Raises
+    LoraError as `write_new` does; no file remains in that case.
     """
     first = header(tensors, metadata)
     temporary = folder / f".lora2-{mark}{secrets.token_hex(8)[len(mark) :]}.partial"
@@ -127,7 +127,7 @@ def write_whole(
 
 
 def _publish(temporary: Path, folder: Path, stem: str) -> Path:
-    """Give the file the first free number above all that exist: ComfyUI caches a LoRA by its path."""
+    """Rename the file to the first free number above all existing ones: ComfyUI caches a LoRA by its path."""
     pattern = re.compile(re.escape(stem) + r"_(\d{1,9})\.safetensors", re.IGNORECASE)
     taken = [int(match[1]) for entry in os.scandir(folder) if (match := pattern.fullmatch(entry.name))]
     number = max(taken, default=0)
@@ -142,13 +142,13 @@ def _publish(temporary: Path, folder: Path, stem: str) -> Path:
 
 
 def claim(temporary: Path, path: Path) -> None:
-    """Give the file its name in one step; FileExistsError where something has that name."""
+    """Rename the file atomically; raise FileExistsError if the name is taken."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         raise
     except (OSError, NotImplementedError, AttributeError):
-        # No hard links here (FAT, some network drives): hold the name with an empty file, then replace that.
+        # No hard links (FAT, some network drives): reserve the name with an empty file, then replace it.
         with open(path, "xb"):
             pass
         try:
@@ -159,7 +159,7 @@ def claim(temporary: Path, path: Path) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what a crashed run left; a file touched within a day may still be in writing elsewhere."""
+    """Remove temporary files of crashed runs; one modified within a day may still be written by another process."""
     for entry in os.scandir(folder):
         if TEMPORARY.fullmatch(entry.name):
             try:
@@ -170,7 +170,7 @@ def _remove_stale(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name last through a power cut, where folders can be flushed (not on Windows)."""
+    """Make the new name survive a power failure, on systems that can flush folders (not Windows)."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -184,7 +184,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _explain(error: OSError, folder: Path, size: int, what: str) -> str:
-    """What went wrong with the disk, and what to do."""
+    """The message for an error of the disk: the problem, the folder, the remedy."""
     where = f"the folder {escaped(folder.name)} ({size / 1e6:.1f} MB to write)"
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
         return f"The disk is full: the {what} was not saved in {where}. Free some space or change the folder."

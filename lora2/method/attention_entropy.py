@@ -1,4 +1,4 @@
-"""Entropy of cross-attention: its mean, its gradient, and a probe for a model's blocks."""
+"""Entropy of cross-attention: its mean, its gradient, and a probe that measures it in a model."""
 
 from __future__ import annotations
 
@@ -12,29 +12,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 MAX_QUERIES = 256
-"""Queries whose attention the entropy looks at; evenly spaced, since all of a large picture's would fill gigabytes."""
-
+"""Queries of a block that the entropy samples, evenly spaced: the maps of all queries of a large image take gigabytes."""
 
 MAX_MAP_ENTRIES = 1 << 22
-"""Numbers of attention maps that the entropy computes at once."""
+"""Entries of the attention maps that are computed at once."""
 
 
 def attention_entropy(q: Tensor, k: Tensor, heads: int) -> Tensor:
     """Mean over heads and queries of H(softmax(q kᵀ / √d)), in nats.
 
-    q: (batch, queries, heads · d), k: (batch, keys, heads · d). At most ENTROPY_POSITIONS evenly spaced queries count.
+    q: (batch, queries, heads · d), k: (batch, keys, heads · d). At most MAX_QUERIES evenly spaced queries are used.
     """
-    return _entropy(_spaced(q), k, heads)
-
-
-def _spaced(q: Tensor) -> Tensor:
-    """At most ENTROPY_POSITIONS of the queries, evenly spaced."""
-    return q[:, :: max(1, math.ceil(q.shape[1] / MAX_QUERIES))]
-
-
-def _entropy(q: Tensor, k: Tensor, heads: int) -> Tensor:
-    mean: Tensor = _MeanEntropy.apply(heads, q, k)
+    mean: Tensor = _MeanEntropy.apply(heads, _sample_queries(q), k)
     return mean
+
+
+def _sample_queries(q: Tensor) -> Tensor:
+    """At most MAX_QUERIES of the queries, evenly spaced."""
+    return q[:, :: max(1, math.ceil(q.shape[1] / MAX_QUERIES))]
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
@@ -43,20 +38,20 @@ def _split(x: Tensor, heads: int) -> Tensor:
 
 
 def _join(x: Tensor, like: Tensor) -> Tensor:
-    """The way back, in another tensor's type."""
+    """(batch, heads, tokens, d) → (batch, tokens, heads · d), in the dtype of `like`."""
     return x.transpose(-3, -2).flatten(-2).to(like.dtype)
 
 
 class _MeanEntropy(torch.autograd.Function):
     """Mean of H(p) = −Σ p ln p over blocks, heads and queries, p = softmax(s), s = q kᵀ / √d; one q and one k per block.
 
-    Attention maps of dozens of blocks would lie in memory just when it is fullest, so the gradient is taken right away, some
-    blocks at a time: ∂H/∂s_i = −p_i (ln p_i + H).
+    The gradient ∂H/∂s_i = −p_i (ln p_i + H) is computed in the forward, a few blocks at a time: autograd would keep the
+    attention maps of all blocks until memory use is at its peak.
     """
 
     @staticmethod
     def forward(ctx: Any, heads: int, *tensors: Tensor) -> Tensor:
-        """tensors: all q (batch, queries, heads · d), then all k (batch, keys, heads · d), alike. Returns () float32."""
+        """tensors: all q (batch, queries, heads · d), then all k (batch, keys, heads · d), of equal shapes. Returns () float32."""
         queries, keys = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         map_size = heads * queries[0].shape[:-1].numel() * keys[0].shape[-2]
         step = max(1, MAX_MAP_ENTRIES // map_size)
@@ -82,13 +77,13 @@ class _MeanEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The kept gradients, times that of the mean."""
-        kept = torch._foreach_mul(list(ctx.saved_tensors), gradient)
-        return None, *(part for joined in kept for part in joined.split(ctx.batch))
+        """The saved gradients times that of the mean."""
+        scaled = torch._foreach_mul(list(ctx.saved_tensors), gradient)
+        return None, *(part for joined in scaled for part in joined.split(ctx.batch))
 
 
 class EntropyProbe:
-    """Listens to the q and k projections of cross-attention blocks and gives their mean entropy.
+    """Records the q and k projections of cross-attention blocks by forward hooks, and computes their mean entropy.
 
     blocks: (to_q, to_k, heads) of every cross-attention block.
     """
@@ -96,16 +91,16 @@ class EntropyProbe:
     def __init__(self, blocks: Sequence[tuple[nn.Module, nn.Module, int]]) -> None:
         self.blocks = list(blocks)
         self._queries: dict[int, Tensor] = {}
-        self._heard: list[tuple[Tensor, Tensor, int]] = []
-        self._listening = True
+        self._recorded: list[tuple[Tensor, Tensor, int]] = []
+        self._recording = True
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """While inside, every forward is listened to. Enter after the adapters, so that their share is heard."""
+        """Record every forward while inside. Enter after the adapters are attached, so that their output is included."""
         handles = []
         for index, (to_q, to_k, heads) in enumerate(self.blocks):
-            handles.append(to_q.register_forward_hook(self._hear_query(index)))
-            handles.append(to_k.register_forward_hook(self._hear_key(index, heads)))
+            handles.append(to_q.register_forward_hook(self._query_hook(index)))
+            handles.append(to_k.register_forward_hook(self._key_hook(index, heads)))
         try:
             yield
         finally:
@@ -114,44 +109,43 @@ class EntropyProbe:
             self.forget()
 
     def forget(self) -> None:
-        """Forget what was heard, and listen to the next forward."""
+        """Discard what was recorded, and record the next forward."""
         self._queries.clear()
-        self._heard.clear()
-        self._listening = True
+        self._recorded.clear()
+        self._recording = True
 
     def take(self) -> Tensor | None:
-        """The mean entropy of all forwards heard, every sample counted alike, and forget them; None if there were none.
+        """Mean entropy of all recorded forwards, with equal weight for every sample; None if there were none.
 
-        After that nothing is heard until the next `forget`: a backward with checkpointing runs the blocks again, and what was
-        heard in it would keep all that they compute. Blocks of one shape are computed together: there are dozens, and each by
-        itself would be a dozen launches.
+        Stops recording until the next `forget`: the backward of gradient checkpointing runs the blocks again, and a recording
+        of that would keep all that they compute. Blocks of equal shapes are computed together to save kernel launches.
         """
-        shapes: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, int]]] = {}
-        for q, k, heads in self._heard:
-            shapes.setdefault((q.shape, k.shape, heads), []).append((q, k, heads))
+        by_shape: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, int]]] = {}
+        for q, k, heads in self._recorded:
+            by_shape.setdefault((q.shape, k.shape, heads), []).append((q, k, heads))
         self.forget()
-        if not shapes:
+        if not by_shape:
             return None
-        self._listening = False
+        self._recording = False
         sums, samples = [], 0
-        for blocks in shapes.values():
+        for blocks in by_shape.values():
             count = len(blocks) * blocks[0][0].shape[0]
             mean = _MeanEntropy.apply(blocks[0][2], *(q for q, _, _ in blocks), *(k for _, k, _ in blocks))
             sums.append(mean * count)
             samples += count
         return torch.stack(sums).sum() / samples
 
-    def _hear_query(self, index: int) -> Any:
+    def _query_hook(self, index: int) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            if self._listening:
-                self._queries[index] = _spaced(output).contiguous()
+            if self._recording:
+                self._queries[index] = _sample_queries(output).contiguous()
 
         return hook
 
-    def _hear_key(self, index: int, heads: int) -> Any:
+    def _key_hook(self, index: int, heads: int) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             query = self._queries.pop(index, None)
             if query is not None:
-                self._heard.append((query, output, heads))
+                self._recorded.append((query, output, heads))
 
         return hook

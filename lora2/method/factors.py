@@ -23,12 +23,12 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """How many positions the layer has."""
+        """Number of rank-one components."""
         return int(self.down.shape[0])
 
     @property
     def scale(self) -> float:
-        """Alpha / rank; 1 without an alpha and for an empty layer."""
+        """Alpha / rank; 1 without an alpha and for a layer of rank 0."""
         return 1.0 if self.alpha is None or self.rank == 0 else self.alpha / self.rank
 
     @property
@@ -38,11 +38,11 @@ class Factors:
 
     @property
     def parameters(self) -> int:
-        """Numbers held by both factors."""
+        """Number of values in both factors."""
         return self.up.numel() + self.down.numel()
 
     def head(self, rank: int) -> Factors:
-        """The first `rank` positions, or all of fewer, at the same scale."""
+        """The first `rank` components, or all if there are fewer, at the same scale."""
         down = self.down[:rank]
         return Factors(self.up[:, :rank], down, self.scale * len(down))
 
@@ -65,5 +65,5 @@ def full_rank(shape: tuple[int, ...]) -> int:
 
 
 def cost(shape: tuple[int, ...]) -> int:
-    """d_out + d_in · kernel of a weight's shape: the parameters of one position."""
+    """d_out + d_in · kernel of a weight's shape: the parameters of one component."""
     return shape[0] + math.prod(shape[1:])

@@ -1,7 +1,7 @@
-"""The denoising loss in the model's own prediction space, and the entropy of cross-attention.
+"""Denoising loss in the model's own prediction space.
 
-Every function takes the model's x0 prediction, because that is what a host can give for any model, and weighs its error so
-that the result is the error of what the network itself puts out. With data of standard deviation s = sigma_data:
+Every function takes the model's x0 prediction, which a host provides for any model, and weights its error so that the result
+is the error of the network's own output. With data of standard deviation s = sigma_data:
 
     ε models     x0 = x − σ ε                          error of ε  = error of x0 / σ
     v models     x0 = x s²/(σ²+s²) − v σ s/√(σ²+s²)     error of v  = error of x0 √(σ²+s²) / (σ s)
@@ -30,7 +30,7 @@ def prediction_weight(sigma: Tensor, prediction: str, sigma_data: float = 1.0) -
 
 
 def signal_to_noise(sigma: Tensor, prediction: str, sigma_data: float = 1.0) -> Tensor:
-    """SNR of the noisy latent: (s/σ)² where noise is added to data, ((1−σ)/σ)² where data fades into noise."""
+    """SNR of the noisy latent: ((1−σ)/σ)² for flow models, which interpolate between data and noise, else (s/σ)²."""
     if prediction == FLOW:
         return ((1 - sigma) / sigma) ** 2
     return (sigma_data / sigma) ** 2
@@ -39,8 +39,8 @@ def signal_to_noise(sigma: Tensor, prediction: str, sigma_data: float = 1.0) -> 
 def min_snr_weight(sigma: Tensor, prediction: str, gamma: float, sigma_data: float = 1.0) -> Tensor:
     """min(SNR, γ), the weight of the x0 error in Min-SNR-γ (Hang et al., arXiv:2303.09556, eq. 10).
 
-    ε and v count the error in units of the data's deviation s, hence 1 / s²: so their own errors weigh min(SNR, γ) / SNR and
-    min(SNR, γ) / (SNR + 1), as published.
+    For ε and v models the error is in units of the data's standard deviation s, hence 1 / s². The errors of ε and v then have
+    the weights min(SNR, γ) / SNR and min(SNR, γ) / (SNR + 1), as published.
     """
     unit = sigma_data**2 if prediction in (EPSILON, V) else 1.0
     return signal_to_noise(sigma, prediction, sigma_data).clamp(max=gamma) / unit

@@ -96,7 +96,7 @@ class Optimizer:
         applied = torch.isfinite(norm) & torch.isfinite(loss)
         skip = (~applied).to(torch.float32)
         scale = (norm / self.config.clip_norm).clamp(min=1.0) if self.config.clip_norm > 0 else torch.ones_like(norm)
-        self._update(self.flat, [p.grad for p in self.network.trained() if p.grad is not None], scale, skip)
+        self._update(self.flat, [p.grad for p in self.network.trained_tensors() if p.grad is not None], scale, skip)
         self.partially_applied = True
         theta_gradient = self.network.theta.grad
         if self.theta is not None and theta_gradient is not None:
@@ -121,16 +121,16 @@ class Optimizer:
     def _lay_out_moments(self) -> None:
         """Make the flat optimizer's moments hold those of `inner`, unless they do."""
         network, config = self.network, self.config
-        if not network.blocks():
+        if not network.flat_buffers():
             self.flat = self.inner
             return
         if self._layout_is_current():
             return
         self.flat, self._moment_views = self.inner, []  # frees the old moments, buffer by buffer
-        flat = self._make(network.trained(), config.optimizer, config.learning_rate, config.weight_decay)
-        for buffer in network.blocks():
+        flat = self._make(network.trained_tensors(), config.optimizer, config.learning_rate, config.weight_decay)
+        for buffer in network.flat_buffers():
             flat.state[buffer.master] = self._move_moments(buffer)
-        for parameter in network.trained()[len(network.blocks()) :]:
+        for parameter in network.trained_tensors()[len(network.flat_buffers()) :]:
             flat.state[parameter] = self.inner.state[parameter]
         self.flat = flat
 
@@ -139,7 +139,7 @@ class Optimizer:
         trained, state = self.flat.param_groups[0]["params"], self.inner.state
         return (
             self.flat is not self.inner
-            and all(a is b for a, b in zip(trained, self.network.trained(), strict=False))
+            and all(a is b for a, b in zip(trained, self.network.trained_tensors(), strict=False))
             and all(state[parameter].get(name) is view for parameter, name, view in self._moment_views)
         )
 
@@ -153,7 +153,7 @@ class Optimizer:
             moved["step"] = steps[0].clone() if steps else torch.zeros((), device=device)
         for name in MOMENTS[self.config.optimizer]:
             moved[name] = torch.zeros_like(buffer.master, requires_grad=False)
-            for parameter, view in zip(parameters, buffer.factors(moved[name]), strict=True):
+            for parameter, view in zip(parameters, buffer.member_rows(moved[name]), strict=True):
                 moment = state[parameter].get(name)
                 if moment is not None:
                     view.copy_(moment)
@@ -167,7 +167,7 @@ class Optimizer:
     def sensitivities(self) -> dict[str, float] | None:
         """Every layer's loss per unit of energy (method/sensitivity.py); None before the first step."""
         return sensitivity.sensitivities(
-            (name, a.up, a.folded_down(), self.inner.state.get(a.up, {}).get("exp_avg_sq"))
+            (name, a.up, a.scaled_down(), self.inner.state.get(a.up, {}).get("exp_avg_sq"))
             for name, a in zip(self.network.names, self.network.adapters, strict=True)
         )
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..adapters.network import AdaptiveNetwork
+from ..adapters.prune import prune
 from ..checkpoints.network_state import restore, state_of
 from ..checkpoints.state import State, raise_corrupted
 from ..config import TrainingConfig
@@ -103,9 +104,8 @@ class Trainer:
                 last = self.issued == self.config.steps
                 save_state = on_state if state_every > 0 and self.issued % state_every == 0 and not last else None
                 self._read_results(ahead=0 if last or save_state else self.steps_ahead)
-                self.progress.seconds = max(
-                    self.progress.seconds, time.monotonic() - started
-                )  # the clock may jump back
+                seconds = time.monotonic() - started
+                self.progress.seconds = max(self.progress.seconds, seconds)  # the clock may jump back
                 if save_state is not None:
                     save_state()
                 self._report_progress()
@@ -173,7 +173,7 @@ class Trainer:
 
     def _resize(self) -> None:
         with self._changing_network():
-            if self._change(lambda: self.network.sync(self.optimizer.inner)):
+            if self._change(lambda: self.network.sync_capacities(self.optimizer.inner)):
                 self.runner.reset()
 
     def _prune_if_due(self) -> None:
@@ -185,10 +185,10 @@ class Trainer:
         self._read_results(ahead=0)
         self.runner.reset()
         with self._changing_network():
-            self._change(lambda: network.sync(self.optimizer.inner))
+            self._change(lambda: network.sync_capacities(self.optimizer.inner))
             size, weights = next_cut_size(network.size(), network.budget, cuts_left), self.optimizer.sensitivities()
             choose = None if cuts_left or self.config.keep_share == 1 else self._size_selection().select
-            self._change(lambda: network.prune(size, weights, choose))
+            self._change(lambda: prune(network, size, weights, choose))
             self.optimizer = Optimizer(network, self.config)  # the old moments belong to other components
             self.size = network.size()
             progress.cuts.append(self.issued)
@@ -221,7 +221,7 @@ class Trainer:
             return
         self._read_results(ahead=0)
         with self._changing_network():
-            if self._change(lambda: self.network.rest(self.optimizer.inner)):
+            if self._change(lambda: self.network.freeze_ranks(self.optimizer.inner)):
                 self.runner.reset()
             self.ranks_frozen = True
 

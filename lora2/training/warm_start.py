@@ -38,11 +38,13 @@ def warm_start(network: AdaptiveNetwork, factors: Mapping[str, Factors]) -> Warm
     taken, cut = [], []
     theta = network.theta.detach().cpu().clone()
     arrays, starts = [], []
-    for index, (name, adapter, limit) in enumerate(zip(network.names, network.adapters, network.limits, strict=True)):
+    for index, (name, adapter, limit) in enumerate(
+        zip(network.names, network.adapters, network.max_ranks, strict=True)
+    ):
         given = factors.get(name)
         if given is None or given.rank == 0:
             arrays.append((adapter.down.detach(), adapter.up.detach()))
-            starts.append((adapter.std, network.gains[index]))
+            starts.append((adapter.down_std, network.gains[index]))
             continue
         ordered, _ = decompose(given)
         taken.append(name)
@@ -82,7 +84,7 @@ def factors_from_state(state: State, q: float) -> dict[str, Factors]:
 
     q: of the configuration that the state was made with.
     """
-    names, pruned = state.items("layers", str), state.flag("settled")
+    names, pruned = state.items("layers", str), state.flag("pruned")
     theta, gains = state.tensor("theta", (len(names),)), state.items("gains", float, len(names))
     factors = {}
     for index, name in enumerate(names):

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, text, safe parsing, memory."""
+"""Ground floor: errors, text, untrusted JSON, memory, threads."""

@@ -1,4 +1,4 @@
-"""When memory runs out: how that is known, and how what a failed attempt held is let go."""
+"""Out-of-memory errors: how to recognize them, and how to free memory after one."""
 
 from __future__ import annotations
 
@@ -12,44 +12,46 @@ from .errors import LoraError
 
 T = TypeVar("T")
 
-_WORDS = ("out of memory", "alloc_failed", "can't allocate memory")
-"""What libraries below torch say, in errors that are plain RuntimeErrors."""
+_MESSAGES = ("out of memory", "alloc_failed", "can't allocate memory")
+"""How libraries below torch report it, in plain RuntimeErrors."""
 
 
 class OutOfMemory(LoraError):
-    """Memory ran out, and nothing is left that could be changed. What was learned is still there."""
+    """Out of memory, with no setting left that would need less. The network is unharmed."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: torch's own kind, a library's by its words, or one on the way out of such."""
+    """Whether an error means out of memory, by its type or message, or was raised while such an error was handled."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
         return True
     if not isinstance(error, RuntimeError):
         return False
-    if any(words in str(error).lower() for words in _WORDS):
+    if any(message in str(error).lower() for message in _MESSAGES):
         return True
-    return error.__context__ is not None and is_out_of_memory(
-        error.__context__
-    )  # a recording that cannot be ended well, say
+    # For example a CUDA graph whose capture cannot be ended properly after the first error.
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 def free_cached_memory() -> None:
-    """Give back what nobody refers to any more: cycles first, which hold tensors too, then the allocator's cache."""
+    """Collect reference cycles, which may hold tensors, then empty the CUDA allocator's cache."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def try_allocating(work: Callable[[], T]) -> list[T]:
-    """What `work` gives, or nothing where memory ran out: the error ends here, and with it what it held."""
+def try_allocating(work: Callable[[], T]) -> tuple[T] | None:
+    """Run `work` and return its result in a tuple, or None on out-of-memory.
+
+    The exception is dropped so that it keeps no tensors alive. Other exceptions pass.
+    """
     try:
-        return [work()]
+        return (work(),)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return []
+        return None
 
 
 def on_device_or_cpu(device: torch.device, work: Callable[[torch.device], T]) -> T:
-    """What `work` gives on this device; on the CPU where its memory runs out."""
+    """Run `work` on the device, or on the CPU if the device is out of memory."""
     done = try_allocating(lambda: work(device))
     return done[0] if done else work(torch.device("cpu"))

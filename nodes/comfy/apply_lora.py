@@ -1,16 +1,15 @@
-"""A LoRA onto a model, as the host's own loader does it, but saying what fits and what does not."""
+"""Applying a LoRA to a model as ComfyUI's loader does, with a report on the layers that do not fit."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from inspect import signature
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
-import comfy.sd
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor, nn
 
@@ -23,79 +22,84 @@ from ...lora2.util.text import escaped
 
 log = logging.getLogger("lora2")
 
-NAMED = 5
-"""How many layers a message names."""
+MAX_NAMED = 5
+"""Layers that a message names."""
 
-
-_HALVES = tuple(suffix for pair in KEY_STYLES.values() for suffix in pair)
+_PAIR_SUFFIXES = tuple(suffix for pair in KEY_STYLES.values() for suffix in pair)
 
 
 def is_model(value: Any) -> bool:
-    """Whether a value is a diffusion model as the host hands them from node to node."""
+    """Whether a value is a diffusion model (ModelPatcher) of the host."""
     return hasattr(getattr(value, "model", None), "diffusion_model") and hasattr(value, "clone")
 
 
 def is_clip(value: Any) -> bool:
-    """Whether a value is a text encoder as the host hands them from node to node."""
+    """Whether a value is a text encoder (CLIP) of the host."""
     return hasattr(value, "cond_stage_model") and hasattr(value, "clone")
 
 
 @dataclass(frozen=True)
-class Match:
-    """Layers of a file that fit the model or the text encoder, and those that do not: by reason, their names.
+class LayerMatch:
+    """Which layers of a file the host applies.
 
-    keys: the host's names for the weights of the model and the text encoder.
+    applied: their names. skipped: names of the others, by reason. host_names: see `host_layer_names`.
     """
 
-    fitting: list[str]
-    others: dict[str, list[str]]
-    keys: dict[str, Any] = field(default_factory=dict)
+    applied: list[str]
+    skipped: dict[str, list[str]]
+    host_names: dict[str, Any]
 
-    def words(self) -> str:
-        """One sentence: how many fit, and for each reason how many do not, with the first names."""
-        total = len(self.fitting) + sum(map(len, self.others.values()))
-        said = [f"{len(self.fitting)} of {total} layers loaded"]
-        for reason, names in self.others.items():
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            said.append(f"{len(names)} {reason}: {', '.join(escaped(n) for n in names[:NAMED])}{more}")
-        return "; ".join(said) + "."
+    def describe(self) -> str:
+        """One sentence: how many layers are applied, and how many are not for each reason, with the first names."""
+        total = len(self.applied) + sum(map(len, self.skipped.values()))
+        parts = [f"{len(self.applied)} of {total} layers loaded"]
+        for reason, names in self.skipped.items():
+            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            parts.append(f"{len(names)} {reason}: {', '.join(escaped(n) for n in names[:MAX_NAMED])}{more}")
+        return "; ".join(parts) + "."
 
 
-def match(document: LoraDocument, model: Any, clip: Any) -> Match:
-    """Which layers of a document the host will apply; raises LoraError when none fits, or for another family of UNets."""
-    keys: dict[str, Any] = comfy.lora.model_lora_keys_unet(model.model, {})
-    modules: list[nn.Module] = [model.model]
-    if clip is not None:
-        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
-        modules.append(clip.cond_stage_model)
+def match_layers(document: LoraDocument, model: Any, clip: Any) -> LayerMatch:
+    """Find the layers of a document that the host will apply.
+
+    Raises LoraError if there are none, or if the document was trained for another family of UNets.
+    """
+    host_names = host_layer_names(model, clip)
+    modules: list[nn.Module] = [model.model, *([] if clip is None else [clip.cond_stage_model])]
     shapes = {name: tuple(p.shape) for module in modules for name, p in module.named_parameters()}
     document = with_host_names(document)
-    fitting: list[str] = []
-    others: dict[str, list[str]] = {}
+    match = LayerMatch([], {}, host_names)
     for name in (*document.layers, *other_layers(document)):
-        reason = mismatch_reason(name, keys, shapes, document.layers.get(name), clip)
-        (others.setdefault(reason, []) if reason else fitting).append(name)
-    result = Match(fitting, others, keys)
-    width = text_width(document.layers)
-    own_width = model.model.model_config.unet_config.get("context_dim")
+        reason = mismatch_reason(name, host_names, shapes, document.layers.get(name), clip)
+        (match.skipped.setdefault(reason, []) if reason else match.applied).append(name)
+    config = model.model.model_config
+    width, own_width = text_width(document.layers), config.unet_config.get("context_dim")
     foreign = width is not None and isinstance(own_width, int) and width != own_width
-    if foreign or not fitting:
+    if foreign or not match.applied:
+        kind = type(config).__name__
+        family = f"{family_of_width(own_width)} ({kind})" if isinstance(own_width, int) else kind
         raise LoraError(
-            f"This LoRA was made for {describe_family(document)} and does not fit this model, which is {_family_of(model)}: "
-            f"{result.words()} Connect the model that the LoRA belongs to."
+            f"This LoRA was made for {describe_family(document)} and does not fit this model, which is {family}: "
+            f"{match.describe()} Connect the model that the LoRA belongs to."
         )
-    return result
+    return match
+
+
+def host_layer_names(model: Any, clip: Any) -> dict[str, Any]:
+    """Every name that the host knows for a layer in LoRA files, with the key of its weight (and a slice of it)."""
+    names: dict[str, Any] = comfy.lora.model_lora_keys_unet(model.model, {})
+    return names if clip is None else comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
 
 
 def with_host_names(document: LoraDocument) -> LoraDocument:
-    """The document under the names that the host gives to layers of some trainers."""
+    """The document with the names to which the host converts the layers of some trainers."""
     tensors = document.state_dict()
     converted = comfy.lora_convert.convert_lora(dict(tensors))
     return document if converted.keys() == tensors.keys() else parse(converted)
 
 
 def other_layers(document: LoraDocument) -> list[str]:
-    """Layers of other kinds, such as LoKr or pairs of whole numbers, by prefix; tensors that belong to nothing, by key."""
+    """Layers of other kinds, such as LoKr or integer pairs, by prefix; other tensors by key."""
     pairs = {
         prefix + suffix: prefix
         for up, down in KEY_STYLES.values()
@@ -108,40 +112,23 @@ def other_layers(document: LoraDocument) -> list[str]:
 
 
 def mismatch_reason(
-    name: str, keys: dict[str, Any], shapes: dict[str, tuple[int, ...]], factors: Factors | None, clip: Any
+    name: str, host_names: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], factors: Factors | None, clip: Any
 ) -> str:
-    """Why the host will not apply a layer; empty when it will."""
-    if factors is None and name.endswith(_HALVES):
+    """Why the host will not apply a layer, as a verb phrase; empty if it will. factors: None for other kinds of layers."""
+    if factors is None and name.endswith(_PAIR_SUFFIXES):
         return "are half of a pair, which nothing can apply"
     if factors is not None and factors.rank == 0:
         return "have rank 0 and change nothing"
-    names = [name] if factors is not None else [name, *stems(name)]
-    target = next((keys[n] for n in names if n in keys), None)
+    candidates = [name] if factors is not None else [name, *stems(name)]
+    target = next((host_names[n] for n in candidates if n in host_names), None)
     if target is None:
         for_text = name.startswith(("lora_te", "text_encoder"))
         return "need a text encoder (connect clip)" if clip is None and for_text else "belong to no layer here"
-    own = _size(shapes.get(target)) if isinstance(target, str) else None  # slices of fused projections are tuples
-    if factors is None or own in (None, (factors.up.shape[0], factors.down.shape[1:].numel())):
+    shape = shapes.get(target, ()) if isinstance(target, str) else ()  # a tuple is a slice of a fused projection
+    if factors is None or len(shape) < 2:
         return ""
-    return "have another size than the layer here"
-
-
-def _family_of(model: Any) -> str:
-    """The model's family in words: as for files where its text width tells, else the host's name for it."""
-    config = model.model.model_config
-    width = config.unet_config.get("context_dim")
-    kind = type(config).__name__
-    return f"{family_of_width(width)} ({kind})" if isinstance(width, int) else kind
-
-
-def _size(shape: tuple[int, ...] | None) -> tuple[int, int] | None:
-    """(d_out, d_in · kernel) of a weight, None for what is unknown."""
-    if shape is None or len(shape) < 2:
-        return None
-    inside = 1
-    for n in shape[1:]:
-        inside *= n
-    return shape[0], inside
+    same = (shape[0], math.prod(shape[1:])) == (factors.up.shape[0], factors.down.shape[1:].numel())
+    return "" if same else "have another size than the layer here"
 
 
 def apply_lora(
@@ -151,46 +138,30 @@ def apply_lora(
     strength_model: float,
     strength_clip: float,
     metadata: dict[str, str] | None = None,
-    keys: Mapping[str, Any] | None = None,
+    host_names: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
-    """The model and text encoder with these tensors applied as the host's own loader does it.
+    """Clones of the model and the text encoder with these tensors applied.
 
-    keys: the host's names, of `match`. Where every tensor belongs to one of them, the host is asked for those alone: its own
-    loader makes all names anew and looks for each in ten kinds of layers, which takes longer than all the rest.
+    The same as the host's `load_lora_for_models`, except that only the names that occur in the tensors are looked up: the host
+    tries all of its names in all kinds of layers, which takes longer than everything else. host_names: of `match_layers`.
     """
-    load = comfy.sd.load_lora_for_models
-    if "lora_metadata" not in signature(load).parameters:  # older hosts take none
-        return load(model, clip, tensors, strength_model, strength_clip)
-    converted = comfy.lora_convert.convert_lora(tensors)
-    named = None if keys is None else _named(converted, keys)
-    if named is None:
-        return load(model, clip, tensors, strength_model, strength_clip, lora_metadata=metadata)
-    loaded = comfy.lora.load_lora(converted, named)
-    new_model, new_clip = model.clone(), None if clip is None else clip.clone()
-    known = set(new_model.add_patches(loaded, strength_model))
+    names = host_layer_names(model, clip) if host_names is None else host_names
+    tensors = comfy.lora_convert.convert_lora(tensors)
+    used = {stem for key in tensors for stem in stems(key)}
+    patches = comfy.lora.load_lora(tensors, {name: target for name, target in names.items() if name in used})
+    patched_model, patched_clip = model.clone(), None if clip is None else clip.clone()
+    applied = set(patched_model.add_patches(patches, strength_model))
     if metadata:
-        new_model.set_attachments("lora_metadata", metadata)
-    if new_clip is not None:
-        known |= set(new_clip.add_patches(loaded, strength_clip))
+        patched_model.set_attachments("lora_metadata", metadata)
+    if patched_clip is not None:
+        applied |= set(patched_clip.add_patches(patches, strength_clip))
         if metadata:
-            new_clip.patcher.set_attachments("lora_metadata", metadata)
-    for target in loaded:
-        if target not in known:
-            log.warning("NOT LOADED %s", target)
-    return new_model, new_clip
+            patched_clip.patcher.set_attachments("lora_metadata", metadata)
+    for target in patches.keys() - applied:
+        log.warning("NOT LOADED %s", target)
+    return patched_model, patched_clip
 
 
-def _named(tensors: Mapping[str, Tensor], keys: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The host's names that tensors' keys begin with, in its own order; None if a tensor belongs to none of them."""
-    found: set[str] = set()
-    for key in tensors:
-        mine = [stem for stem in stems(key) if stem in keys]
-        if not mine:
-            return None
-        found.update(mine)
-    return {name: target for name, target in keys.items() if name in found}
-
-
-def absent(why: str) -> ExecutionBlocker:
-    """An output that is not there: a node that is connected to it stops and says why, the others run."""
-    return ExecutionBlocker(why)
+def blocked_output(reason: str) -> ExecutionBlocker:
+    """An output that does not exist: connected nodes stop and show the reason, all others run."""
+    return ExecutionBlocker(reason)

@@ -1,4 +1,4 @@
-"""Which layers of a host model are adapted, and what they are called in a file."""
+"""Layers of a host model: which are adapted, and how they are named in a LoRA file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ PREFIX = "diffusion_model."
 
 _ATTENTION = re.compile(r"(^|[._])(attn\d*|attention|self_attn|cross_attn|attentions)([._]|$)")
 _FUSED = re.compile(r"(^|\.)single_blocks\.\d+\.linear[12]$")
-"""Flux's single blocks: attention and feed-forward in one layer, so both choices include it."""
+"""Flux's single blocks: attention and feed-forward in one layer, which therefore counts as both."""
 _FEED_FORWARD = re.compile(r"(^|[._])(ff|mlp|ffn|feed_forward)([._]|$)")
-
 
 _FAMILIES = {
     "SD15": "sd1",
@@ -36,62 +35,64 @@ _FAMILIES = {
     "Flux": "flux",
     "FluxSchnell": "flux",
 }
-"""Families of lora2.files.metadata by the name of the host's configuration."""
+"""Keys of lora2.files.families.FAMILIES by the name of the host's model configuration."""
 
 
 def family_of(model: nn.Module, prediction: str) -> str:
-    """The family's name in a file; the host's own name for one that lora2.files.metadata does not list."""
-    kind = type(model.model_config).__name__
-    family = _FAMILIES.get(kind, kind)
+    """The family's key in FAMILIES; for another family, the name of the host's model configuration."""
+    name = type(model.model_config).__name__
+    family = _FAMILIES.get(name, name)
     return "sd2_v" if family == "sd2" and prediction == V else family
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a layer, as it is loaded now, computes x Wᵀ + bias from its own weight and bias, cast to x's type, and no more.
+    """Whether a layer as loaded computes just x Wᵀ + bias from its own weight and bias, cast to x's dtype.
 
-    Not where the host changes the weight on the way (patches, bypass), pages it, or has a kernel of its own for it.
+    False if the host patches the weight on the fly, bypasses it, pages it, or has a kernel of its own for it.
     """
-    own = comfy.ops.disable_weight_init.Linear
-    if not isinstance(module, own):
+    host_linear = comfy.ops.disable_weight_init.Linear
+    if not isinstance(module, host_linear):
         return is_plain_linear(module)
     kind = type(module)
-    usual = kind.forward is own.forward and kind.forward_comfy_cast_weights is own.forward_comfy_cast_weights
-    changed = module.weight_function or module.bias_function or hasattr(module, "_v") or "forward" in vars(module)
-    return usual and not changed
+    inherited = (
+        kind.forward is host_linear.forward
+        and kind.forward_comfy_cast_weights is host_linear.forward_comfy_cast_weights
+    )
+    modified = module.weight_function or module.bias_function or hasattr(module, "_v") or "forward" in vars(module)
+    return inherited and not modified
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer of the diffusion model that could carry an adapter, by its path below diffusion_model."""
+    """Every layer of the diffusion model that an adapter supports, by its path below diffusion_model."""
     return {name: m for name, m in model.diffusion_model.named_modules() if adaptable(m)}  # type: ignore[union-attr]
 
 
 def select_layers(
     model: nn.Module, target: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> dict[str, nn.Module]:
-    """The layers that a choice means, narrowed or widened by patterns (shell-style, on the layer's path).
+    """The layers of a choice of LAYER_CHOICES, changed by shell-style patterns on their paths.
 
-    include: added to the choice. exclude: taken away, last. Raises LoraError when nothing is left or a pattern matches no
-    layer at all.
+    include: adds layers. exclude: removes layers, applied last. Raises LoraError if no layer remains or a pattern matches none.
     """
-    everything = adaptable_layers(model)
-    if not everything:
-        raise LoraError("This model has no linear or convolution layer that an adapter could sit on.")
-    chosen = {name for name, m in everything.items() if _meant(name, m, target)}
-    for patterns, action in ((include, chosen.update), (exclude, chosen.difference_update)):
+    layers = adaptable_layers(model)
+    if not layers:
+        raise LoraError("This model has no linear or convolution layer that can be adapted.")
+    selected = {name for name, m in layers.items() if _in_choice(name, m, target)}
+    for patterns, action in ((include, selected.update), (exclude, selected.difference_update)):
         for pattern in patterns:
-            matching = fnmatch.filter(everything, pattern)
+            matching = fnmatch.filter(layers, pattern)
             if not matching:
                 raise LoraError(
-                    f"The pattern '{escaped(pattern)}' matches no layer. Layer paths look like {next(iter(everything))!r}; "
+                    f"The pattern '{escaped(pattern)}' matches no layer. Layer paths look like {next(iter(layers))!r}; "
                     "use * for any part, for example *attn2*."
                 )
             action(matching)
-    if not chosen:
-        raise LoraError(f"No layer is left to adapt: {target!r} with these patterns selects none of {len(everything)}.")
-    return {name: everything[name] for name in everything if name in chosen}
+    if not selected:
+        raise LoraError(f"No layer is left to adapt: {target!r} with these patterns selects none of {len(layers)}.")
+    return {name: layers[name] for name in layers if name in selected}
 
 
-def _meant(name: str, module: nn.Module, target: str) -> bool:
+def _in_choice(name: str, module: nn.Module, target: str) -> bool:
     linear = hasattr(module, "in_features")
     if target == LAYER_CHOICES[0]:
         return linear and bool(_ATTENTION.search(name) or _FUSED.search(name))
@@ -101,9 +102,9 @@ def _meant(name: str, module: nn.Module, target: str) -> bool:
 
 
 def file_prefixes(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, str], str]:
-    """Each layer's key prefix in the file, and the style of its keys: "kohya" for UNets, "peft" for transformers.
+    """Key prefix of each layer in the file, and the key style: "kohya" for UNets, "peft" for transformers.
 
-    UNet layers take diffusers' names, which every reader knows; a layer without one keeps the host's.
+    UNet layers get diffusers' names, which every reader supports; a layer without one keeps the host's.
     """
     config: Mapping[str, object] = model.model_config.unet_config  # type: ignore[union-attr, assignment]
     if "num_res_blocks" not in config:

@@ -19,7 +19,7 @@ from ...lora2.training.trainer import Trainer
 from ...lora2.training.warm_start import factors_from_state
 from ...lora2.util.errors import LoraError
 from ...lora2.util.text import escaped
-from ..comfy.apply_lora import NAMED
+from ..comfy.apply_lora import MAX_NAMED
 from ..comfy.dataset import Caption
 from .fingerprint import digests_of
 from .states import CheckpointSource, LoraSource
@@ -109,7 +109,7 @@ def decide_start(
     state, old = source.state, config_from(source.state.facts)
     network = state.part("network")
     wrong, rounded = origin().against(source.origin)
-    unfit, changed = compare_configs(config, old, network.flag("settled"), state.part("run").flag("ranks_frozen"))
+    unfit, changed = compare_configs(config, old, network.flag("pruned"), state.part("run").flag("ranks_frozen"))
     wrong += unfit
     if not wrong:
         words = [*source.words, *(f"From here on {c}." for c in changed)]
@@ -140,8 +140,8 @@ def _start(trainer: Trainer, borrowed: WarmStartFactors, name: str) -> list[str]
 
 
 def _named(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{len(names)} ({', '.join(escaped(n) for n in names[:NAMED])}{more})"
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{len(names)} ({', '.join(escaped(n) for n in names[:MAX_NAMED])}{more})"
 
 
 def _of_state(factors: Mapping[str, Factors], layers: Mapping[str, nn.Module]) -> WarmStartFactors:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...lora2.adapters.layer import module_shape
 from ...lora2.adapters.network import AdaptiveNetwork
+from ...lora2.adapters.prune import final_factors
 from ...lora2.checkpoints.directory import CheckpointDirectory
 from ...lora2.checkpoints.state import State
 from ...lora2.config import TrainingConfig
@@ -241,8 +242,8 @@ class _Finish:
             last_loss=losses[-1],
             seconds=round(progress.seconds, 1),
         )
-        factors, ordered = network.final_factors(self.trainer.optimizer.sensitivities())
-        rates = dict.fromkeys(factors) if ordered else network.rates()
+        factors, ordered = final_factors(network, self.trainer.optimizer.sensitivities())
+        rates = dict.fromkeys(factors) if ordered else network.nu_by_layer()
         lora = self.files.state_dict(factors, self.place.stem, training, rates, network.target_rank)
         path = save_lora(self.place, lora)
         return TrainedLora(lora, path, self.place.name_of(path), losses)

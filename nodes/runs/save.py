@@ -17,10 +17,10 @@ import torch
 from comfy.cli_args import args
 
 from ...lora2.config import LAYER_CHOICES
-from ...lora2.files.document import LoraStateDict, to_state_dict, write_new
-from ...lora2.files.metadata import LayerInfo, build, layer_info, with_info
-from ...lora2.files.rank_info import Order
-from ...lora2.files.writer import header
+from ...lora2.files.document import LoraStateDict, to_state_dict
+from ...lora2.files.metadata import build, with_info
+from ...lora2.files.rank_info import LayerInfo, Order, layer_info
+from ...lora2.files.writer import header, write_new
 from ...lora2.method.factors import Factors, full_rank
 from ...lora2.util.errors import LoraError
 from ...lora2.util.text import escaped
@@ -133,7 +133,7 @@ class LoraFile:
     def overhead(self, shapes: Mapping[str, tuple[int, ...]], stem: str, training: Mapping[str, Any]) -> int:
         """An upper bound of the file's bytes that are not factors: header, metadata and alphas.
 
-        A file that has to meet a budget is always in singular order (AdaptiveNetwork.final_factors), and then no ν is in it.
+        A file that has to meet a budget is always in singular order (adapters/prune.py), and then no ν is in it.
         """
         nu = None if training.get("budget_mb") else LONG_NUMBER
         order: Order = "importance" if nu else "singular"

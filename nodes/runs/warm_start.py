@@ -16,7 +16,7 @@ from ...lora2.files.families import describe_family, text_width
 from ...lora2.method.factors import Factors
 from ...lora2.util.errors import LoraError
 from ...lora2.util.text import escaped
-from ..comfy.apply_lora import NAMED, mismatch_reason, other_layers, with_host_names
+from ..comfy.apply_lora import MAX_NAMED, mismatch_reason, other_layers, with_host_names
 from ..comfy.layers import PREFIX
 
 _NOT_TRAINED = "not trained here"
@@ -33,8 +33,8 @@ class WarmStartFactors:
         """What is not taken, in sentences; empty when all is."""
         said = []
         for reason, names in self.left.items():
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            said.append(f"{len(names)} not taken ({reason}): {', '.join(escaped(n) for n in names[:NAMED])}{more}.")
+            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            said.append(f"{len(names)} not taken ({reason}): {', '.join(escaped(n) for n in names[:MAX_NAMED])}{more}.")
         return " ".join(said)
 
     def leave(self, name: str, reason: str) -> None:

@@ -23,23 +23,17 @@ def with_header(text: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+# What the reader refuses is tested in its own suite; here, that the node passes the message on and leaves the model alone.
 BAD_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda _: b"", "is truncated.*again"),
-    "cut in the header": (lambda b: b[:100], "is truncated.*Download or copy it again"),
-    "cut in the data": (lambda b: b[:-1000], "is truncated"),
-    "a web page": (lambda _: b"<!DOCTYPE html><html>not found</html>", "is text, not a safetensors file.*web page"),
-    "a PyTorch file": (lambda _: b"PK\x03\x04" + bytes(100), "old PyTorch file.*run code.*convert"),
-    "a pickle": (lambda _: b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(100), "old PyTorch file"),
-    "noise": (lambda b: bytes(reversed(b)), "is not a valid safetensors file|is truncated"),
-    "a gigantic header": (lambda b: (1 << 60).to_bytes(8, "little") + b[8:], "its header claims"),
+    "cut in the data": (lambda b: b[:-1000], "is truncated.*Download or copy it again"),
+    "a pickle": (lambda _: b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(100), "old PyTorch file.*run code.*convert"),
     "gigantic metadata": (
-        lambda _: with_header(b'{"__metadata__":{"a":"' + b"x" * (17 << 20) + b'"}}'), "header claims.*the most that is read"
+        lambda _: with_header(b'{"__metadata__":{"a":"' + b"x" * (17 << 20) + b'"}}'), "header claims.*the limit is"
     ),
     "a tensor of terabytes": (
         lambda _: with_header(b'{"a.lora_up.weight":{"dtype":"F32","shape":[1000000,1000000],"data_offsets":[0,4000000000000]}}'),
-        "is truncated: its tensors need 4000000000000 bytes",
+        "is truncated",
     ),
-    "nested metadata": (lambda _: with_header(b'{"__metadata__":' + b"[" * 50_000), "is not a valid safetensors file"),
     "no tensors": (lambda _: with_header(b"{}"), "0 of 0 layers loaded"),
 }  # fmt: skip
 
@@ -64,7 +58,7 @@ def test_a_broken_file_is_refused(case: str, model: Any, folders: Path) -> None:
         ),
         (
             lambda t: t.update({k: t[k] * math.nan for k in t if k.endswith("qkv.lora_B.weight")}),
-            "holds NaN.*another LoRA",
+            "contains NaN.*another LoRA",
         ),
         (
             lambda t: t.update({k: torch.ones(4) for k in t if k.endswith("qkv.alpha")}),
@@ -121,10 +115,10 @@ def test_hostile_metadata_costs_a_note_and_not_the_lora(
         caplog.clear()
         with untouched(model), caplog.at_level("INFO", "lora2"):
             out = load(model, "odd.safetensors", share=0.5)
-        said = next(r.getMessage() for r in caplog.records if "12 of 12 layers loaded" in r.getMessage())
-        assert "The file's own account of its ranks is not used" in said
-        assert said.isprintable()
-        assert len(said) < 600
+        message = next(r.getMessage() for r in caplog.records if "12 of 12 layers loaded" in r.getMessage())
+        assert "The rank metadata of this file is not used" in message
+        assert message.isprintable()
+        assert len(message) < 600
         assert len(out[0].patches) == 12
 
 

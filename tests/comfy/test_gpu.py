@@ -50,7 +50,7 @@ def run(model: Any, family: str, graphs: bool = True, shapes: Any = SHAPES[:1] *
     session, engine, trainer = pack("nodes.runs.run"), pack("lora2.training.cuda_graph"), pack("lora2.training.trainer")
     network = pack("lora2.adapters.network").AdaptiveNetwork
     seen = Seen()
-    record, sync, step_runner = engine.GraphStepRunner._record, network.sync, trainer.step_runner
+    record, sync, step_runner = engine.GraphStepRunner._record, network.sync_capacities, trainer.step_runner
 
     def counted(self: Any, work: Any) -> Any:
         out = record(self, work)
@@ -63,7 +63,7 @@ def run(model: Any, family: str, graphs: bool = True, shapes: Any = SHAPES[:1] *
         seen.resized += changed
         return bool(changed)
 
-    engine.GraphStepRunner._record, network.sync = counted, watched
+    engine.GraphStepRunner._record, network.sync_capacities = counted, watched
     if not graphs:
         trainer.step_runner = lambda net, loss, _: engine.StepRunner(net, loss)
     request = {k: told.pop(k) for k in ("checkpointing", "precision", "layers") if k in told}
@@ -79,7 +79,7 @@ def run(model: Any, family: str, graphs: bool = True, shapes: Any = SHAPES[:1] *
             ),
         )  # fmt: skip
     finally:
-        engine.GraphStepRunner._record, network.sync, trainer.step_runner = record, sync, step_runner
+        engine.GraphStepRunner._record, network.sync_capacities, trainer.step_runner = record, sync, step_runner
     return result, seen
 
 
@@ -217,7 +217,7 @@ def mixed_run(graphs: bool, device: str = "cuda") -> tuple[list[float], list[Ten
     pictures = [torch.randn(6, 32, generator=g) for _ in range(4)]
     trainer = pack("lora2.training.trainer").Trainer(network, model, pictures, config, graphs=graphs)
     losses = trainer.run().losses
-    return losses, [f.delta() for f in network.export().values()]
+    return losses, [f.delta() for f in network.export_factors().values()]
 
 
 def test_a_float32_layer_in_a_bfloat16_model_learns_in_recorded_steps() -> None:
@@ -299,8 +299,8 @@ def test_weights_that_wait_in_the_cpus_memory_train_like_those_on_the_gpu(
     assert "are offloaded to the CPU" not in caplog.text
     management.unload_all_models()
     model, network = model_of("sd15", torch.float32), pack("lora2.adapters.network").AdaptiveNetwork
-    sync = network.sync
-    monkeypatch.setattr(network, "sync", lambda *given, **more: (model.clone(), sync(*given, **more))[1])
+    sync = network.sync_capacities
+    monkeypatch.setattr(network, "sync_capacities", lambda *given, **more: (model.clone(), sync(*given, **more))[1])
     for _ in range(2):
         caplog.clear()
         with left_for_weights(0):

@@ -13,10 +13,12 @@ import torch
 from lora_metadata import file_of
 from torch import Tensor
 
-from lora2.files.document import parse, read, to_state_dict, write_new
+from lora2.files.document import parse, read, to_state_dict
 from lora2.files.keys import KEY_STYLES
-from lora2.files.metadata import build, layer_info
+from lora2.files.metadata import build
+from lora2.files.rank_info import layer_info
 from lora2.files.resize import resize
+from lora2.files.writer import write_new
 from lora2.method.factors import Factors
 
 # float32: products and folding round at 6e-8. Half types: both factors are rounded once, to eps / 2 each.

@@ -223,11 +223,11 @@ def test_another_run_is_refused_with_its_differences(case: str, settled: Any, fo
     assert {name: (folders / name).read_bytes() for name in files_in(folders, states=True)} == states
 
 
-def test_another_model_is_refused(settled: Any, small_model: SmallModel, folders: Path) -> None:
+def test_another_model_is_refused(settled: Any, fresh_model: SmallModel, folders: Path) -> None:
     """The same family with one weight changed, and with a LoRA applied; the first may start from the factors."""
     error = pack("lora2.util.errors").LoraError
     with torch.inference_mode():
-        other = small_model("flux")
+        other = fresh_model("flux")
         other.model.diffusion_model.double_blocks[1].img_attn.proj.weight += 1e-3
         write_lora(folders, "style.safetensors", random_lora(settled, 2))
         styled = stock(settled, "style.safetensors")[0]
@@ -279,7 +279,7 @@ def begun(model: Any, family: str = "flux", **inputs: Any) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
 
     def run(self: Any, *_: Any) -> None:
-        seen.update({name: factors.delta().double() for name, factors in self.network.export(False).items()})
+        seen.update({name: factors.delta().double() for name, factors in self.network.export_factors(False).items()})
         raise Begun
 
     with pytest.MonkeyPatch.context() as patch:

@@ -37,7 +37,7 @@ CLOSE = 2e-5
 """Encoders compute in float32 here: some hundred operations of 1e-7 relative error each, through softmax and norms."""
 
 
-def randomised(model: torch.nn.Module, seed: int) -> Any:
+def randomized(model: torch.nn.Module, seed: int) -> Any:
     """Weights that make every part matter, biases and norms too, in numbers that half precision holds exactly."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -57,14 +57,14 @@ def reference() -> Any:
         text_config={**TEXT, "vocab_size": 49408, "projection_dim": WIDTH}, projection_dim=WIDTH,
         vision_config={**VISION, "projection_dim": WIDTH},
     )  # fmt: skip
-    return randomised(CLIPModel(config), 0)
+    return randomized(CLIPModel(config), 0)
 
 
 @pytest.fixture(scope="module")
 def dino_reference() -> Any:
     from transformers import Dinov2Config, Dinov2Model
 
-    return randomised(Dinov2Model(Dinov2Config(**DINO)), 1)
+    return randomized(Dinov2Model(Dinov2Config(**DINO)), 1)
 
 
 def published(model: Any, folder: Path) -> dict[str, Tensor]:

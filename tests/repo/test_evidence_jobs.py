@@ -80,12 +80,12 @@ def test_a_plain_lora_is_trained_plainly_and_measured_as_its_file(
 
     checkpoint = tmp_path / "painter.safetensors"
     write_checkpoint(checkpoint)
-    network = pack("lora2.adapters.network").AdaptiveNetwork
+    trainer = pack("lora2.training.trainer")
 
     def never(*args: Any, **more: Any) -> None:
         raise AssertionError("a plain LoRA is not cut")
 
-    monkeypatch.setattr(network, "prune", never)
+    monkeypatch.setattr(trainer, "prune", never)
     for name in ("HELD_OUT", "OTHERS"):
         monkeypatch.setattr(personal, name, 2)  # what it is measured on, for the sake of time
     bench = Workbench(checkpoint)

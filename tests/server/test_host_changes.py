@@ -118,14 +118,14 @@ def test_a_changed_host_is_named_at_the_loader(
     small_model: SmallModel, folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A function that takes other arguments, and one that is gone."""
-    import comfy.sd
+    import comfy.lora
 
     with torch.inference_mode():
         model = small_model("flux")
     write_lora(folders, "x.safetensors", random_lora(model))
     wrong = pack("lora2.util.errors").LoraError
     with monkeypatch.context() as patch:
-        patch.setattr(comfy.sd, "load_lora_for_models", lambda model, clip, lora: None)
+        patch.setattr(comfy.lora, "load_lora", lambda lora: None)
         with pytest.raises(wrong, match=VERSIONS.format(what="positional arguments")):
             load(model, "x.safetensors")
     with monkeypatch.context() as patch:

@@ -138,7 +138,7 @@ def places(trainer: Trainer) -> dict[str, int]:
     for i, adapter in enumerate(network.adapters):
         held |= {f"down {i}": adapter.down.data, f"up {i}": adapter.up.data}
         held |= {f"working {i} {n}": t for n, t in enumerate(adapter.working or ())}
-        if network._packed is None or i not in network._packed.indices:
+        if network._flat is None or i not in network._flat.layers:
             held |= {f"gradient of down {i}": adapter.down.grad, f"gradient of up {i}": adapter.up.grad}
     for kind, inner in (("factors", optimizer.inner), ("blocks", optimizer.flat), ("theta", optimizer.theta)):
         for i, p in enumerate([] if inner is None else inner.param_groups[0]["params"]):

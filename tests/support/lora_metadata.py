@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora2.files.document import to_state_dict
-from lora2.files.metadata import LayerInfo, layer_info
+from lora2.files.rank_info import LayerInfo, layer_info
 from lora2.method.factors import Factors
 
 

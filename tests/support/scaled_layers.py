@@ -12,7 +12,7 @@ from lora2.config import TrainingConfig
 from lora2.training.optimizer import Optimizer
 
 SCALES = {"faint": 0.3, "plain": 1.0, "loud": 3.0}
-"""How large every layer's inputs are."""
+"""The scale of every layer's inputs."""
 
 WIDTH = 24
 

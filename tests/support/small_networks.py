@@ -25,7 +25,7 @@ def frozen(module: nn.Module) -> nn.Module:
 
 
 class Model(nn.Module):
-    """Two linear layers and a convolution in a row."""
+    """Two linear layers and a convolution, one after the other."""
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__()
@@ -52,8 +52,8 @@ def network_of(model: Model, device: str = "cpu", **changes: Any) -> AdaptiveNet
     return AdaptiveNetwork(model.layers(), config(**changes), device)
 
 
-def randomise(network: AdaptiveNetwork, seed: int = 0) -> AdaptiveNetwork:
-    """Up factors as if something had been learned."""
+def randomize(network: AdaptiveNetwork, seed: int = 0) -> AdaptiveNetwork:
+    """Random up factors, as after training."""
     generator = torch.Generator().manual_seed(seed)
     for adapter in network.adapters:
         adapter.up.data.normal_(0, 0.5, generator=generator)

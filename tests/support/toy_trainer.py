@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora2.adapters.network import AdaptiveNetwork
+from lora2.adapters.prune import final_factors
 from lora2.checkpoints.state import State, read_state
 from lora2.config import TrainingConfig
 from lora2.files.writer import write_new
@@ -121,7 +122,7 @@ def state(trainer: Trainer) -> list[Tensor]:
 
 
 def learned(trainer: Trainer) -> list[Tensor]:
-    factors, _ = trainer.network.final_factors()
+    factors, _ = final_factors(trainer.network)
     return [t for f in factors.values() for t in (f.up, f.down)]
 
 

@@ -116,11 +116,11 @@ class Points:
         for point, (module, owner, name) in {
             "start": ("lora2.training.trainer", "Trainer", "run"),
             "step": ("nodes.comfy.model", "HostModel", "denoise"),
-            "sync": ("lora2.adapters.network", "AdaptiveNetwork", "sync"),
-            "settling": ("lora2.adapters.network", "AdaptiveNetwork", "settle"),
-            "preview": ("nodes.runs.run", "", "live_picture"),
-            "factors": ("lora2.adapters.network", "AdaptiveNetwork", "final_factors"),
-            "saving": ("nodes.runs.unsaved", "", "write_new"),
+            "sync": ("lora2.adapters.network", "AdaptiveNetwork", "sync_capacities"),
+            "settling": ("lora2.training.trainer", "", "prune"),
+            "preview": ("nodes.runs.run", "", "preview_picture"),
+            "factors": ("nodes.runs.run", "", "final_factors"),
+            "saving": ("nodes.runs.save", "", "write_new"),
             "after": ("nodes.train", "", "rank_picture"),
         }.items():
             found = pack(module)

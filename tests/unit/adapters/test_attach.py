@@ -1,4 +1,4 @@
-"""Layers with their adapters' paths: for as long as they are attached, and beside what others have put there."""
+"""Attaching low-rank paths to a model's layers, alone and together with the hooks and wrappers of others."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from recomputed_layers import SIZE, layer_of
-from small_networks import Model, config, frozen, network_of, pictures, randomise, relative
+from small_networks import Model, config, frozen, network_of, pictures, randomize, relative
 from torch import Tensor, nn
 
 from lora2.adapters.network import AdaptiveNetwork
 
 
 def hooks(model: nn.Module) -> int:
-    """How often a module of the model is listened to, or has a forward of its own."""
+    """The number of hooks and replaced forwards in a model."""
     return sum(
         len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + ("forward" in vars(m))
         for m in model.modules()
@@ -27,7 +27,7 @@ def test_outside_attached_the_model_is_untouched() -> None:
     x = pictures(2, 5, 24)
     plain = model(x)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    network = randomise(network_of(model))
+    network = randomize(network_of(model))
     assert torch.equal(model(x), plain)
     with network.attached():
         assert hooks(model) == 4, "a convolution has both"
@@ -47,9 +47,9 @@ def raising(error: BaseException) -> Callable[..., None]:
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), torch.OutOfMemoryError("x")])
 def test_nothing_is_left_behind_after_any_exception(error: BaseException) -> None:
-    """Raised inside the model's forward or by the caller."""
+    """Raised inside the model's forward pass."""
     model = Model()
-    network = randomise(network_of(model))
+    network = randomize(network_of(model))
     x = pictures(2, 5, 24)
     plain = model(x)
     handle = model.second.register_forward_hook(raising(error))
@@ -67,18 +67,18 @@ def test_nothing_is_left_behind_after_any_exception(error: BaseException) -> Non
 
 def test_hooks_of_others_stay() -> None:
     model = Model()
-    heard: list[int] = []
-    model.first.register_forward_hook(lambda *_: heard.append(1))
+    calls: list[int] = []
+    model.first.register_forward_hook(lambda *_: calls.append(1))
     network = network_of(model)
     with network.attached():
         model(pictures(2, 5, 24))
     model(pictures(2, 5, 24))
-    assert len(heard) == 2
+    assert len(calls) == 2
 
 
-def test_what_others_do_to_a_convolution_stays_as_it_was() -> None:
-    """The host's forward is called with all that it is given, and comes back; hooks see the layer without its adapter's path,
-    which is added after them; and what is put around it meanwhile stays, while we are gone from it.
+def test_wrappers_and_hooks_of_others_on_a_convolution_stay() -> None:
+    """The host's forward receives all arguments and is restored. Hooks see the layer without its low-rank path, which is added
+    after them. A wrapper that is added meanwhile stays, without the path.
     """
     layer = frozen(nn.Conv2d(4, 8, 3))
     own = layer.forward
@@ -88,7 +88,7 @@ def test_what_others_do_to_a_convolution_stays_as_it_was() -> None:
 
     layer.forward = scaled  # type: ignore[method-assign]
     layer.register_forward_hook(lambda _m, _a, out: out * 0)
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8)))
+    network = randomize(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8)))
     x, path = pictures(2, 4, 8, 8), network.adapters[0]
     with network.attached():
         assert torch.equal(layer(x), path(x))
@@ -101,7 +101,7 @@ def test_what_others_do_to_a_convolution_stays_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
-def test_what_others_put_around_a_plain_layer_meanwhile_stays(kind: str) -> None:
+def test_a_wrapper_added_while_attached_stays(kind: str) -> None:
     layer, network = layer_of(kind, torch.bfloat16)
     x = pictures(8, SIZE) if kind == "linear" else pictures(8, 4, 16, 16)
     expected = layer(x.bfloat16()) + 1

@@ -1,4 +1,4 @@
-"""Factors that lie together: one operation a layer, a few tensors a step, arrays that are seldom resized."""
+"""Flat buffers: one operation per layer, a few tensors per step, arrays that are rarely resized."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_networks import Model, config, frozen, pictures, randomise, relative, set_ranks
+from small_networks import Model, config, frozen, pictures, randomize, relative, set_ranks
 from torch import Tensor, nn
 
 from lora2.adapters.capacity import MAX_RESIZES
@@ -16,19 +16,28 @@ from lora2.adapters.network import AdaptiveNetwork
 from lora2.training.optimizer import Optimizer
 
 
-@pytest.mark.parametrize("bias", [torch.float64, torch.float32, None], ids=str)
-@pytest.mark.parametrize("weights", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("bias", "weights"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float64),
+        (None, torch.float64),
+        (torch.float64, torch.float32),
+        (None, torch.float32),
+    ],
+    ids=str,
+)
 def test_a_plain_layer_and_its_path_are_one_operation(bias: torch.dtype | None, weights: torch.dtype) -> None:
-    """The same as the layer with its path added, in float64: output, gradient of the input and of the factors.
+    """Equal to the layer plus its path in float64: output, gradients of the input and of the factors.
 
-    Weights and biases of another type are cast, each by itself. The layer keeps its hooks, and gets its own forward back.
+    Weight and bias are cast separately where their dtype differs. The layer's hooks stay, and its own forward is restored.
     """
     layer = frozen(nn.Linear(24, 16, bias=bias is not None).to(weights))
     if bias is not None:
         layer.bias.data = layer.bias.data.to(bias)
-    outputs, heard = [], []
-    layer.register_forward_hook(lambda _m, _a, out: heard.append(out.shape))
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=torch.float64))
+    hooked: list[torch.Size] = []
+    layer.register_forward_hook(lambda _m, _a, out: hooked.append(out.shape))
+    network = randomize(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=torch.float64))
     adapter = network.adapters[0]
     for needs in (True, False):
         x = pictures(3, 5, 24).double().requires_grad_(needs)
@@ -57,87 +66,84 @@ def test_a_plain_layer_and_its_path_are_one_operation(bias: torch.dtype | None, 
             assert reference.grad is not None
             assert relative(mine.grad, reference.grad) < 1e-6
         network.clear_gradients()
-        outputs.append(got)
-    assert len(heard) == 2
+    assert len(hooked) == 2
     assert "forward" not in vars(layer)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("place", ["contiguous", "of a wider tensor", "turned"])
-def test_a_model_may_add_to_a_layers_output_in_place(bias: bool, place: str) -> None:
-    """As Flux does: autograd refuses that on a view that an operation of ours gives out."""
+@pytest.mark.parametrize("memory", ["contiguous", "slice", "transposed"])
+def test_a_model_may_add_to_a_layers_output_in_place(bias: bool, memory: str) -> None:
+    """As Flux does. Autograd forbids it if a custom operation returns a view."""
     layer = frozen(nn.Linear(24, 16, bias=bias).bfloat16())
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=torch.bfloat16))
+    network = randomize(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=torch.bfloat16))
     whole = pictures(3, 5, 48).bfloat16().requires_grad_()
     part = whole[..., :24]
-    x = {"contiguous": part.contiguous(), "of a wider tensor": part, "turned": part.transpose(0, 1)}[place]
+    x = {"contiguous": part.contiguous(), "slice": part, "transposed": part.transpose(0, 1)}[memory]
     with network.attached():
         out = layer(x)
-        kept = out.detach().clone()
+        before = out.detach().clone()
         out += 1
-    assert torch.equal(out, kept + 1)
+    assert torch.equal(out, before + 1)
     out.float().square().mean().backward()
     assert whole.grad is not None
     assert bool(whole.grad.any())
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_gradients_that_add_up_in_place_are_not_differentiated_again(compute: torch.dtype) -> None:
+def test_a_second_derivative_raises(compute: torch.dtype) -> None:
     layer = frozen(nn.Linear(24, 16).to(compute))
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=compute))
+    network = randomize(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=compute))
     x = pictures(3, 24).to(compute).requires_grad_()
     with network.attached(), pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(layer(x).float().square().mean(), x, create_graph=True)
 
 
 def counted(work: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """What a forward pass gives, and how many numbers it keeps for the backward pass."""
-    held: list[int] = []
+    """The result of a forward pass, and how many numbers it saves for the backward pass."""
+    saved: list[int] = []
 
-    def keep(value: Tensor) -> Tensor:
-        held.append(value.numel())
+    def save(value: Tensor) -> Tensor:
+        saved.append(value.numel())
         return value
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        return work(), sum(held)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda value: value):
+        return work(), sum(saved)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_products_of_many_rows_are_not_kept_but_worked_out_again(
-    compute: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gradients are the same to the last bit: it is the same product of the same numbers."""
+def test_products_of_many_rows_are_recomputed(compute: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are bit-identical: it is the same product of the same numbers."""
     seen = []
     for many in (16, 15):
         monkeypatch.setattr("lora2.adapters.functions.RECOMPUTE_ROWS", many)
         layer = frozen(nn.Linear(24, 16).to(compute))
-        network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=compute))
+        network = randomize(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=compute))
         network.refresh()
         adapter, x = network.adapters[0], pictures(3, 5, 24).to(compute).requires_grad_()
         with network.attached():
-            out, held = counted(partial(layer, x))
+            out, saved = counted(partial(layer, x))
         (out.float() * pictures(3, 5, 16)).sum().backward()
         network.finish_gradients()
-        seen.append((held, out, x.grad, adapter.down.grad, adapter.up.grad))
-    (held_all, *first), (held_less, *second) = seen
-    assert held_all - held_less == 15 * adapter.capacity
+        seen.append((saved, out, x.grad, adapter.down.grad, adapter.up.grad))
+    (saved_all, *first), (saved_less, *second) = seen
+    assert saved_all - saved_less == 15 * adapter.capacity
     assert all(
         one is not None and one.any() and torch.equal(one, other) for one, other in zip(first, second, strict=True)
     )
 
 
-def test_steps_over_blocks_are_the_steps_of_each_factor() -> None:
-    """Blocks, whose moments lie together, against an optimizer tensor by tensor, through resizing and restoring."""
-    models, told = [Model().double() for _ in range(2)], config(initial_rank=16, learning_rate=1e-2)
-    together, apart = (randomise(AdaptiveNetwork(m.layers(), told, compute=torch.float64)) for m in models)
-    one = Optimizer(together, told)
+def test_steps_over_flat_buffers_equal_steps_over_single_factors() -> None:
+    """Flat buffers with joint moments against an optimizer over single tensors, through resizing and restoring."""
+    models, settings = [Model().double() for _ in range(2)], config(initial_rank=16, learning_rate=1e-2)
+    together, apart = (randomize(AdaptiveNetwork(m.layers(), settings, compute=torch.float64)) for m in models)
+    one = Optimizer(together, settings)
     plain = torch.optim.AdamW(apart.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(9):
         if step in (3, 6):
             for network, optimizer in ((together, one.inner), (apart, plain)):
                 set_ranks(network, *((4.0, 30.0, 9.0) if step == 3 else (20.0, 5.0, 9.0)))
-                network.capacity_policy.at.clear()  # as if there had been time
-                assert network.sync(optimizer)
+                network.capacity_policy.resized_at.clear()  # as if the interval were over
+                assert network.sync_capacities(optimizer)
         if step == 5:
             one.inner.load_state_dict(one.inner.state_dict())
         for network, model in ((together, models[0]), (apart, models[1])):
@@ -150,13 +156,13 @@ def test_steps_over_blocks_are_the_steps_of_each_factor() -> None:
         torch.nn.utils.clip_grad_norm_(apart.parameters(), apart.config.clip_norm or math.inf)
         plain.step()
         apart.clear_gradients()
-        assert not {id(p) for p in together.trained()[:4]} & {id(p) for p in together.parameters()}
+        assert not {id(p) for p in together.trained_tensors()[:4]} & {id(p) for p in together.parameters()}
         for a, b in zip(together.parameters(), apart.parameters(), strict=True):
             assert relative(a.detach(), b.detach()) < 1e-5
 
 
-def test_arrays_are_resized_a_few_times_in_a_run_however_ranks_move() -> None:
-    """600 steps, θ at full speed up, down, apart, or at random: the bound holds, and arrays hold what is asked for at the end."""
+def test_arrays_are_resized_a_few_times_in_a_run_for_any_ranks() -> None:
+    """600 steps with θ at full speed up, down, apart, or at random: resizes stay within their limit, and arrays near the ranks."""
     for kind, drift in (("up", 1.0), ("down", -1.0), ("apart", None), ("noise", 0.0)):
         network = AdaptiveNetwork(
             {str(i): nn.Linear(256, 256) for i in range(12)},
@@ -166,7 +172,7 @@ def test_arrays_are_resized_a_few_times_in_a_run_however_ranks_move() -> None:
         generator, resized = torch.Generator().manual_seed(0), 0
         for _ in range(15):
             network.theta.data += 0.15 * speed + 0.03 * torch.randn(12, generator=generator)
-            resized += network.sync()
+            resized += network.sync_capacities()
         assert 1 <= resized <= MAX_RESIZES, kind
         wanted = [min(256, math.exp(t)) for t in network.theta.tolist()]
         held = [a.capacity for a in network.adapters]

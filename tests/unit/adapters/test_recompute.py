@@ -1,4 +1,4 @@
-"""Inputs that are made again in the backward pass: what they were, and not held in between."""
+"""Layer inputs recomputed in the backward pass: bit-identical, and not held in memory in between."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from recomputed_layers import SIZE, layer_of
-from small_networks import config, frozen, pictures, randomise, relative
+from small_networks import config, frozen, pictures, randomize, relative
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -24,37 +24,46 @@ def _small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "MIN_BYTES", 4 * SIZE * SIZE)
 
 
-# what a host puts before a layer: from a tensor twice as wide
+# operations of a host before a layer, on a tensor twice as wide
 BEFORE: dict[str, Callable[[Tensor], Tensor]] = {
     "a gated unit": lambda wide: wide.chunk(2, dim=-1)[0] * F.gelu(wide.chunk(2, dim=-1)[1]),
     "a gated unit by SiLU": lambda wide: F.silu(wide[..., :SIZE]) * wide[..., SIZE:],
-    "a product that is broadcast": lambda wide: wide[..., :SIZE] * wide[:1, SIZE:],
+    "a broadcast product": lambda wide: wide[..., :SIZE] * wide[:1, SIZE:],
     "SiLU": lambda wide: F.silu(wide[..., :SIZE]),
     "GELU": lambda wide: F.gelu(wide[..., :SIZE]),
     "GELU by tanh": lambda wide: F.gelu(wide[..., :SIZE], approximate="tanh"),
 }
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["linear", "linear with a hook", "convolution"])
-@pytest.mark.parametrize("before", BEFORE)
-def test_an_input_is_made_again(before: str, kind: str, compute: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output and all gradients to the last bit, since the same operation is done on the same numbers; no memory until then."""
+KINDS = [
+    (kind, dtype)
+    for kind in ("linear", "linear with a hook", "convolution")
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(
+    ("before", "kind", "compute"),
+    [*((name, "linear", torch.float32) for name in BEFORE), *(("a gated unit", *kind) for kind in KINDS[1:])],
+    ids=str,
+)
+def test_an_input_is_recomputed(before: str, kind: str, compute: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and all gradients are bit-identical, and the input is freed in between."""
     seen: list[list[Tensor | None]] = []
-    for large, held in ((inputs.MIN_BYTES, False), (10**12, True)):
-        monkeypatch.setattr(inputs, "MIN_BYTES", large)
+    for min_bytes, saved in ((inputs.MIN_BYTES, False), (10**12, True)):
+        monkeypatch.setattr(inputs, "MIN_BYTES", min_bytes)
         layer, network = layer_of(kind, compute)
         network.refresh()
         wide = pictures(2 * SIZE, 2 * SIZE).to(compute).requires_grad_()
         x = BEFORE[before](wide)
         if kind == "convolution":
             x = x.view(8, 4, SIZE // 4, SIZE // 4)
-            x = F.silu(x)  # a view is not what an operation has put out
+            x = F.silu(x)  # a view itself cannot be recomputed
         storage = StorageWeakRef(x.untyped_storage())
         with network.attached():
             out = layer(x)
         del x
-        assert storage.expired() != held
+        assert storage.expired() != saved
         (out.float() * pictures(*out.shape)).sum().backward()
         network.finish_gradients()
         seen.append([out, wide.grad, network.adapters[0].down.grad, network.adapters[0].up.grad])
@@ -67,16 +76,16 @@ def test_an_input_is_made_again(before: str, kind: str, compute: torch.dtype, mo
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("wide", [True, False])
-def test_a_norm_is_made_again_for_a_wide_layer(affine: bool, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To float32's rounding: gradients against those with the input kept, 1e-6 of their norm; no memory until then."""
+def test_a_norm_is_recomputed_for_a_wide_layer(affine: bool, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to float32 rounding: gradients differ by 1e-6 of their norm, and the input is freed in between."""
     norm = frozen(nn.LayerNorm(SIZE, elementwise_affine=affine))
     if affine:
         norm.weight.data, norm.bias.data = 1 + pictures(SIZE), pictures(SIZE, seed=2)
     seen = []
-    for large in (inputs.MIN_BYTES, 10**12):
-        monkeypatch.setattr(inputs, "MIN_BYTES", large)
+    for min_bytes in (inputs.MIN_BYTES, 10**12):
+        monkeypatch.setattr(inputs, "MIN_BYTES", min_bytes)
         layer = frozen(nn.Linear(SIZE, inputs.MIN_WIDTH_RATIO * SIZE - (not wide)))
-        network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8)))
+        network = randomize(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8)))
         network.refresh()
         whole = (3 + pictures(SIZE, SIZE)).requires_grad_()
         x = norm(whole)
@@ -84,7 +93,7 @@ def test_a_norm_is_made_again_for_a_wide_layer(affine: bool, wide: bool, monkeyp
         with network.attached():
             out = layer(x)
         del x
-        assert storage.expired() == (wide and large == inputs.MIN_BYTES < 10**12)
+        assert storage.expired() == (wide and min_bytes < 10**12)
         (out * pictures(*out.shape)).sum().backward()
         network.finish_gradients()
         seen.append([whole.grad, network.adapters[0].down.grad, network.adapters[0].up.grad])
@@ -94,16 +103,16 @@ def test_a_norm_is_made_again_for_a_wide_layer(affine: bool, wide: bool, monkeyp
         assert relative(one, other) <= (1e-6 if wide else 0)
 
 
-def test_a_norms_coarse_moments_are_not_enough() -> None:
-    """On a CPU bfloat16 norms keep them in bfloat16: what was made of them would be off in the third digit."""
+def test_a_norm_with_half_precision_moments_is_not_recomputed() -> None:
+    """On the CPU a bfloat16 norm saves them in bfloat16: the result would be wrong in the third digit."""
     coarse = F.layer_norm(pictures(SIZE, SIZE).bfloat16().requires_grad_(), (SIZE,), torch.ones(SIZE).bfloat16())
     assert recipe_for(coarse, 8 * SIZE) is None
 
 
-def test_a_convolutions_cast_factor_is_made_again() -> None:
-    """Of A in the model's type, what the backward pass needs beyond the factor itself: not a number of it is kept."""
+def test_a_convolutions_cast_factor_is_recomputed() -> None:
+    """The backward pass saves A itself and no copy in the model's dtype."""
     layer = frozen(nn.Conv2d(4, 8, 3, padding=1).bfloat16())
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=torch.bfloat16))
+    network = randomize(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8), compute=torch.bfloat16))
     out = network.adapters[0](pictures(1, 4, 8, 8).bfloat16())
     path, *_ = out.grad_fn.next_functions  # type: ignore[union-attr]
     inner: Any = path[0]
@@ -126,32 +135,33 @@ def _changed(wide: Tensor) -> Tensor:
     return x
 
 
-# what is kept after all, and why
-KEPT: dict[str, Callable[[Tensor], Tensor]] = {
-    "made by nothing": lambda wide: wide[..., :SIZE].detach().clone(),
+# inputs that cannot be recomputed
+SAVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "no operation": lambda wide: wide[..., :SIZE].detach().clone(),
     "a factor is a number": lambda wide: wide[..., :SIZE] * 2,
     "a factor needs no gradient": lambda wide: wide[..., :SIZE] * wide[..., SIZE:].detach(),
     "a sum": lambda wide: wide[..., :SIZE] + wide[..., SIZE:],
     "small": lambda wide: F.silu(wide[:16, :SIZE]),
     "a view": lambda wide: F.silu(wide).view(-1, SIZE),
     "in place": lambda wide: F.silu(wide[..., :SIZE] + 0, inplace=True),
-    "in place, by a wider factor": _in_place,
-    "changed by hand": lambda wide: F.silu(wide[..., :SIZE]).add_(1),
+    "in place, by a float64 factor": _in_place,
+    "changed in place": lambda wide: F.silu(wide[..., :SIZE]).add_(1),
     "changed unseen by autograd": _changed,
     "without gradients": lambda wide: F.silu(wide[..., :SIZE]).detach(),
 }
 
 
-@pytest.mark.parametrize("kind", ["linear", "convolution"])
-@pytest.mark.parametrize("why", KEPT)
-def test_what_cannot_be_made_again_is_kept(why: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And gives the gradients that it always gave."""
+@pytest.mark.parametrize(
+    ("why", "kind"), [*((why, "linear") for why in SAVED), ("a sum", "convolution"), ("small", "convolution")]
+)
+def test_other_inputs_are_saved(why: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are those without recomputation."""
     seen = []
-    for large in (inputs.MIN_BYTES, 10**12):
-        monkeypatch.setattr(inputs, "MIN_BYTES", large)
+    for min_bytes in (inputs.MIN_BYTES, 10**12):
+        monkeypatch.setattr(inputs, "MIN_BYTES", min_bytes)
         layer, network = layer_of(kind, torch.float32)
         network.refresh()
-        x = KEPT[why](pictures(2 * SIZE, 2 * SIZE).requires_grad_())
+        x = SAVED[why](pictures(2 * SIZE, 2 * SIZE).requires_grad_())
         assert recipe_for(x, 8 * SIZE) is None
         with network.attached():
             out = layer(x if kind == "linear" else x.reshape(-1, 4, SIZE // 4, SIZE // 4))
@@ -163,29 +173,29 @@ def test_what_cannot_be_made_again_is_kept(why: str, kind: str, monkeypatch: pyt
     )
 
 
-def test_a_part_that_was_changed_before_is_not_asked_for() -> None:
-    """The forward pass goes through, as it does without us; going backward through that operation is what autograd refuses."""
+def test_a_part_changed_before_the_forward_pass_is_not_read() -> None:
+    """The forward pass succeeds, as it does without adapters; autograd raises in the backward pass."""
     layer, network = layer_of("linear", torch.float32)
     half = pictures(SIZE, SIZE).requires_grad_() + 0
     x = F.silu(half)
     half.mul_(2)
     with network.attached():
         layer(x)
-    gone = F.silu(pictures(SIZE, SIZE).requires_grad_())
-    gone.sum().backward()
+    freed = F.silu(pictures(SIZE, SIZE).requires_grad_())
+    freed.sum().backward()
     with network.attached():
-        layer(gone)
+        layer(freed)
 
 
-def test_where_hooks_are_forbidden_nothing_is_made_again() -> None:
+def test_nothing_is_recomputed_where_hooks_are_forbidden() -> None:
     layer, network = layer_of("convolution", torch.float32)
     x = F.silu(pictures(8, 4, SIZE // 4, SIZE // 4).requires_grad_())
     with network.attached(), torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         layer(x).sum().backward()
 
 
-def test_a_checkpointed_block_keeps_what_it_is_told_to() -> None:
-    """What is kept there is asked for once, in the backward pass: asking earlier would run the block again."""
+def test_tensors_saved_by_a_checkpointed_block_are_not_read() -> None:
+    """The backward pass unpacks them once. Reading them earlier would run the block again."""
     calls: list[int] = []
     found: list[object] = []
 
@@ -206,15 +216,15 @@ def test_a_checkpointed_block_keeps_what_it_is_told_to() -> None:
     layer, network = layer_of("linear", torch.float32)
     with network.attached():
         out = layer(checkpoint(ends, pictures(SIZE, SIZE).requires_grad_(), use_reentrant=False))
-    assert len(calls) == 3, "nor is what a block before the layer keeps"
+    assert len(calls) == 3, "neither are those of a block before the layer"
     out.sum().backward()
     assert len(calls) == 4
 
 
-def test_a_part_that_is_changed_meanwhile_is_noticed() -> None:
-    """By autograd, as if the operation itself had kept it."""
+def test_a_part_changed_before_the_backward_pass_raises() -> None:
+    """Autograd reports it, as if the operation itself had saved the input."""
     layer = frozen(nn.Linear(SIZE, 16))
-    network = randomise(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8)))
+    network = randomize(AdaptiveNetwork({"a.to_q": layer}, config(initial_rank=8)))
     wide = pictures(SIZE, SIZE).requires_grad_() + 0
     with network.attached():
         out = layer(F.silu(wide))

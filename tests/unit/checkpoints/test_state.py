@@ -235,7 +235,7 @@ def test_an_error_while_factors_change_leaves_no_state(where: str, monkeypatch: 
         raise ArithmeticError
 
     part = {"sync": trainer.network, "settle": trainer.network.adapters[2], "update": trainer.network}[where]
-    name = {"sync": "_rebuild", "settle": "load", "update": "clear_gradients"}[where]
+    name = {"sync": "rebuild", "settle": "load", "update": "clear_gradients"}[where]
     with monkeypatch.context() as patch:
         patch.setattr(part, name, fail)
         with pytest.raises(ArithmeticError):
@@ -309,11 +309,11 @@ def test_each_fact_is_needed_and_checked(sound: State) -> None:
         ("network.0.down", torch.ones(0, 4, 3, 3)),
         ("network.1.up", torch.ones(1600, 16)),
         ("network.peak", torch.full((5,), 1e6)),
-        ("network.pressure", torch.tensor(0.0)),
+        ("network.multiplier", torch.tensor(0.0)),
         ("network.generator", torch.zeros(5056, dtype=torch.uint8)),
         ("optimizer.factors.0.exp_avg_sq", -torch.ones(16, 4, 3, 3)),
     ],
-    ids=["uneven", "empty", "too many", "peak", "pressure", "generator", "variance"],
+    ids=["uneven", "empty", "too many", "peak", "multiplier", "generator", "variance"],
 )
 def test_values_that_would_break_the_device_are_refused(name: str, value: Tensor, sound: State) -> None:
     """Arrays of 12 positions would be read past their end on a GPU."""

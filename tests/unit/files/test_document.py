@@ -92,7 +92,7 @@ def test_the_file_holds_copies() -> None:
 
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 1e5), (torch.float32, float("nan"))])
 def test_values_that_no_file_should_hold(dtype: torch.dtype, value: float) -> None:
-    with pytest.raises(LoraError, match="Layer p\\.q holds NaN"):
+    with pytest.raises(LoraError, match="Layer p\\.q contains NaN"):
         to_state_dict({"p.q": Factors(torch.full((4, 1), value), torch.ones(1, 4))}, "kohya", dtype)
 
 
@@ -233,8 +233,8 @@ BAD_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"a.lora_A": torch.ones(2, 5), "a.lora_B": torch.ones(4, 2), "a.alpha": torch.tensor(float("nan"))},
         "alpha of layer a",
     ),
-    "no tensor": ({"a": [1, 2]}, "no tensor"),
-    "no name": (cast(Any, {7: torch.ones(1)}), "no tensor"),
+    "no tensor": ({"a": [1, 2]}, "not a tensor"),
+    "no name": (cast(Any, {7: torch.ones(1)}), "not a tensor"),
 }
 
 

@@ -112,12 +112,12 @@ def test_numbers_too_far_apart_for_one_way_are_measured_in_another(monkeypatch: 
 
 def test_a_file_of_too_many_tensors_is_no_lora(tmp_path: Path) -> None:
     """Each layer costs a moment; a header of some megabytes could hold hundreds of thousands."""
-    limit = pack("lora2.files.reader").TENSOR_LIMIT
+    limit = pack("lora2.files.reader").MAX_TENSORS
     path = tmp_path / "many.safetensors"
     entry = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
     path.write_bytes(corpus.with_header(corpus.dump({f"t{i}": entry for i in range(limit + 1)})))
     with pytest.raises(
-        pack("lora2.util.errors").LoraError, match=rf"holds {limit + 1} tensors; at most {limit} are read"
+        pack("lora2.util.errors").LoraError, match=rf"contains {limit + 1} tensors, the limit is {limit}"
     ):
         pack("lora2.files.document").read(path)
     path.write_bytes(corpus.with_header(corpus.dump({f"t{i}": entry for i in range(limit)})))

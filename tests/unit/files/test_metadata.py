@@ -16,10 +16,10 @@ import torch
 from lora_metadata import file_of
 
 from lora2.files import rank_info as info
-from lora2.files.document import parse, read, to_state_dict, write_new
+from lora2.files.document import parse, read, to_state_dict
 from lora2.files.families import FAMILIES
-from lora2.files.metadata import HEADER_LIMIT, build, legacy_hash, model_hash
-from lora2.files.writer import header
+from lora2.files.metadata import MAX_VIEWABLE_HEADER, build, legacy_hash, model_hash
+from lora2.files.writer import header, write_new
 from lora2.method.factors import Factors
 from lora2.util.errors import LoraError
 
@@ -123,7 +123,7 @@ def test_what_was_written_is_what_is_read() -> None:
 def test_the_header_stays_below_its_limit(tmp_path: Path, count: int) -> None:
     tensors, layers = file_of(count, rank=1, width=2)
     metadata = build(tensors, name="x", family="sdxl", layers=layers, training={"steps": 10})
-    assert len(header(tensors, metadata)) < HEADER_LIMIT
+    assert len(header(tensors, metadata)) < MAX_VIEWABLE_HEADER
     path = write_new(tmp_path, "x", tensors, metadata)
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata() == metadata
@@ -142,7 +142,7 @@ def test_the_header_stays_below_its_limit(tmp_path: Path, count: int) -> None:
 
 def test_where_the_tensors_alone_are_too_long_nothing_is_dropped(tmp_path: Path) -> None:
     tensors, layers = file_of(4096, rank=1, width=2)
-    assert len(header(tensors, {})) > HEADER_LIMIT
+    assert len(header(tensors, {})) > MAX_VIEWABLE_HEADER
     document = read(
         write_new(tmp_path, "x", tensors, build(tensors, name="x", family="sd1", layers=layers, training={}))
     )
@@ -154,7 +154,7 @@ def test_where_the_tensors_alone_are_too_long_nothing_is_dropped(tmp_path: Path)
 def test_enormous_training_settings_go_last() -> None:
     tensors, layers = file_of(2)
     metadata = build(tensors, name="x", family="sd1", layers=layers, training={"notes": "x" * (1 << 20)})
-    assert len(header(tensors, metadata)) < HEADER_LIMIT
+    assert len(header(tensors, metadata)) < MAX_VIEWABLE_HEADER
     document = parse(tensors, metadata)
     assert document.info is not None
     assert document.info["training"] == {}
@@ -182,8 +182,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     "format true": (text({}, format=True), "no format"),
     "newer format": (text({}, format=2), "format 2, .* an update may help"),
     "training a list": (text({}, training=[]), "training settings"),
-    "NaN": ('{"format": 1, "layers": {}, "training": {"a": NaN}}', "it holds NaN"),
-    "infinity": ('{"format": 1, "layers": {}, "training": {"a": -Infinity}}', "it holds -Infinity"),
+    "NaN": ('{"format": 1, "layers": {}, "training": {"a": NaN}}', "it contains NaN"),
+    "infinity": ('{"format": 1, "layers": {}, "training": {"a": -Infinity}}', "it contains -Infinity"),
     "1e999": ('{"format": 1, "layers": {}, "training": {"a": [1e999]}}', "not finite"),
     "long number": ('{"format": ' + "1" * 10_000 + "}", "digits"),
     "deep": (text({}, training={"a": [[[[[[[[1]]]]]]]]}), "nested more than 8"),
@@ -210,13 +210,13 @@ ENTRIES: dict[str, tuple[Any, str | None]] = {
     "rank true": ({"rank": True}, "rank differs"),
     "rank a text": ({"rank": "3"}, "rank differs"),
     "shape of another": ({"shape": [6, 5]}, "shape differs"),
-    "ν negative": ({"nu": -1.0}, "ν is no positive number"),
-    "ν zero": ({"nu": 0}, "ν is no positive number"),
-    "ν a text": ({"nu": "0.1"}, "ν is no positive number"),
-    "ν true": ({"nu": True}, "ν is no positive number"),
-    "ν a long number": ({"nu": 10**400}, "ν is no positive number"),
-    "target negative": ({"target": -3}, "target is no rank"),
-    "target a list": ({"target": [3]}, "target is no rank"),
+    "ν negative": ({"nu": -1.0}, "ν is not a positive number"),
+    "ν zero": ({"nu": 0}, "ν is not a positive number"),
+    "ν a text": ({"nu": "0.1"}, "ν is not a positive number"),
+    "ν true": ({"nu": True}, "ν is not a positive number"),
+    "ν a long number": ({"nu": 10**400}, "ν is not a positive number"),
+    "target negative": ({"target": -3}, "target is not a rank"),
+    "target a list": ({"target": [3]}, "target is not a rank"),
     "order unknown": ({"order": "random"}, "order is unknown"),
     "order a list": ({"order": []}, "order is unknown"),
     "malformed": ([3], "entry is malformed"),
@@ -242,8 +242,8 @@ def test_layers_that_the_file_lacks() -> None:
     assert parsed["layers"]["gone"]["rank"] == 0
     assert len(notes) == 1
     assert "3 layers" in notes[0]
-    parsed, _ = info.parse(text({f"e{i}": empty for i in range(info.EMPTY_LIMIT + 10)}), FACTORS)
-    assert len(parsed["layers"]) == info.EMPTY_LIMIT
+    parsed, _ = info.parse(text({f"e{i}": empty for i in range(info.MAX_REMOVED_LAYERS + 10)}), FACTORS)
+    assert len(parsed["layers"]) == info.MAX_REMOVED_LAYERS
 
 
 def test_many_troubles_make_few_notes() -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lora2.files.document import LoraDocument, parse, to_state_dict
-from lora2.files.metadata import LayerInfo, build, layer_info
+from lora2.files.metadata import build
+from lora2.files.rank_info import LayerInfo, layer_info
 from lora2.files.resize import resize
 from lora2.method.factors import Factors
 from lora2.method.svd import decompose
@@ -268,7 +269,7 @@ def test_impossible_sizes(megabytes: float) -> None:
 
 
 def test_impossible_ranks_and_sizes_that_leave_nothing() -> None:
-    with pytest.raises(LoraError, match="maximal rank"):
+    with pytest.raises(LoraError, match="maximum rank"):
         resize(document(), max_rank=-1)
     doc = document(other=True)
     with pytest.raises(LoraError, match=r"0\.0001 MB leaves nothing.* take 0\.0002\d+ MB") as caught:

@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 
 import lora2.files.writer
-from lora2.files.document import read, to_state_dict, write_new
-from lora2.files.writer import data, header
+from lora2.files.document import read, to_state_dict
+from lora2.files.writer import data, header, write_new
 from lora2.method.factors import Factors
 from lora2.util.errors import LoraError
 

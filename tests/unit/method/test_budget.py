@@ -1,4 +1,4 @@
-"""Layers cut together to a budget, by what their energy counts for."""
+"""Layers cut together to a budget of parameters, by weighted energy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lora2.method.allocation import cut_to_budget
+from lora2.method.allocation import allocate_ranks, cut_to_budget
 from lora2.method.factors import Factors
 from lora2.util.errors import LoraError
 
@@ -35,7 +35,7 @@ def test_weights_multiply_the_energy() -> None:
     assert ranks(cut_to_budget(layers, budget, 1, {"a": 0.0})) == {"a": 1, "b": 2}
 
 
-def test_weights_change_the_choice_and_nothing_else() -> None:
+def test_weights_affect_the_choice_only() -> None:
     layers = {"a": layer([4.0, 3.0, 2.0]), "b": layer([1.0, 0.9, 0.8], seed=1)}
     plain, weighted = (cut_to_budget(layers, 4 * 14, 2, weights) for weights in (None, {"a": 7.0, "b": 0.3}))
     assert ranks(plain) == ranks(weighted) == {"a": 2, "b": 2}
@@ -43,7 +43,7 @@ def test_weights_change_the_choice_and_nothing_else() -> None:
         assert torch.equal(plain[name].delta(), weighted[name].delta())
 
 
-def test_a_layer_may_lose_everything_only_without_a_least_rank() -> None:
+def test_a_layer_is_removed_only_with_a_min_rank_of_0() -> None:
     layers = {"a": layer([4.0, 3.0, 2.0]), "b": layer([1e-3, 1e-4, 1e-5], seed=1)}
     empty = cut_to_budget(layers, 3 * 14, 0)["b"]
     assert empty.up.shape == (6, 0)
@@ -53,6 +53,21 @@ def test_a_layer_may_lose_everything_only_without_a_least_rank() -> None:
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
-def test_weights_that_are_none_are_refused(weight: float) -> None:
+def test_impossible_weights_are_refused(weight: float) -> None:
     with pytest.raises(LoraError, match="Layer a has the weight"):
         cut_to_budget({"a": layer([1.0])}, 100, 0, {"a": weight})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_freed_parameters_are_spent_within_the_budget(seed: int) -> None:
+    """A removed layer frees more than its components; what is spent counts only on layers that are removed in the end."""
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(25):
+        count, unused = int(torch.randint(2, 6, (), generator=g)), int(torch.randint(1, 8, (), generator=g))
+        names = [f"l{i}" for i in range(count)]
+        sigmas = {n: torch.rand(3, generator=g, dtype=torch.float64).sort(descending=True)[0] for n in names}
+        costs = {n: int(torch.randint(2, 12, (), generator=g)) for n in names}
+        budget = int(torch.randint(0, 60, (), generator=g))
+        ranks = allocate_ranks(sigmas, costs, budget, 0, None, unused)
+        removed = sum(not rank for rank in ranks.values())
+        assert sum(ranks[n] * costs[n] for n in names) <= budget + removed * unused

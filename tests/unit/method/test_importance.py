@@ -180,11 +180,11 @@ def test_a_network_starts_as_said(init: str) -> None:
         assert adapter.importance is not None
         assert np.allclose(adapter.importance[:rank].numpy(), gain * values, rtol=2e-6, atol=0)
     assert network.ranks() == {"linear": rank, "conv": rank}
-    assert all(nu == pytest.approx(rate_of(rank, q), rel=1e-6) for nu in network.rates().values())
+    assert all(nu == pytest.approx(rate_of(rank, q), rel=1e-6) for nu in network.nu_by_layer().values())
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 5, 16, 31, 64, 100, 512])
 def test_a_network_starts_at_exactly_the_initial_rank(rank: int) -> None:
     network = AdaptiveNetwork({"a": nn.Linear(600, 512)}, TrainingConfig(initial_rank=rank, target_rank=1))
     assert network.ranks() == {"a": rank}
-    assert network.export()["a"].rank == rank
+    assert network.export_factors()["a"].rank == rank

@@ -315,7 +315,7 @@ def test_entropy_has_the_same_gradient_with_checkpointing() -> None:
                 entropy = probe.take()
                 assert entropy is not None
                 (out.square().mean() + entropy).backward()
-                assert not probe._heard
+                assert not probe._recorded
                 assert not probe._queries
         gradients.append([x.grad, *(p.grad for b in both for p in b.parameters())])
     for plain, again in zip(*gradients, strict=True):

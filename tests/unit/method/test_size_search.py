@@ -17,6 +17,7 @@ from toy_trainer import fail_once, trainer_of
 import lora2.adapters.layer
 import lora2.adapters.network
 from lora2.adapters.network import AdaptiveNetwork
+from lora2.adapters.prune import final_factors, prune
 from lora2.method.factors import Factors
 from lora2.method.size_search import BATCH_SIZE, BISECTIONS, MAX_HALVINGS, smallest_sufficient_size
 from lora2.training.progress import Progress
@@ -113,10 +114,10 @@ def test_a_network_shows_what_a_cut_to_that_size_would_be(compute: torch.dtype) 
             shown[size] = outputs(network, layers)
         return 500
 
-    network.prune(800, weights, choose)
+    prune(network, 800, weights, choose)
     for size in sizes:
         other, others_layers = made()
-        other.prune(size, weights)
+        prune(other, size, weights)
         # Both round to the same type; positions are mixed in the other one.
         near = {"rtol": 1e-5, "atol": 1e-5} if compute == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(outputs(other, others_layers), shown[size], **near)
@@ -227,7 +228,7 @@ def stopped(trainer: Trainer, when: Callable[[Progress], bool]) -> dict[str, Fac
 
     with pytest.raises(Stop):
         trainer.run(stop)
-    factors, _ = trainer.network.final_factors(trainer.optimizer.sensitivities())
+    factors, _ = final_factors(trainer.network, trainer.optimizer.sensitivities())
     left = trainer.network.budget - sum(f.parameters for f in factors.values())
     assert 0 <= left < max(a.cost for a in trainer.network.adapters)
     return factors

@@ -1,14 +1,15 @@
-"""Singular order and the split of a budget."""
+"""The exact decomposition of one layer, and the split of a budget over layers."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import time
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora2.method.allocation import allocate
 from lora2.method.factors import Factors
@@ -44,12 +45,18 @@ def delta(layer: Factors) -> Tensor:
     return scale * product.reshape(layer.up.shape[0], *layer.down.shape[1:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("alpha", [None, 3.0, -0.5])
-@pytest.mark.parametrize(("rank", "d_out", "inner"), SHAPES)
-def test_the_order_keeps_delta(
-    rank: int, d_out: int, inner: tuple[int, ...], dtype: torch.dtype, alpha: float | None
+CASES = [
+    *((shape, torch.float32, 3.0) for shape in SHAPES),
+    *((SHAPES[6], dtype, None) for dtype in (torch.float64, torch.bfloat16, torch.float16)),
+    *((SHAPES[1], torch.float64, alpha) for alpha in (None, -0.5)),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "alpha"), CASES)
+def test_a_decomposition_keeps_delta(
+    shape: tuple[int, int, tuple[int, ...]], dtype: torch.dtype, alpha: float | None
 ) -> None:
+    rank, d_out, inner = shape
     layer = factors(rank, d_out, inner, dtype, alpha)
     ordered, sigma = decompose(layer)
     expected = delta(layer)
@@ -72,7 +79,7 @@ def test_every_prefix_is_the_best_approximation(rank: int) -> None:
     assert (delta(prefix) - delta(layer)).norm().item() == pytest.approx(sigma[rank:].norm().item(), rel=1e-10)
 
 
-def test_both_sides_carry_the_same_weight() -> None:
+def test_both_factors_share_the_weight_equally() -> None:
     layer = Factors(1e-3 * torch.randn(20, 4), 1e3 * torch.randn(4, 30))
     ordered, sigma = decompose(layer)
     assert torch.allclose(ordered.up.norm(dim=0), sigma.sqrt(), rtol=1e-10)
@@ -91,7 +98,7 @@ def test_zero_and_empty_layers(inner: tuple[int, ...]) -> None:
     assert ordered.down.shape == (0, *inner)
 
 
-def test_training_tensors_stay_as_they_are() -> None:
+def test_a_decomposition_leaves_training_tensors_alone() -> None:
     up, down = torch.randn(6, 2, requires_grad=True), torch.randn(2, 6, requires_grad=True)
     ordered, _ = decompose(Factors(up, down))
     assert not ordered.up.requires_grad
@@ -100,7 +107,7 @@ def test_training_tensors_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
-def test_values_without_a_spectrum_are_refused(value: float) -> None:
+def test_values_that_cannot_be_decomposed_are_refused(value: float) -> None:
     up = torch.ones(4, 2, dtype=torch.float64)
     up[1, 1] = value
     with pytest.raises(LoraError, match="singular values"):
@@ -136,14 +143,13 @@ def test_allocation_against_all_choices(seed: int) -> None:
         open_costs = [mixed[n] for n in names if ranks[n] < len(sigmas[n])]
         assert spent <= budget
         assert not open_costs or budget - spent < min(open_costs)
-        # A greedy filling loses at most the one position that did not fit (the bound of the fractional
-        # knapsack).
+        # Greedy filling loses at most the one component that did not fit (bound of the fractional knapsack).
         energy = sum(float(sigmas[n][: ranks[n]].square().sum()) for n in names)
         lost = max(float(s[0].square()) for s in sigmas.values())
         assert brute_force(sigmas, mixed, budget) - lost <= energy
 
 
-def test_the_strongest_position_per_cost_comes_first() -> None:
+def test_the_strongest_component_per_cost_comes_first() -> None:
     sigmas = {"cheap": torch.tensor([2.0, 0.9]), "dear": torch.tensor([3.0, 3.0])}
     # Energy per unit: cheap 4 and 0.81, dear 0.9 and 0.9.
     assert allocate(sigmas, {"cheap": 1, "dear": 10}, 11) == {"cheap": 1, "dear": 1}
@@ -151,7 +157,7 @@ def test_the_strongest_position_per_cost_comes_first() -> None:
     assert allocate(sigmas, {"cheap": 1, "dear": 10}, 12) == {"cheap": 2, "dear": 1}
 
 
-def test_ties_go_to_low_positions_then_to_the_first_layer() -> None:
+def test_ties_go_to_low_components_then_to_the_first_layer() -> None:
     sigmas = {"z": torch.ones(3), "a": torch.ones(3), "m": torch.ones(3)}
     costs = dict.fromkeys(sigmas, 2)
     assert allocate(sigmas, costs, 2 * 3) == {"z": 1, "a": 1, "m": 1}
@@ -172,16 +178,24 @@ def test_limits_of_the_allocation() -> None:
         allocate({"a": torch.tensor([math.nan])}, {"a": 1}, 10)
 
 
-def test_a_large_model_takes_less_than_a_second() -> None:
+class Calls(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_large_model() -> None:
+    """Thousands of layers of hundreds of components are no more work than sorting them, counted in calls of torch."""
     generator = torch.Generator().manual_seed(0)
     table = torch.rand(4096, 512, generator=generator).sort(descending=True)[0]
     sigmas = {f"layer{i}": row for i, row in enumerate(table)}
     costs = {name: 640 + 320 * (i % 7) for i, name in enumerate(sigmas)}
     budget = sum(costs.values()) * 64
-    times = []
-    for _ in range(3):
-        begin = time.process_time()
+    with Calls() as calls:
         ranks = allocate(sigmas, costs, budget)
-        times.append(time.process_time() - begin)
     assert 0 <= budget - sum(ranks[name] * costs[name] for name in ranks) < min(costs.values())
-    assert min(times) < 1
+    assert calls.count < 12 * len(sigmas)

@@ -1,4 +1,4 @@
-"""The singular orders of many layers at once, beside those of one layer at a time."""
+"""Decomposition of many layers by Gram matrices, against the exact one of each layer."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def random(rank: int, d_out: int, *inner: int, seed: int = 0) -> Factors:
 
 
 def dependent(apart: float) -> Factors:
-    """Positions that all but agree: up's second half lies this far from the first."""
+    """Nearly dependent components: up's second half lies this far from the first."""
     layer = random(8, 40, 30)
     layer.up[:, 4:] = layer.up[:, :4] + apart * layer.up[:, 4:]
     return layer
 
 
 def graded(span: float) -> Factors:
-    """Positions of very different sizes, and one that is zero in nothing but name."""
+    """Components of very different sizes, the last of them almost zero."""
     layer = random(12, 40, 30)
     sizes = span ** torch.linspace(-1, 1, 12)
     return Factors(layer.up * sizes, layer.down * sizes.flip(0)[:, None] ** 0.5)
@@ -69,13 +69,13 @@ def delta(layer: Factors) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def orders() -> dict[str, module.Decomposition]:
+def decomposed() -> dict[str, module.Decomposition]:
     return decompose_layers(LAYERS)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_singular_values_and_the_whole_product(orders: dict[str, module.Decomposition], name: str) -> None:
-    layer, order = LAYERS[name], orders[name]
+def test_singular_values_and_the_whole_product(decomposed: dict[str, module.Decomposition], name: str) -> None:
+    layer, order = LAYERS[name], decomposed[name]
     exact = decompose(layer)[1]
     assert order.sigma.dtype == torch.float64
     assert order.sigma.shape == exact.shape
@@ -91,15 +91,15 @@ def test_singular_values_and_the_whole_product(orders: dict[str, module.Decompos
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_prefix_is_the_best_approximation(orders: dict[str, module.Decomposition], name: str) -> None:
-    layer, order = LAYERS[name], orders[name]
+def test_every_prefix_is_the_best_approximation(decomposed: dict[str, module.Decomposition], name: str) -> None:
+    layer, order = LAYERS[name], decomposed[name]
     for rank in range(len(order.sigma) + 1):
         missed = (delta(order.head(rank)) - delta(layer)).norm()
         # Eckart and Young: the error of the best approximation is the energy of the tail.
         assert missed <= order.sigma[rank:].norm() + ROUNDING * delta(layer).norm()
 
 
-def test_qr_is_left_to_the_layers_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_badly_conditioned_layers_go_through_qr(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Factors] = []
     monkeypatch.setattr(module, "decompose", lambda f: (seen.append(f), decompose(f))[1])
     decompose_layers(LAYERS)
@@ -107,8 +107,8 @@ def test_qr_is_left_to_the_layers_that_need_it(monkeypatch: pytest.MonkeyPatch) 
     assert [tuple(f.up.shape) for f in seen] == [tuple(LAYERS[name].up.shape) for name in needed]
 
 
-def test_the_limit_is_where_digits_get_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a much higher one, a prefix of nearly dependent positions is worse than it need be."""
+def test_without_the_limit_the_gram_path_loses_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Singular values of nearly dependent components are then wrong by more than a thousandth."""
     layer = Factors(dependent(1e-2).up.double(), dependent(1e-2).down.double())
     layer.up[:, 4:] = layer.up[:, :4] + 1e-7 * random(4, 40, 30, seed=3).up
     monkeypatch.setattr(module, "MAX_INVERSE_NORM", math.inf)
@@ -119,7 +119,7 @@ def test_the_limit_is_where_digits_get_lost(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("side", ["up", "down"])
-def test_values_without_a_spectrum_are_refused(value: float, side: str) -> None:
+def test_values_that_are_not_finite_are_refused(value: float, side: str) -> None:
     layer = random(3, 5, 4)
     getattr(layer, side)[1, 1] = value
     with pytest.raises(LoraError, match="singular values"):
@@ -134,31 +134,32 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_more_cores_give_the_same_numbers_and_stay_as_they_were(
-    orders: dict[str, module.Decomposition], two_threads: None
+def test_two_threads_give_the_same_values_and_are_restored(
+    decomposed: dict[str, module.Decomposition], two_threads: None
 ) -> None:
-    shared = decompose_layers(LAYERS)
+    parallel = decompose_layers(LAYERS)
     assert torch.get_num_threads() == 2
-    assert list(shared) == list(LAYERS)
+    assert list(parallel) == list(LAYERS)
     for name in ("linear", "convolution", "graded", "closer"):
-        # Products may be added up in another order by two threads.
-        assert torch.allclose(shared[name].sigma, orders[name].sigma, rtol=1e-9)
+        # Two threads may add up products in another order.
+        assert torch.allclose(parallel[name].sigma, decomposed[name].sigma, rtol=1e-9)
     with pytest.raises(LoraError, match="singular values"):
         decompose_layers({"bad": Factors(torch.full((2, 1), math.nan), torch.ones(1, 2))})
     assert torch.get_num_threads() == 2
 
 
-def test_memory_that_runs_out_on_the_device_costs_nothing_but_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_out_of_memory_is_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
-    own = module._Pair.sides
+    original = module._matrices
 
-    def sides(self: module._Pair) -> tuple[Tensor, Tensor]:
-        tried.append(self.device.type)
-        if self.device.type == "cuda":
+    def matrices(factors: Factors, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        assert device is not None
+        tried.append(device.type)
+        if device.type == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return own(self)
+        return original(factors, device)
 
-    monkeypatch.setattr(module._Pair, "sides", sides)
+    monkeypatch.setattr(module, "_matrices", matrices)
     layers = {"linear": LAYERS["linear"]}
     order = decompose_layers(layers, torch.device("cuda"))["linear"]
     assert tried == ["cuda", "cpu"]
@@ -166,8 +167,8 @@ def test_memory_that_runs_out_on_the_device_costs_nothing_but_time(monkeypatch: 
     assert tried == ["cuda", "cpu", "cuda", "cpu"]
 
 
-def test_graphics_of_other_kinds_are_left_alone() -> None:
-    """Apple's has no float64: the CPU does all the work there."""
+def test_other_gpus_are_not_used() -> None:
+    """Apple's have no float64: the CPU does all the work there."""
     assert torch.equal(
         decompose_layers({"a": LAYERS["linear"]}, torch.device("mps"))["a"].sigma,
         decompose_layers({"a": LAYERS["linear"]})["a"].sigma,

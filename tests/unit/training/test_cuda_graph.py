@@ -1,4 +1,4 @@
-"""Recorded steps without a GPU: GraphStepRunner's own code with tapes for graphs (cuda_graph_tapes.py) against steps as they are written."""
+"""Recorded steps without a GPU: GraphStepRunner with tapes for graphs (cuda_graph_tapes.py) equals eager steps."""
 
 from __future__ import annotations
 
@@ -152,13 +152,13 @@ def test_a_model_that_waits_for_a_value_runs_as_written() -> None:
 def resizes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether arrays were resized, sync by sync."""
     seen: list[bool] = []
-    own = AdaptiveNetwork.sync
+    own = AdaptiveNetwork.sync_capacities
 
     def sync(self: Any, *given: Any, **more: Any) -> bool:
         seen.append(own(self, *given, **more))
         return seen[-1]
 
-    monkeypatch.setattr(AdaptiveNetwork, "sync", sync)
+    monkeypatch.setattr(AdaptiveNetwork, "sync_capacities", sync)
     return seen
 
 

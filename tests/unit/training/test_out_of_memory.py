@@ -15,6 +15,7 @@ from toy_trainer import EVERYTHING, Toy, fail_once, hooks, learned, state, toy_o
 import lora2.adapters.layer
 import lora2.adapters.network
 import lora2.util.memory
+from lora2.adapters.prune import final_factors
 from lora2.training.cuda_graph import GraphStepRunner
 from lora2.training.trainer import Trainer
 from lora2.util.memory import OutOfMemory, is_out_of_memory, try_allocating
@@ -57,8 +58,8 @@ def limit(toy: Toy, most: Callable[[], int], held: list[weakref.ref[Tensor]] | N
 def close(one: Trainer, other: Trainer) -> None:
     torch.testing.assert_close(one.progress.losses, other.progress.losses, **ROUNDING)
     assert one.progress.ranks == other.progress.ranks
-    for name, factors in one.network.final_factors()[0].items():
-        torch.testing.assert_close(factors.delta(), other.network.final_factors()[0][name].delta(), **ROUNDING)
+    for name, factors in final_factors(one.network)[0].items():
+        torch.testing.assert_close(factors.delta(), final_factors(other.network)[0][name].delta(), **ROUNDING)
 
 
 @pytest.mark.parametrize(("most", "groups"), [(1, 1), (2, 1), (3, 1), (2, 2)])
@@ -169,7 +170,7 @@ def parameters_with_enough_memory(compute: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("owner", "name", "at"), [
-    ("Adapter", "resize", 2), ("AdaptiveNetwork", "_rebuild", 1), ("AdaptiveNetwork", "_rebuild", 2), ("Adapter", "load", 3),
+    ("Adapter", "resize", 2), ("AdaptiveNetwork", "rebuild", 1), ("AdaptiveNetwork", "rebuild", 2), ("Adapter", "load", 3),
     ("Adapter", "rotate", 1), ("Adapter", "rotate", 3),
 ])  # fmt: skip
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
@@ -189,7 +190,7 @@ def test_arrays_that_find_no_room_to_grow_or_settle_are_tried_again(
     assert progress.step == 30
     assert progress.cuts == [15]
     network = trainer.network
-    assert network._laid_out == [a.capacity for a in network.adapters]
+    assert network.built_capacities == network.capacities
     assert network.size() <= network.budget
     assert progress.changes == []
     if name in ("load", "rotate"):
@@ -247,9 +248,9 @@ def test_layers_that_never_find_room_to_settle_end_the_run_and_all_is_still_ther
     with pytest.raises(Stop):
         whole.run(stop)
     # The same moment: after the arrays followed the ranks, before they settled.
-    whole.network.sync()
-    for name_, factors in trainer.network.final_factors()[0].items():
-        torch.testing.assert_close(factors.delta(), whole.network.final_factors()[0][name_].delta())
+    whole.network.sync_capacities()
+    for name_, factors in final_factors(trainer.network)[0].items():
+        torch.testing.assert_close(factors.delta(), final_factors(whole.network)[0][name_].delta())
 
 
 def test_a_step_that_is_half_taken_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_trainer import EVERYTHING, Stop, Toy, hooks, latents, learned, same, state, told, toy_of, trainer_of
 
 from lora2.adapters.network import AdaptiveNetwork
+from lora2.adapters.prune import final_factors
 from lora2.config import TrainingConfig
 from lora2.method.losses import EPSILON, PREDICTIONS, X0, denoising_loss
 from lora2.method.schedule import learning_rate_factor, size_factor
@@ -139,7 +140,7 @@ def test_latents_with_a_nan_stop_the_first_step() -> None:
     network = AdaptiveNetwork(toy.layers(), config)
     with pytest.raises(Diverged, match="step 1"):
         Trainer(network, toy, [torch.full((4, 4, 4), math.nan)], config).run()
-    assert not any(f.delta().any() for f in network.final_factors()[0].values())
+    assert not any(f.delta().any() for f in final_factors(network)[0].values())
 
 
 # -- stopping ------------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def test_a_callback_that_raises_stops_at_once_and_keeps_what_was_learned(at: int
     assert len(trainer.progress.losses) == trainer.progress.step == at
     assert same(state(trainer), kept)
     assert hooks(toy_of(trainer)) == 0
-    factors, _ = trainer.network.final_factors()
+    factors, _ = final_factors(trainer.network)
     assert set(factors) == set(toy_of(trainer).layers())
     assert any(bool(f.delta().any()) for f in factors.values())
 
@@ -332,10 +333,10 @@ def test_micro_batches_equal_one_batch_of_the_same_samples(compute: torch.dtype,
     assert one.progress.losses == pytest.approx(four.progress.losses, rel=near / 20)
     if compute == torch.float32:
         assert one.progress.ranks == four.progress.ranks
-    for a, b in zip(one.network.export().values(), four.network.export().values(), strict=True):
+    for a, b in zip(one.network.export_factors().values(), four.network.export_factors().values(), strict=True):
         # Adam divides 1e-7 (or 4e-3) of rounding by the gradient's own size, and twelve steps add up.
         assert (a.delta() - b.delta()).norm() <= near * b.delta().norm()
-    assert any(f.rank for f in one.network.export().values())
+    assert any(f.rank for f in one.network.export_factors().values())
 
 
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.1])
@@ -350,9 +351,9 @@ def test_captions_that_cannot_run_together_still_make_one_batch(entropy_weight: 
     assert toy_of(apart).forwards > toy_of(together).forwards == 12
     assert one.losses == pytest.approx(other.losses, rel=1e-4)
     assert one.ranks == other.ranks
-    for a, b in zip(together.network.export().values(), apart.network.export().values(), strict=True):
+    for a, b in zip(together.network.export_factors().values(), apart.network.export_factors().values(), strict=True):
         assert (a.delta() - b.delta()).norm() <= 2e-3 * b.delta().norm()
-    assert any(f.rank for f in together.network.export().values())
+    assert any(f.rank for f in together.network.export_factors().values())
 
 
 def pretend_gradients(trainer: Trainer, value: float = 1.0) -> None:
@@ -575,7 +576,7 @@ def test_settling_meets_the_target_and_training_goes_on(settle_at: float) -> Non
     assert network.size() <= network.budget == 3 * sum(a.cost for a in network.adapters)
     assert network.budget - network.size() < max(a.cost for a in network.adapters)
     assert progress.ranks == network.ranks()
-    factors, ordered = network.final_factors()
+    factors, ordered = final_factors(network)
     assert ordered
     assert {n: f.rank for n, f in factors.items()} == progress.ranks
 
@@ -584,7 +585,7 @@ def test_settling_at_the_start_trains_a_plain_lora_of_one_rank() -> None:
     trainer = trainer_of(steps=60, settle_at=0.0, target_rank=4, initial_rank=0, batch_size=3)
     progress = trainer.run()
     assert set(progress.ranks.values()) == {4}
-    assert all(bool(f.delta().any()) for f in trainer.network.export().values())
+    assert all(bool(f.delta().any()) for f in trainer.network.export_factors().values())
     held = [p for group in trainer.optimizer.inner.param_groups for p in group["params"]]
     assert all(a is b for a, b in zip(held, trainer.network.parameters(), strict=True))
 

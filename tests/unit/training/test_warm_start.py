@@ -10,6 +10,7 @@ import torch
 from toy_trainer import Toy, kept, made, stopped, toy_of, trainer_of
 
 from lora2.adapters.network import AdaptiveNetwork
+from lora2.adapters.prune import final_factors
 from lora2.config import TrainingConfig
 from lora2.method.factors import Factors, full_rank
 from lora2.training.trainer import Trainer
@@ -35,7 +36,7 @@ def random_factors(
 def weight(network: AdaptiveNetwork, name: str) -> torch.Tensor:
     """What a layer adds to its weight now: its answer to every unit vector."""
     index = network.names.index(name)
-    return network.export()[network.names[index]].delta().double()
+    return network.export_factors()[network.names[index]].delta().double()
 
 
 def network_of(**changes: Any) -> AdaptiveNetwork:
@@ -129,7 +130,7 @@ def test_training_goes_down_from_there() -> None:
     """The run that starts from a trained adapter begins below where a fresh one begins."""
     before = trainer_of(steps=60, accumulation=4)
     before.run()
-    factors, _ = before.network.final_factors()
+    factors, _ = final_factors(before.network)
     again = trainer_of(steps=6, accumulation=4)
     again.warm_start(factors)
     again.run()
@@ -144,7 +145,7 @@ def test_training_goes_down_from_there() -> None:
 def test_factors_of_a_state_are_those_of_its_network(form: dict[str, Any], step: int, tmp_path: Any) -> None:
     trainer = stopped(made(**form), step)
     found = factors_from_state(kept(trainer, tmp_path).part("network"), trainer.config.q)
-    exported = trainer.network.export(ordered=False)
+    exported = trainer.network.export_factors(ordered=False)
     if trainer.network.pruned:
         exported = {
             n: a.factors(a.capacity) for n, a in zip(trainer.network.names, trainer.network.adapters, strict=True)

@@ -1,4 +1,4 @@
-"""Work shared out over cores."""
+"""Tasks in parallel threads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lora2.util.thread_pool import run_parallel
 
 
 @pytest.fixture(params=[1, 2, 5])
-def cores(request: pytest.FixtureRequest) -> Iterator[int]:
-    """As many cores as torch believes in."""
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The number of threads that torch uses."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -23,42 +23,62 @@ def cores(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def fail(at: int, index: int) -> int:
     if index >= at:
-        raise ValueError(f"piece {index}")
+        raise ValueError(f"task {index}")
     return index * index
 
 
-def test_results_come_in_order(cores: int) -> None:
+def test_results_are_in_order(threads: int) -> None:
     assert run_parallel(partial(fail, 100, i) for i in range(50)) == [i * i for i in range(50)]
     assert run_parallel([]) == []
-    assert torch.get_num_threads() == cores
+    assert torch.get_num_threads() == threads
 
 
-def test_pieces_run_at_once_and_use_one_core_each(cores: int) -> None:
-    meeting = threading.Barrier(cores)
+def test_tasks_run_at_once_on_one_thread_each(threads: int) -> None:
+    barrier = threading.Barrier(threads)
 
     def meet() -> tuple[int, bool]:
-        meeting.wait(60)  # all are there only if all run at once
+        barrier.wait(60)  # passes only if all run at once
         return torch.get_num_threads(), torch.is_grad_enabled()
 
     with torch.no_grad():
-        assert run_parallel([meet] * cores) == [(1, False)] * cores
+        assert run_parallel([meet] * threads) == [(1, False)] * threads
 
 
-def test_the_first_error_in_order_is_raised(cores: int) -> None:
-    with pytest.raises(ValueError, match="piece 7"):
+def test_the_first_error_in_order_is_raised(threads: int) -> None:
+    with pytest.raises(ValueError, match="task 7"):
         run_parallel(partial(fail, 7, i) for i in range(20))
-    assert torch.get_num_threads() == cores
+    assert torch.get_num_threads() == threads
 
 
-def test_whoever_stops_asking_stops_the_work(cores: int) -> None:
+def test_an_error_of_the_iterator_ends_the_threads(threads: int) -> None:
     done: list[int] = []
 
-    def works() -> Iterator[Callable[[], None]]:
+    def tasks() -> Iterator[Callable[[], None]]:
         yield partial(done.append, 1)
         raise KeyboardInterrupt
 
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        run_parallel(works())
+        run_parallel(tasks())
     assert threading.active_count() == before
-    assert torch.get_num_threads() == cores
+    assert torch.get_num_threads() == threads
+
+
+def test_queued_tasks_are_dropped_after_an_error_of_the_iterator() -> None:
+    torch.set_num_threads(2)
+    started, release = threading.Barrier(3), threading.Event()
+    done: list[int] = []
+
+    def block() -> None:
+        started.wait(60)
+        release.wait(60)
+
+    def tasks() -> Iterator[Callable[[], None]]:
+        yield from [block, block, partial(done.append, 1)]
+        started.wait(60)
+        threading.Timer(0.1, release.set).start()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_parallel(tasks())
+    assert not done
