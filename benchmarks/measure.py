@@ -228,7 +228,7 @@ def train(
     class Watched(trainer.Trainer):  # type: ignore[name-defined]
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **(named if graphs else {**named, "graphs": False}))
-            model, draw = patcher.model, self.samples.draw
+            model, draw = patcher.model, self.batches.sample
             watch.base = (weight_bytes(model), allocated() - adapter_bytes(self.network) - watch.base[1])
 
             def drawn() -> Any:
@@ -236,7 +236,7 @@ def train(
                 watch.shapes.append(tuple(batch[0].shape))
                 return batch
 
-            self.samples.draw = drawn
+            self.batches.sample = drawn
 
         def run(self, *_given: Any, **_named: Any) -> Any:  # without live pictures and states
             def seen(progress: Any) -> None:

@@ -96,7 +96,7 @@ def plan_start(
     if isinstance(source, LoraSource):
         return RunStart(config, factors=factors_of_lora(source.name, source.document, model, layers))
     different, rounding = fingerprint.compare_data(source.fingerprint)
-    pruned, frozen = source.state.part("network").flag("pruned"), source.state.part("run").flag("rested")
+    pruned, frozen = source.state.part("network").flag("pruned"), source.state.part("run").flag("ranks_frozen")
     preventing, changed = compare_configs(config, source.config, pruned, frozen)
     if different or preventing:
         return _start_from_factors(source, [*different, *preventing], on_difference, config, layers)

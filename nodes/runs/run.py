@@ -77,9 +77,9 @@ def run(plan: Plan, say: Callable[[str], None]) -> TrainedLora:
         continued = start.saved.path if start.saved is not None else None
         network = AdaptiveNetwork(layers, start.config, host.device, host.compute, is_plain)
         probe = EntropyProbe(cross_attention(host.model))
-        trainer = Trainer(network, host, plan.latents, start.config, probe, say=say)
+        trainer = Trainer(network, host, plan.latents, start.config, probe, notify=say)
         start.apply(trainer)
-        learned = trainer.progress.learned
+        learned = trainer.progress.applied
         directory = CheckpointDirectory(plan.states_folder, request.states_kept, plan.file_bytes, continued)
         inputs = {"fingerprint": fingerprint.state(), "environment": State({}, made_with)}
         checkpoints = CheckpointWriter(trainer, directory, inputs, say)
@@ -88,7 +88,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> TrainedLora:
         try:
             trainer.run(StepCallback(network, plan.file, plan.target, say), checkpoints.save, request.state_every)
         except BaseException as reason:
-            if trainer.progress.learned == learned:
+            if trainer.progress.applied == learned:
                 raise
             finish_stopped(reason, trainer, plan, checkpoints, say)
         return finish(trainer, plan, checkpoints, say)

@@ -205,6 +205,6 @@ def test_the_layers_of_a_bad_step_are_named_by_their_paths(
     finally:
         handle.remove()
     message = str(error.value)
-    assert message.startswith("The gradients are no longer numbers at step 1 (in double_blocks.0.")
+    assert message.startswith("The gradients are not finite at step 1 (in double_blocks.0.")
     assert f"{len(layers) - len(after) - 3} more of {len(layers)} layers" in message
     assert files_in(folders) == set()

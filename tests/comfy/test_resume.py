@@ -121,7 +121,7 @@ def test_more_steps_can_be_asked_for(model: Any, folders: Path, said: Callable[[
     ranks = [{k: v.shape for k, v in r[0].items() if v.ndim} for r in (first, longer)]
     assert ranks[0] == ranks[1]
     with pytest.raises(
-        pack("lora2.util.errors").LoraError, match=r"has 16 steps behind it already\. To go on, set steps above 16"
+        pack("lora2.util.errors").LoraError, match=r"has 16 steps behind it already\. To continue, set steps above 16"
     ):
         train(model, **{**LONG, "steps": 16}, continue_from="newest state")
 
@@ -332,7 +332,7 @@ def test_a_state_says_nothing_of_this_machine(settled: Any, folders: Path) -> No
         "run",
         "network",
         "optimizer",
-        "drawing",
+        "batches",
         "config",
         "fingerprint",
         "environment",

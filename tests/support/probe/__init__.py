@@ -19,6 +19,7 @@ from typing import Any
 import comfy.model_management as management
 import torch
 from aiohttp import web
+from comfy.cli_args import args
 from server import PromptServer
 
 PATIENCE = 20.0
@@ -160,6 +161,13 @@ async def _go(_request: web.Request) -> web.Response:
 @routes.get("/probe/reached")
 async def _reached(_request: web.Request) -> web.Response:
     return web.json_response({"reached": POINTS.reached.is_set()})
+
+
+@routes.post("/probe/disable_metadata")
+async def _disable_metadata(request: web.Request) -> web.Response:
+    """What --disable-metadata sets, while the server runs."""
+    args.disable_metadata = (await request.json())["value"]
+    return web.json_response({})
 
 
 NODE_CLASS_MAPPINGS = {"LoRA2Test_Fingerprint": Fingerprint}

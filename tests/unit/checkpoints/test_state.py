@@ -212,7 +212,7 @@ def test_cuts_follow_the_new_number_of_steps(cuts: int, step: int, steps: int, e
 def test_a_finished_run_is_not_resumed_without_more_steps() -> None:
     trainer = trainer_of(steps=3)
     trainer.run()
-    with pytest.raises(LoraError, match=r"3 steps behind it already. To go on, set steps above 3"):
+    with pytest.raises(LoraError, match=r"3 steps behind it already. To continue, set steps above 3"):
         trainer_of(steps=3).restore(trainer.state())
 
 
