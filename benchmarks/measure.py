@@ -222,6 +222,7 @@ def train(
     import torch
 
     session, trainer = models.pack("nodes.runs.run"), models.pack("lora2.training.trainer")
+    finishing = models.pack("nodes.runs.finish")
     engine = models.pack("lora2.training.cuda_graph")
 
     class Watched(trainer.Trainer):  # type: ignore[name-defined]
@@ -258,13 +259,13 @@ def train(
         finally:
             watch.recording += time.perf_counter() - begun
 
-    def finish(self: Any) -> Any:
-        return session.TrainedLora(None, Path(), "nothing", self.trainer.progress.losses)
+    def save_nothing(trainer: Any, _plan: Any) -> Any:
+        return session.TrainedLora(None, Path(), "nothing", trainer.progress.losses)
 
     original, own = engine.GraphStepRunner._record, session.Trainer
-    saves = session._Finish.__call__, session._States.save
+    saves = finishing.save_trained, finishing.CheckpointWriter.save
     session.Trainer, engine.GraphStepRunner._record = Watched, record
-    session._Finish.__call__, session._States.save = finish, lambda self: False
+    finishing.save_trained, finishing.CheckpointWriter.save = save_nothing, lambda self: False
     fresh()
     watch.base = (0, allocated() - (weight_bytes(patcher.model) if next(patcher.model.parameters()).is_cuda else 0))
     watch.start = time.perf_counter()
@@ -278,7 +279,7 @@ def train(
             )
     finally:
         session.Trainer, engine.GraphStepRunner._record = own, original
-        session._Finish.__call__, session._States.save = saves
+        finishing.save_trained, finishing.CheckpointWriter.save = saves
 
 
 def our_step(

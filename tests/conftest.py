@@ -91,7 +91,7 @@ def lora_folder(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A running ComfyUI with the pack, the small SD1.x checkpoint, the pictures in input/mug, and tests/support/probe."""
-    with probed(tmp_path_factory.mktemp("comfy")) as running:
+    with probed(tmp_path_factory.mktemp("home-of-anna")) as running:
         yield running
 
 

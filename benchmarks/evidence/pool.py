@@ -7,7 +7,6 @@ import datetime
 import json
 import multiprocessing
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.evidence.personal import Job
+from dev import assets
 
 Record = dict[str, Any]
 
@@ -56,8 +56,6 @@ class Pool:
         self._longest = longest
         self._spare = MOST_REPLACED
         self._work = work or partial(_work, types_of_gpu=types_of_gpu)
-        self._folder = tempfile.TemporaryDirectory()
-        self._checkpoint = Path(self._folder.name) / "painter.safetensors"
         self._context = multiprocessing.get_context("spawn")
         self._wanted = processes
         self._workers: list[_Worker] = []
@@ -100,12 +98,8 @@ class Pool:
                 return worker
         if len(self._workers) == self._wanted or self._spare < 0:
             return None
-        if not self._checkpoint.exists():
-            from dev.painter.model import write_checkpoint
-
-            write_checkpoint(self._checkpoint)
         gpu = gpu_of(self._started, torch.cuda.device_count(), os.environ.get(VISIBLE))
-        self._workers.append(_Worker(self._context, self._work, self._checkpoint, gpu))
+        self._workers.append(_Worker(self._context, self._work, assets.painter(), gpu))
         self._started += 1
         return self._workers[-1]
 
@@ -146,7 +140,6 @@ class Pool:
         for worker in self._workers:
             worker.end()
         self._workers.clear()
-        self._folder.cleanup()
 
 
 class _Worker:

@@ -131,7 +131,7 @@ class Buckets:
 
     def restore(self, state: State) -> None:
         """Go on in the order of a state over the same pictures. Raises LoraError where it is of others, or damaged."""
-        decks = state.items("decks", list, len(self.members))
+        decks = state.list_of("decks", list, len(self.members))
         for deck, members in zip(decks, self.members.values(), strict=True):
             if len(deck) > len(members) or not all(type(i) is int for i in deck) or not set(deck) <= set(members):
                 raise_corrupted("a deck holds pictures that are not there")

@@ -317,7 +317,7 @@ class Trainer:
         use then.
         """
         run = state.part("run")
-        step = run.whole("step", 1, MAX_STEPS)
+        step = run.integer("step", 1, MAX_STEPS)
         if step >= self.config.steps:
             raise LoraError(
                 f"This training state has {step} steps behind it already. To go on, set steps above {step}: it counts from "
@@ -328,15 +328,15 @@ class Trainer:
         self.optimizer = Optimizer(self.network, self.config)
         self.optimizer.restore(state.part("optimizer"))
         self.samples.restore(state.part("drawing"))
-        cuts = run.items("cuts", int) if self.network.pruned else []
+        cuts = run.list_of("cuts", int) if self.network.pruned else []
         if sorted(set(cuts)) != cuts or not all(0 <= cut <= step for cut in cuts) or self.network.pruned != bool(cuts):
             raise_corrupted("its cuts are out of bounds")
-        self._size, settled = run.whole("size", 1, MAX_PARAMETERS), run.flag("settled")
-        seconds, changes = run.number("seconds", 0, 1e12), list(run.items("changes", str))
+        self._size, settled = run.integer("size", 1, MAX_PARAMETERS), run.flag("settled")
+        seconds, changes = run.number("seconds", 0, 1e12), list(run.list_of("changes", str))
         self.progress = Progress(self.config.steps, step, losses.tolist(), {}, list(cuts), settled, seconds, changes)
         self._judge.remember(self.progress.losses)
         self._rested = run.flag("rested")
-        self.samples.most = min(self.samples.most, run.whole("most", 1, MAX_STEPS))
+        self.samples.most = min(self.samples.most, run.integer("most", 1, MAX_STEPS))
         self._issued = step
         self._marks.clear()
         self.engine.forget()

@@ -84,8 +84,8 @@ def factors_from_state(state: State, q: float) -> dict[str, Factors]:
 
     q: of the settings that it was made with.
     """
-    names, settled = state.items("layers", str), state.flag("pruned")
-    theta, gains = state.tensor("theta", (len(names),)), state.items("gains", float, len(names))
+    names, settled = state.list_of("layers", str), state.flag("pruned")
+    theta, gains = state.tensor("theta", (len(names),)), state.list_of("gains", float, len(names))
     found = {}
     for index, name in enumerate(names):
         up = state.tensor(f"{index}.up", (None, None))

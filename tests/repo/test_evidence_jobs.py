@@ -13,11 +13,18 @@ from benchmarks.evidence.comparison import UNIT
 from benchmarks.evidence.personal import FIXED, Job, Workbench
 from benchmarks.evidence.pool import Pool, gpu_of, read_records
 from benchmarks.models import pack
+from dev import assets
 
 # -- jobs that fail ------------------------------------------------------------------------------------------
 
 WORK = """
 import os, time
+from typing import NamedTuple
+class Task(NamedTuple):  # a Job would bring torch into every process
+    seed: int
+    @property
+    def key(self):
+        return repr(self)
 def work(checkpoint, pipe):
     while True:
         try:
@@ -42,13 +49,13 @@ def test_a_job_that_fails_dies_or_hangs_stops_no_other(
     monkeypatch.syspath_prepend(str(tmp_path))
     import evidence_work
 
-    jobs = [Job("grid 1x1", 24, FIXED, 1, 1e-3, seed) for seed in range(6)]
+    jobs = [evidence_work.Task(seed) for seed in range(6)]
     path = tmp_path / "records.jsonl"
-    pool = Pool(path, 2, longest=8.0, work=evidence_work.work)
+    pool = Pool(path, 2, longest=4.0, work=evidence_work.work)
     try:
         done = pool.run(jobs)
         assert [r["seed"] for r in done] == [0, 4, 5]
-        assert [pool.failed[job.key] for job in jobs[1:4]] == ["it broke", "its process has died", "took more than 8 s"]
+        assert [pool.failed[job.key] for job in jobs[1:4]] == ["it broke", "its process has died", "took more than 4 s"]
         assert pool.run(jobs[1:2]) == [], "not tried again"
     finally:
         pool.close()
@@ -73,13 +80,7 @@ def test_processes_share_all_gpus(visible: str | None) -> None:
 # -- one real run --------------------------------------------------------------------------------------------
 
 
-def test_a_plain_lora_is_trained_plainly_and_measured_as_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dev.painter.model import write_checkpoint
-
-    checkpoint = tmp_path / "painter.safetensors"
-    write_checkpoint(checkpoint)
+def test_a_plain_lora_is_trained_plainly_and_measured_as_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = pack("lora2.training.trainer")
 
     def never(*args: Any, **more: Any) -> None:
@@ -88,7 +89,7 @@ def test_a_plain_lora_is_trained_plainly_and_measured_as_its_file(
     monkeypatch.setattr(trainer, "prune", never)
     for name in ("HELD_OUT", "OTHERS"):
         monkeypatch.setattr(personal, name, 2)  # what it is measured on, for the sake of time
-    bench = Workbench(checkpoint)
+    bench = Workbench(assets.painter())
     found = bench.adapt(Job("grid 2x2", 5, FIXED, 2, 1e-3, 0, 4, marks=(2,), more=("shortened",)))
     assert found["budget"] == 2 * UNIT == found["file"]["parameters"]
     assert set(found["ranks"].values()) == {2}

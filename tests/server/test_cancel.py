@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from probed_server import PICTURES
 from server_graphs import NODE, lora_list, node, painted, picture, progress, training, until
 from training import pack
 
@@ -25,18 +25,17 @@ def cancelled(server: ComfyServer) -> dict[str, Any]:
         until(lambda: run.done() or (len(progress(server)) >= 3 and len(server.previews) >= 3), 60)
         assert not run.done(), run.exception()
         server.interrupt()
-        start = time.monotonic()
+        seen["step"] = progress(server)[-1]["value"]
         with pytest.raises(PromptError, match=rf"interrupted at node 4 \({NODE}\)"):
             run.result(60)
-    seen |= {"seconds": time.monotonic() - start, "progress": progress(server), "previews": server.previews}
+    seen |= {"progress": progress(server), "previews": server.previews}
     return seen | {"texts": server.texts, "loras": lora_list(server)}
 
 
 def test_it_stops_within_a_step(server: ComfyServer, cancelled: dict[str, Any]) -> None:
     document = pack("lora2.files.document").read(server.base / "models/loras/cancel/mug_00001.safetensors")
-    trained = document.info["training"]
-    step = trained["seconds"] / trained["steps_done"]
-    assert cancelled["seconds"] < 2 * step + 2.0, "a step, and what saving and the way there and back take"
+    # The step that ran when the cancel came, and one whose report was on its way.
+    assert document.info["training"]["steps_done"] <= cancelled["step"] + 2
 
 
 def test_what_was_learned_is_saved_and_said(server: ComfyServer, cancelled: dict[str, Any]) -> None:
@@ -44,8 +43,8 @@ def test_what_was_learned_is_saved_and_said(server: ComfyServer, cancelled: dict
     done = document.info["training"]["steps_done"]
     assert done >= 2
     words = (
-        f"Stopped after {done} of 100000 steps; what was learned is saved as cancel/mug_00001.safetensors. "
-        "To go on, choose 'newest state' in continue_from."
+        f"Stopped after {done} of 100000 steps; the LoRA so far is saved as cancel/mug_00001.safetensors. "
+        "To resume, choose 'newest state' in continue_from."
     )
     assert cancelled["texts"][-1] == words
     assert words in server.logs()
@@ -64,7 +63,7 @@ def test_progress_and_live_pictures_arrived(cancelled: dict[str, Any]) -> None:
     assert steps == sorted(steps)
     assert steps[0] == 1
     assert {p["max"] for p in cancelled["progress"]} == {100_000}
-    assert cancelled["texts"][0] == "Training 8 layers on 12 pictures, 100000 steps."
+    assert cancelled["texts"][0] == f"Training 8 layers on {PICTURES} pictures, 100000 steps."
     for data in cancelled["previews"]:
         live = Image.open(io.BytesIO(data))
         live.load()

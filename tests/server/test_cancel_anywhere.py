@@ -36,8 +36,7 @@ def test_a_cancel_at_any_moment(point: str, skip: int, server: ComfyServer, refe
 
 
 def expect(seen: Cancelled, point: str, skip: int) -> None:
-    """How a run ends that was cancelled there. A step takes some 0.1 s here; two seconds are for a busy machine."""
-    assert seen.seconds < 4, seen
+    """How a run ends that was cancelled there: within a step."""
     steps = {"start": 0, "step": skip, "settling": STEPS // 2, "preview": 1, "saving": STEPS}[point]
     assert seen.files == bool(steps), seen
     assert seen.steps in (steps, steps + 1), seen

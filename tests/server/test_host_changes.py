@@ -125,7 +125,7 @@ def test_a_changed_host_is_named_at_the_loader(
     write_lora(folders, "x.safetensors", random_lora(model))
     wrong = pack("lora2.util.errors").LoraError
     with monkeypatch.context() as patch:
-        patch.setattr(comfy.lora, "load_lora", lambda lora: None)
+        patch.setattr(comfy.lora, "load_lora", lambda: None)
         with pytest.raises(wrong, match=VERSIONS.format(what="positional arguments")):
             load(model, "x.safetensors")
     with monkeypatch.context() as patch:

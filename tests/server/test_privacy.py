@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from training import pack
 
 from dev import assets
 from dev.host import ROOT
-from dev.server import ComfyServer, make_base
+from dev.server import ComfyServer
 
 PERSON = "anna-karenina"
 ABOUT_THE_RUN = {"ss_output_name", "modelspec.title", "modelspec.date", "modelspec.resolution"}
@@ -40,13 +41,27 @@ def look(name: str) -> dict[str, Any]:
     return {"1": {"class_type": "LoRA2_InspectRanks", "inputs": {"lora_name": name, "show": "rank"}}}
 
 
+@dataclass
+class Run:
+    """What a training showed and wrote."""
+
+    entry: dict[str, Any]
+    previews: list[bytes]
+    texts: list[str]
+    path: Path
+
+
 @pytest.fixture(scope="module")
-def silent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A server below a folder with a person's name, started with --disable-metadata."""
-    base = make_base(tmp_path_factory.mktemp("home") / PERSON)
-    with ComfyServer(base, extra_args=("--disable-metadata",)) as running:
-        assets.fill_base(base)
-        yield running
+def runs(server: ComfyServer) -> dict[str, Run]:
+    """The same training twice: "plain", and "quiet" as if the server had been started with --disable-metadata."""
+    found = {}
+    for name in ("plain", "quiet"):
+        server.post("/probe/disable_metadata", {"value": name == "quiet"})
+        entry = server.run(prompt(f"{name}/mug"))
+        path = server.base / f"models/loras/{name}/mug_00001.safetensors"
+        found[name] = Run(entry, server.previews, server.texts, path)
+    server.post("/probe/disable_metadata", {"value": False})
+    return found
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -61,26 +76,24 @@ def pictures(server: ComfyServer, entry: dict[str, Any]) -> Iterator[Path]:
             yield server.base / image["type"] / image.get("subfolder", "") / image["filename"]
 
 
-def check_traces(server: ComfyServer, entry: dict[str, Any], file: Path, *more: str) -> None:
+def check_traces(server: ComfyServer, run: Run, *more: str) -> None:
     """Nothing of ours tells where the folders lie, nor holds these texts."""
-    shown = list(pictures(server, entry))
+    shown = list(pictures(server, run.entry))
     assert shown
     said = "\n".join(line for line in server.logs().splitlines() if "LoRA²" in line)
     assert "Saved as" in said
-    for secret in (str(server.base), str(server.base.parent.name), f"{Path.home()}/", *more):
-        for content in (file.read_bytes(), *(path.read_bytes() for path in shown), *server.previews, said.encode()):
+    for secret in (str(server.base), server.base.name, f"{Path.home()}/", *more):
+        for content in (run.path.read_bytes(), *(path.read_bytes() for path in shown), *run.previews, said.encode()):
             assert secret.encode() not in content, secret
-        assert not any(secret in words for words in server.texts), secret
+        assert not any(secret in words for words in run.texts), secret
 
 
-def test_a_run_tells_nothing_of_its_owner(server: ComfyServer) -> None:
-    entry = server.run(prompt("privacy/mug"))
-    path = server.base / "models/loras/privacy/mug_00001.safetensors"
-    check_traces(server, entry, path)
-    for picture in pictures(server, entry):
+def test_a_run_tells_nothing_of_its_owner(server: ComfyServer, runs: dict[str, Run]) -> None:
+    check_traces(server, runs["plain"])
+    for picture in pictures(server, runs["plain"].entry):
         with Image.open(picture) as opened:
             assert set(opened.info) <= {"prompt", "workflow"}, "ComfyUI's own, as in every picture that it shows"
-    told = metadata(path)
+    told = metadata(runs["plain"].path)
     assert told.keys() >= ABOUT_THE_RUN, "without the flag these are there"
     assert told["ss_output_name"] == told["modelspec.title"] == "mug"
     assert json.loads(told["lora2"])["training"]["steps"] == 2
@@ -88,11 +101,10 @@ def test_a_run_tells_nothing_of_its_owner(server: ComfyServer) -> None:
     assert "workflow" not in told
 
 
-def test_disable_metadata_leaves_only_what_reads_the_file(silent: ComfyServer) -> None:
+def test_disable_metadata_leaves_only_what_reads_the_file(server: ComfyServer, runs: dict[str, Run]) -> None:
     """As ComfyUI's own savers do with it: no prompt, no workflow; here no name, date, size of pictures or setting either."""
-    entry = silent.run(prompt("quiet/mug"))
-    path = silent.base / "models/loras/quiet/mug_00001.safetensors"
-    check_traces(silent, entry, path, PERSON, "CheckpointLoaderSimple")
+    path = runs["quiet"].path
+    check_traces(server, runs["quiet"], PERSON, "CheckpointLoaderSimple")
     told = metadata(path)
     assert set(told) == {
         "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_base_model_version", "ss_v2", "lora2",
@@ -107,17 +119,12 @@ def test_disable_metadata_leaves_only_what_reads_the_file(silent: ComfyServer) -
         assert entry_["order"] == "importance"
     cut = pack("lora2.files.resize").resize(document, share=0.5)
     assert 0 < cut.bytes_after < cut.bytes_before
-    assert silent.run(look("quiet/mug_00001.safetensors"))["status"]["status_str"] == "success"
+    assert server.run(look("quiet/mug_00001.safetensors"))["status"]["status_str"] == "success"
 
 
-def test_the_files_are_the_same_but_for_the_metadata(server: ComfyServer, silent: ComfyServer) -> None:
+def test_the_files_are_the_same_but_for_the_metadata(runs: dict[str, Run]) -> None:
     """The flag changes nothing that was learned."""
-    name = "same/mug_00001.safetensors"
-    for running in (server, silent):
-        running.run(prompt("same/mug"))
-    one, other = (
-        pack("lora2.files.document").read(s.base / "models/loras" / name).state_dict() for s in (server, silent)
-    )
+    one, other = (pack("lora2.files.document").read(run.path).state_dict() for run in runs.values())
     assert one.keys() == other.keys()
     assert all(bool((one[key] == other[key]).all()) for key in one)
 

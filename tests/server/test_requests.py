@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from probed_server import SUPPORT
 
 from dev import assets
 from dev.fuzzing.corpus import WORDS
-from dev.server import ComfyServer, PromptError, make_base
+from dev.server import ComfyServer, PromptError
 
-PACKS = Path(__file__).resolve().parents[1] / "support" / "packs"
 TRAIN, LOAD, INSPECT = "LoRA2_TrainAdaptiveLora", "LoRA2_LoadAdaptiveLora", "LoRA2_InspectRanks"
 SOCKETS = {"MODEL": ["1", 0], "CLIP": ["1", 1], "LATENT": ["3", 0], "CONDITIONING": ["2", 0]}
-SMALL = {"steps": 1, "target_rank": 1, "initial_rank": 1, "save_name": "t/x"}
+SMALL = {"steps": 1, "target_rank": 1, "initial_rank": 1, "save_name": "t/x", "include": "*middle_block*"}
 EXAMPLES = int(os.environ.get("EXAMPLES", "4"))
 """Values tried in each input of each node."""
 
@@ -40,20 +40,17 @@ SPOKEN = {
 
 
 @pytest.fixture(scope="module")
-def any_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A server with the pack, one good LoRA, a folder outside with a link to it, and the nodes of packs/anything.py."""
-    base = make_base(tmp_path_factory.mktemp("requests"))
-    shutil.copy(PACKS / "anything.py", base / "custom_nodes" / "anything.py")
+def any_server(server: ComfyServer) -> Iterator[ComfyServer]:
+    """The server with one good LoRA, and a folder outside with a link to it from the LoRA folder, which is not there afterwards."""
+    base, loras = server.base, server.base / "models" / "loras"
     (base / "outside").mkdir()
-    (base / "models" / "loras" / "link").symlink_to(base / "outside", target_is_directory=True)
-    assets.fill_base(base)
-    with ComfyServer(base) as running:
-        running.run(graph(running, TRAIN, {"save_name": "first"}))
-        loras = base / "models" / "loras"
-        (loras / "first_00001.safetensors").rename(loras / "good.safetensors")
-        shutil.copyfile(loras / "good.safetensors", base / "secret.safetensors")
-        yield running
-        assert outcome(running, graph(running, TRAIN, {"seed": 99}))[0] == "done", "the server is broken afterwards"
+    (loras / "link").symlink_to(base / "outside", target_is_directory=True)
+    server.run(graph(server, TRAIN, {"save_name": "first"}))
+    (loras / "first_00001.safetensors").rename(loras / "good.safetensors")
+    shutil.copyfile(loras / "good.safetensors", base / "secret.safetensors")
+    yield server
+    (loras / "link").unlink()
+    assert outcome(server, graph(server, TRAIN, {"seed": 99}))[0] == "done", "the server is broken afterwards"
 
 
 def known_inputs(server: ComfyServer, node: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -186,7 +183,7 @@ def values(kind: str, options: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 def objects() -> list[str]:
     """The names of what packs/anything.py can give."""
-    text = (PACKS / "anything.py").read_text()
+    text = (SUPPORT / "packs" / "anything.py").read_text()
     table = text[text.index("OBJECTS = {") : text.index("\n}\n", text.index("OBJECTS = {"))]
     return [line.split('"')[1] for line in table.splitlines()[1:]]
 

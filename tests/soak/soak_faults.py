@@ -40,7 +40,7 @@ FAULTS = {
         "tests/unit/checkpoints/test_directory.py tests/unit/files/test_writer.py",
     ),
     "an unchecked path": (
-        "nodes/runs/save.py",
+        "nodes/runs/target.py",
         "    if not inside(folder, root):\n        _refuse(",
         "    if not root:\n        _refuse(",
         "tests/comfy/test_bad_input.py tests/server/test_requests.py",
@@ -83,8 +83,8 @@ FAULTS = {
     ),
     "a cancel that loses what was learned": (
         "nodes/runs/run.py",
-        "        except BaseException as stopped:",
-        "        except Exception as stopped:",
+        "        except BaseException as reason:",
+        "        except Exception as reason:",
         "tests/comfy/test_failures.py tests/server/test_cancel_anywhere.py",
     ),
 }

@@ -19,6 +19,7 @@ from typing import Any
 import comfy.model_management as management
 import torch
 from aiohttp import web
+from comfy.cli_args import args
 from server import PromptServer
 
 PATIENCE = 20.0
@@ -118,8 +119,8 @@ class Points:
             "step": ("nodes.comfy.model", "HostModel", "denoise"),
             "sync": ("lora2.adapters.network", "AdaptiveNetwork", "sync_capacities"),
             "settling": ("lora2.training.trainer", "", "prune"),
-            "preview": ("nodes.runs.run", "", "preview_picture"),
-            "factors": ("nodes.runs.run", "", "final_factors"),
+            "preview": ("nodes.runs.step_callback", "", "preview_picture"),
+            "factors": ("nodes.runs.finish", "", "final_factors"),
             "saving": ("nodes.runs.save", "", "write_new"),
             "after": ("nodes.train", "", "rank_picture"),
         }.items():
@@ -160,6 +161,13 @@ async def _go(_request: web.Request) -> web.Response:
 @routes.get("/probe/reached")
 async def _reached(_request: web.Request) -> web.Response:
     return web.json_response({"reached": POINTS.reached.is_set()})
+
+
+@routes.post("/probe/disable_metadata")
+async def _disable_metadata(request: web.Request) -> web.Response:
+    """What --disable-metadata sets, while the server runs."""
+    args.disable_metadata = (await request.json())["value"]
+    return web.json_response({})
 
 
 NODE_CLASS_MAPPINGS = {"LoRA2Test_Fingerprint": Fingerprint}

@@ -239,14 +239,14 @@ def test_the_step_that_settled_is_marked(texts: list[tuple[str, Box, Canvas]]) -
 
 
 def test_the_live_picture_is_drawn_in_time() -> None:
-    """60 ms for 560 layers at the end of a run; the best of some tries, since machines are shared."""
+    """60 ms of processor time for 560 layers at the end of a run; the best of some tries."""
     losses = np.random.default_rng(0).lognormal(-2, 0.4, 2000).tolist()
     costs = {name: a + b for name, a, b in unet("sdxl")}
     best = INF
     for _ in range(8):
-        start = time.perf_counter()
+        start = time.process_time()
         preview_picture(losses, 2000, RANKS, "settled", costs=costs, cuts=[300, 650, 1000])
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     assert best < 0.060
 
 
