@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dev import docs
+from dev.host import ROOT
 from dev.server import ComfyServer
 
 
@@ -53,6 +55,14 @@ def test_the_frontend_finds_the_help_page(server: ComfyServer, node: str) -> Non
         page = reply.read().decode()
     assert page == text(docs.HELP / f"{node}.md")
     assert page.startswith(f"# {docs.schemas()[node]['display_name']}\n")
+
+
+def test_links_of_help_pages_exist() -> None:
+    """They are absolute, since the pages are read inside ComfyUI."""
+    base = "https://github.com/lora2-adaptive/lora2/blob/main/"
+    links = [link for page in docs.HELP.iterdir() for link in re.findall(r"\]\(([^)]+)\)", text(page))]
+    assert links
+    assert all(link.startswith(base) and (ROOT / link.removeprefix(base)).exists() for link in links)
 
 
 def test_every_node_has_a_help_page() -> None:
