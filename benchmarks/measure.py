@@ -222,12 +222,13 @@ def train(
     import torch
 
     session, trainer = models.pack("nodes.runs.run"), models.pack("lora2.training.trainer")
+    finishing = models.pack("nodes.runs.finish")
     engine = models.pack("lora2.training.cuda_graph")
 
     class Watched(trainer.Trainer):  # type: ignore[name-defined]
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **(named if graphs else {**named, "graphs": False}))
-            model, draw = patcher.model, self.samples.draw
+            model, draw = patcher.model, self.batches.sample
             watch.base = (weight_bytes(model), allocated() - adapter_bytes(self.network) - watch.base[1])
 
             def drawn() -> Any:
@@ -235,7 +236,7 @@ def train(
                 watch.shapes.append(tuple(batch[0].shape))
                 return batch
 
-            self.samples.draw = drawn
+            self.batches.sample = drawn
 
         def run(self, *_given: Any, **_named: Any) -> Any:  # without live pictures and states
             def seen(progress: Any) -> None:
@@ -258,13 +259,13 @@ def train(
         finally:
             watch.recording += time.perf_counter() - begun
 
-    def finish(self: Any) -> Any:
-        return session.TrainedLora(None, Path(), "nothing", self.trainer.progress.losses)
+    def save_nothing(trainer: Any, _plan: Any) -> Any:
+        return session.TrainedLora(None, Path(), "nothing", trainer.progress.losses)
 
     original, own = engine.GraphStepRunner._record, session.Trainer
-    saves = session._Finish.__call__, session._States.save
+    saves = finishing.save_trained, finishing.CheckpointWriter.save
     session.Trainer, engine.GraphStepRunner._record = Watched, record
-    session._Finish.__call__, session._States.save = finish, lambda self: False
+    finishing.save_trained, finishing.CheckpointWriter.save = save_nothing, lambda self: False
     fresh()
     watch.base = (0, allocated() - (weight_bytes(patcher.model) if next(patcher.model.parameters()).is_cuda else 0))
     watch.start = time.perf_counter()
@@ -278,7 +279,7 @@ def train(
             )
     finally:
         session.Trainer, engine.GraphStepRunner._record = own, original
-        session._Finish.__call__, session._States.save = saves
+        finishing.save_trained, finishing.CheckpointWriter.save = saves
 
 
 def our_step(

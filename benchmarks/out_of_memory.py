@@ -153,7 +153,7 @@ def measure(**changes: Any) -> list[dict[str, Any]]:
                 assert files == 1
             else:
                 assert outcome.message.startswith("Memory ran out"), outcome.message
-                assert files == ("what was learned is saved" in outcome.message)
+                assert files == ("the LoRA so far is saved" in outcome.message)
             assert not list(folder.rglob("*.partial"))
         comfy.model_management.load_models_gpu([patcher])
         again = run(patcher, **changes)

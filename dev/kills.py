@@ -1,11 +1,11 @@
-"""Kills a training process (SIGKILL) at random moments and goes on from its newest state: `python -m dev.kills`.
+"""Kill a training process (SIGKILL) at random moments and resume its run: `python -m dev.kills`.
 
-A run is started through the host bridge on a real model, killed, continued from its newest state, killed again, until it is
-done; then the next one. Every third kill is aimed at a state that is being written, on a disk made slow for it. After every kill
-each state that is listed must load, and the newest must be at most `state_every` steps behind the last step that was reported.
-A run that was killed many times must end in the adapter of an unbroken one, bit for bit.
+A run on a real model is killed and resumed from its newest training state until it is complete; then the next one starts. Every
+third kill comes while a state is written, on a disk that is slowed down. After every kill, each listed state must load, and the
+newest must be at most `state_every` steps behind the last reported step. The adapter of a run that was killed many times must
+equal that of an uninterrupted run, bit for bit.
 
-Most kills hit a process that is forked from this one with the model in memory, some a whole ComfyUI server.
+Most kills hit a process that is forked from this one with the model in memory, some a ComfyUI server.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ EVERY = 3
 """Steps between two states."""
 
 WRITE_SECONDS = 0.4
-"""About what a state takes to write on the disk that was made slow."""
+"""Approximate time to write a state on the slowed-down disk."""
 
 SETTINGS: dict[str, Any] = {
     "steps": 60, "learning_rate": 1e-2, "target_rank": 24, "initial_rank": 64, "save_dtype": "fp32", "state_every": EVERY,
     "caption_dropout": 0.3, "batch_size": 2, "layers": "all linear",
 }  # fmt: skip
-"""Large states for the small model: about a third of the time goes into writing them."""
+"""States that are large for the small model: writing them takes about a third of the time."""
 
 
 @dataclass
 class Figures:
-    """What came of it. during_writes: kills that left a half-written temporary file. lost: after each kill, the steps
-    between the last one that was reported and the newest state.
+    """Results. during_writes: kills that left an unfinished file. lost: after each kill, the steps between the newest state
+    and the last step that was reported. unfinished: names of all unfinished files so far.
     """
 
     kills: int = 0
@@ -53,48 +53,48 @@ class Figures:
     finished_before_kill: int = 0
     states_loaded: int = 0
     lost: list[int] = field(default_factory=list)
-    halves: set[str] = field(default_factory=set)
+    unfinished: set[str] = field(default_factory=set)
 
     def report(self) -> dict[str, Any]:
         """As plain values."""
         values = asdict(self)
-        del values["halves"]
+        del values["unfinished"]
         return {**values, "worst": max(self.lost)}
 
 
 class Failed(AssertionError):
-    """A promise that was not kept."""
+    """Something that must hold did not."""
 
 
-def require(condition: object, words: str) -> None:
+def require(condition: object, message: str) -> None:
     """Raise Failed unless the condition holds."""
     if not condition:
-        raise Failed(words)
+        raise Failed(message)
 
 
-# -- what must hold after a kill --------------------------------------------------------------------------------------
+# -- checks after a kill --------------------------------------------------------------------------------------
 
 
 def check_states(output: Path, name: str, reported: int, figures: Figures) -> int:
-    """Look at what a killed run left; returns the step of the newest state of its name, 0 without one."""
-    keeper, state = pack("lora2.checkpoints.directory"), pack("lora2.checkpoints.state")
-    listed = keeper.states_below(output / "lora2_states")
+    """Check the files of a killed run; returns the step of its newest state, 0 without one."""
+    directory, state = pack("lora2.checkpoints.directory"), pack("lora2.checkpoints.state")
+    listed = directory.find_checkpoints(output / "lora2_states")
     for each in listed:
         found = state.read_state(each.path, 1 << 32)
         require(found.part("run").facts["step"] == each.step, f"{each.path.name} holds another step than its name says")
         figures.states_loaded += 1
-    mine = keeper.states_in(output / "lora2_states" / name)
+    mine = directory.list_checkpoints(output / "lora2_states" / name)
     newest = mine[0].step if mine else 0
     figures.lost.append(max(0, reported - newest))
     require(reported - newest <= EVERY, f"{reported - newest} steps of {name} are lost after a kill at step {reported}")
-    halves = {p.name for p in output.rglob("*.partial")}  # those of kills before go with the run's next state
-    figures.during_writes += bool(halves - figures.halves)
-    figures.halves |= halves
+    unfinished = {p.name for p in output.rglob("*.partial")}  # the run's next state removes them
+    figures.during_writes += bool(unfinished - figures.unfinished)
+    figures.unfinished |= unfinished
     return newest
 
 
 def check_loras(folder: Path) -> None:
-    """Every LoRA that is listed is a whole one."""
+    """Every listed LoRA can be read."""
     for path in folder.rglob("*.safetensors"):
         pack("lora2.files.document").read(path)
 
@@ -128,7 +128,7 @@ class Direct:
         ]
 
     def train(self, name: str, seed: int, continue_from: str, report: Callable[[int], None], **changes: Any) -> Path:
-        """One run here, with other settings than SETTINGS if given; report is called with every step that is done."""
+        """One run in this process. report: called after every step. changes: of SETTINGS."""
         import torch
 
         session, settings = pack("nodes.runs.run"), pack("lora2.config")
@@ -141,27 +141,27 @@ class Direct:
             precision=values.pop("precision", "auto"),
             continue_from=continue_from,
         )
-        live = session._Live
-        real = live.__call__
+        callback = pack("nodes.runs.step_callback").StepCallback
+        real = callback.__call__
 
         def call(self: Any, progress: Any) -> None:
             real(self, progress)
             report(progress.step)
 
-        live.__call__ = call
+        callback.__call__ = call
         try:
             with torch.inference_mode():
                 trained = session.train(
                     self.model, self.latents, self.captions, settings.TrainingConfig(**values), request
                 )
         finally:
-            live.__call__ = real
+            callback.__call__ = real
         return Path(trained.path)
 
     def killed(self, name: str, seed: int, continue_from: str, after: float, write: int = 0) -> tuple[int, bool]:
-        """A run in a process of its own that is killed some seconds after its first step: the last step it reported, if done.
+        """A run in a forked process, killed `after` seconds after its first step: its last reported step, and whether it was complete.
 
-        write: kill it after so many seconds of writing its state of this number instead, 0 = no.
+        write: number of the state from whose writing on the seconds count; 0 = from the start.
         """
         reading, writing = os.pipe()
         child = os.fork()
@@ -172,7 +172,7 @@ class Direct:
                 os.dup2(os.open(self.base / "child.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
                 if write:
                     _slow_disk(writing)
-                self.train(name, seed, continue_from, lambda step: _tell(writing, str(step)))
+                self.train(name, seed, continue_from, lambda step: _send(writing, str(step)))
                 code = 0
             finally:
                 os._exit(code)
@@ -183,21 +183,21 @@ class Direct:
             os.close(reading)
 
     def _follow(self, child: int, reading: int, after: float, writes: bytes) -> tuple[int, bool]:
-        told, deadline, counting = b"", time.monotonic() + 120, False
+        received, deadline, counting = b"", time.monotonic() + 120, False
         while time.monotonic() < deadline:
             ready, _, _ = select.select([reading], [], [], max(0.0, min(1.0, deadline - time.monotonic())))
             if ready:
                 data = os.read(reading, 1 << 16)
                 if not data:
                     break
-                told += data
-                if not counting and told.count(b"w") >= len(writes):  # from here the clock runs
+                received += data
+                if not counting and received.count(b"w") >= len(writes):  # from here the clock runs
                     deadline, counting = time.monotonic() + after, True
         os.kill(child, signal.SIGKILL)
         while data := os.read(reading, 1 << 16):
-            told += data
+            received += data
         _, status = os.waitpid(child, 0)
-        last = max((int(line) for line in told.split() if line != b"w"), default=0)
+        last = max((int(line) for line in received.split() if line != b"w"), default=0)
         done = os.WIFEXITED(status)
         require(
             not done or os.WEXITSTATUS(status) == 0, f"the run failed: {(self.base / 'child.log').read_text()[-2000:]}"
@@ -205,17 +205,17 @@ class Direct:
         return last, done
 
 
-def _tell(pipe: int, words: str) -> None:
-    os.write(pipe, f"{words}\n".encode())
+def _send(pipe: int, line: str) -> None:
+    os.write(pipe, f"{line}\n".encode())
 
 
 def _slow_disk(pipe: int) -> None:
-    """From now on every tensor takes a millisecond to write, and the pipe is told when a file is begun."""
+    """From now on every tensor takes a millisecond to write, and a "w" in the pipe marks the start of a file."""
     writer = pack("lora2.files.writer")
     real = writer.data
 
     def data(tensors: Any) -> Iterator[Any]:
-        _tell(pipe, "w")
+        _send(pipe, "w")
         for piece in real(tensors):
             time.sleep(0.001)
             yield piece
@@ -224,19 +224,18 @@ def _slow_disk(pipe: int) -> None:
 
 
 def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
-    """Kill forked runs until there were so many kills, then let the last one end."""
+    """Kill forked runs `kills` times, then let the last one complete."""
     import torch
 
     direct, chance = Direct(base), random.Random(seed)  # noqa: S311 (moments, not secrets)
     run_seed, limit = 0, figures.kills + kills
-    whole = tensors_of(direct.train("whole/x", run_seed, "nothing", lambda _: None))
     began = time.monotonic()
-    direct.train("timing/x", run_seed, "nothing", lambda _: None)
+    whole = tensors_of(direct.train("whole/x", run_seed, "nothing", lambda _: None))
     length = time.monotonic() - began
     name, kills_of_run = "killed/0", 0
     while True:
         folder = base / "output" / "lora2_states" / name
-        source = "newest state" if pack("lora2.checkpoints.directory").states_in(folder) else "nothing"
+        source = "newest state" if pack("lora2.checkpoints.directory").list_checkpoints(folder) else "nothing"
         finishing = figures.kills >= limit
         write = chance.randrange(1, 4) if figures.kills % 3 == 2 and not finishing else 0
         moment = 1e9 if finishing else chance.uniform(0, WRITE_SECONDS if write else length / 4)
@@ -268,7 +267,7 @@ def tensors_of(path: Path) -> dict[str, Any]:
 
 
 def kill_servers(base: Path, kills: int, seed: int, figures: Figures) -> None:
-    """Start ComfyUI, train, kill the server, start it again and go on, until the run is done; compare with an unbroken one."""
+    """Train in a server that is killed `kills` times, resume, and compare with an uninterrupted run."""
     import torch
 
     chance, limit = random.Random(seed), figures.server_kills + kills  # noqa: S311
@@ -279,7 +278,7 @@ def kill_servers(base: Path, kills: int, seed: int, figures: Figures) -> None:
     while True:
         with ComfyServer(base) as server:
             folder = output / "lora2_states" / "server" / "x"
-            source = "newest state" if pack("lora2.checkpoints.directory").states_in(folder) else "nothing"
+            source = "newest state" if pack("lora2.checkpoints.directory").list_checkpoints(folder) else "nothing"
             if figures.server_kills >= limit:
                 server.run(_graph("server/x", source))
                 break
@@ -293,7 +292,7 @@ def kill_servers(base: Path, kills: int, seed: int, figures: Figures) -> None:
 
 
 def _killed_server(server: ComfyServer, source: str, after: float, figures: Figures) -> int:
-    """The last step that the server reported before it was killed, some seconds after the first."""
+    """The last step that a server reported before it was killed, `after` seconds after the first."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as thread:
@@ -337,20 +336,20 @@ def _graph(save_name: str, continue_from: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Kill as often as asked; prints the figures as JSON at the end, and ends with 1 where a promise was not kept."""
+    """Kill as often as options. Prints the figures as JSON at the end; raises Failed where something did not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="of forked processes")
     parser.add_argument("--server-kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     host.import_comfy()
     figures = Figures()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        if asked.server_kills:
-            kill_servers(Path(folder) / "server", asked.server_kills, asked.seed, figures)
-        if asked.kills:
-            kill_direct(Path(folder) / "direct", asked.kills, asked.seed, figures)
+        if options.server_kills:
+            kill_servers(Path(folder) / "server", options.server_kills, options.seed, figures)
+        if options.kills:
+            kill_direct(Path(folder) / "direct", options.kills, options.seed, figures)
     print(json.dumps({**figures.report(), "seconds": round(time.monotonic() - began)}))
 
 

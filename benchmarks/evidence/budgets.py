@@ -100,7 +100,7 @@ def run(full: bool) -> Results:
 
 def _overhead(patcher: Any, layers: Mapping[str, nn.Module]) -> int:
     """The bytes of a file that are not factors, as the bridge reckons them for a run with a budget."""
-    host, saving = models.pack("nodes.comfy.layers"), models.pack("nodes.runs.save")
+    host, saving = models.pack("nodes.comfy.layers"), models.pack("nodes.runs.lora_file")
     settings, adapter = models.pack("lora2.config").TrainingConfig, models.pack("lora2.adapters.layer")
     prefixes, style = host.file_prefixes(patcher.model, list(layers))
     info = saving.LoraFile(prefixes, style, "", "epsilon", (64, 64), torch.float16)

@@ -17,12 +17,12 @@ def carrying(own: type[Any]) -> type[Any]:
     """A trainer whose moments go on in the positions that a cut makes of the old ones."""
 
     class Carrying(own):
-        def _cut_if_due(self) -> None:
+        def _prune_if_due(self) -> None:
             cuts, old = (
                 len(self.progress.cuts),
                 [_remembered(adapter, self.optimizer.inner) for adapter in self.network.adapters],
             )
-            super()._cut_if_due()
+            super()._prune_if_due()
             if len(self.progress.cuts) > cuts:
                 for adapter, before in zip(self.network.adapters, old, strict=True):
                     _carry(adapter, before, self.optimizer.inner)
@@ -34,11 +34,11 @@ def anew(own: type[Any]) -> type[Any]:
     """A trainer that drops all moments at the steps at which ours would cut, and cuts nothing."""
 
     class Anew(own):
-        def _cut_if_due(self) -> None:
-            super()._cut_if_due()
+        def _prune_if_due(self) -> None:
+            super()._prune_if_due()
             usual = pack("lora2.config").TrainingConfig().settle_at
-            if self._issued in replace(self.config, settle_at=usual).cut_steps:
-                self.engine.forget()
+            if self.issued in replace(self.config, settle_at=usual).cut_steps:
+                self.runner.reset()
                 self.optimizer = pack("lora2.training.optimizer").Optimizer(self.network, self.config)
 
     return Anew

@@ -136,7 +136,7 @@ def trained(
     if job.method == FIXED:
         make_plain(network, job)
     trainer = pack("lora2.training.trainer").Trainer(network, host, latents, settings)
-    trainer._ahead = 0  # marks are measured at their own step
+    trainer.steps_ahead = 0  # marks are measured at their own step
     marks: list[dict[str, Any]] = []
     files: list[Factors] = []
 

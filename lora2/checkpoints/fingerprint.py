@@ -1,11 +1,12 @@
-"""What a run was made of, remembered in a few bytes for each part: its base model's layers, its pictures, its captions."""
+"""Fingerprint of a run's inputs, compared when a training state is resumed: digests of the model, samples of the dataset."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,223 +14,126 @@ from torch import Tensor
 from ..util.text import escaped
 from .state import State, raise_corrupted
 
-SAMPLES = 1024
-"""Numbers of a weight that are looked at: two models that differ do so everywhere."""
+SAMPLE_SIZE = 64
+"""Values of a picture or a caption in its sample. They change with any edit before the encoder."""
 
-SKETCH = 32
-"""Numbers that are kept as they are, to tell rounding from another thing."""
+ENCODING_TOLERANCE = 0.02
+"""Largest difference between two encodings of one picture or caption, as a fraction of the root mean square of its sample."""
 
-ROUNDING = 2.0**-7
-"""How far the same weight may lie apart in two half types, as a share of it."""
-
-RE_ENCODED = 0.02
-"""How far a picture or a caption may lie apart when a GPU encodes it again, as a share of its root mean square."""
-
-NAMED = 3
-"""How many layers or pictures a sentence names."""
-
-_HALF = 8
+MAX_NAMED = 3
+"""Pictures that a message names."""
 
 
-@dataclass(frozen=True)
-class Digests:
-    """Fingerprints of a list of things.
+def digest(tensors: Iterable[Tensor], text: str = "", max_values: int = 0) -> str:
+    """Digest of tensors and a text. max_values: how many values of each tensor count, evenly spaced; 0 = all."""
+    result = hashlib.blake2b(text.encode(), digest_size=16)
+    for tensor in tensors:
+        flat = _evenly_spaced(tensor, max_values or tensor.numel()).to("cpu").contiguous()
+        result.update(f"{tuple(tensor.shape)} {flat.dtype}".encode())
+        if flat.numel():
+            result.update(flat.view(torch.uint8).numpy().data)
+    return result.hexdigest()
 
-    digests: (things, 16) uint8, half of it of shapes, half of values. sketches: (things, 32) float32, some values as they are.
-    """
 
-    digests: Tensor
-    sketches: Tensor
-
-    @classmethod
-    def of(cls, things: Iterable[tuple[Sequence[Tensor], str]], samples: int = 0) -> Digests:
-        """Of things that are tensors and words each. samples: how many numbers of a tensor are looked at, 0 = all."""
-        pairs = [_print(tensors, words, samples) for tensors, words in things]
-        if not pairs:
-            return cls(torch.zeros(0, 2 * _HALF, dtype=torch.uint8), torch.zeros(0, SKETCH))
-        return cls(torch.stack([d for d, _ in pairs]), torch.stack([s for _, s in pairs]))
-
-    def same(self, other: Digests) -> list[bool]:
-        """Which things are the same, bit for bit as far as they were looked at; both of one length."""
-        return (self.digests == other.digests).all(1).tolist()
-
-    def close(self, other: Digests, share: float) -> list[bool]:
-        """Which things are of the same shapes and differ by no more than a share of their root mean square."""
-        shapes = (self.digests[:, :_HALF] == other.digests[:, :_HALF]).all(1)
-        mine, theirs = self.sketches.double(), other.sketches.double()
-        size = torch.maximum(mine.square().mean(1, keepdim=True).sqrt(), mine.abs())
-        near = (mine - theirs).abs() <= share * size
-        return (shapes & near.all(1)).tolist()
-
-    def state(self) -> State:
-        """As part of a training state."""
-        return State({"digests": self.digests, "sketches": self.sketches}, {})
-
-    @classmethod
-    def restored(cls, state: State) -> Digests:
-        """From a part of a training state."""
-        digests = state.tensor("digests", (None, 2 * _HALF), torch.uint8)
-        return cls(digests, state.tensor("sketches", (len(digests), SKETCH)))
+def samples(items: Iterable[tuple[Sequence[Tensor], str]]) -> Tensor:
+    """(items, 1 + SAMPLE_SIZE), float32: of each item, a checksum of its shapes and its text, and values of its tensors, added up."""
+    rows = []
+    for tensors, text in items:
+        shapes = "".join(repr(tuple(tensor.shape)) for tensor in tensors)
+        row = torch.zeros(1 + SAMPLE_SIZE)
+        row[0] = zlib.crc32((text + shapes).encode()) >> 8  # 24 bits are exact in float32
+        for tensor in tensors:
+            values = _evenly_spaced(tensor, SAMPLE_SIZE).to("cpu").float()
+            row[1 : 1 + len(values)] += values
+        rows.append(torch.nan_to_num(row))
+    return torch.stack(rows) if rows else torch.zeros(0, 1 + SAMPLE_SIZE)
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A run's base model and dataset.
+    """Everything that a run is made from, beside its configuration.
 
-    family: of the model, with what it predicts. weights: of every adapted layer, by its path; types: as they are stored.
-    patches: a digest of what other LoRAs add to the model, empty without any. pictures, captions: as they came.
-    empty: the caption that a dropped one becomes, where any is dropped.
+    family: of the model, with its prediction type. layers, weights, patches: digests of the adapted layers' names and shapes, of
+    their weights in the model's file, and of the LoRAs applied to the model (empty without any). pictures, captions: `samples`.
+    empty_caption: of the caption that replaces a dropped one; no row where none is dropped.
     """
 
     family: str
-    layers: list[str]
-    types: list[str]
-    weights: Digests
-    patches: str
-    pictures: Digests
-    captions: Digests
-    empty: Digests
+    layers: str
+    pictures: Tensor
+    captions: Tensor
+    empty_caption: Tensor
+    weights: str = ""
+    patches: str = ""
 
     def state(self) -> State:
-        """As part of a training state."""
-        facts = {"family": self.family, "layers": self.layers, "types": self.types, "patches": self.patches}
-        return State.joined(
-            model=State({}, facts),
-            weights=self.weights.state(),
-            pictures=self.pictures.state(),
-            captions=self.captions.state(),
-            empty=self.empty.state(),
-        )
+        """As a part of a training state."""
+        values = asdict(self)
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return State(tensors, {name: value for name, value in values.items() if name not in tensors})
 
     @classmethod
     def restored(cls, state: State) -> Fingerprint:
-        """From a part of a training state; raises LoraError where it is damaged."""
-        model = state.part("model")
-        layers = model.items("layers", str)
-        weights, pictures, captions, empty = (
-            Digests.restored(state.part(name)) for name in ("weights", "pictures", "captions", "empty")
+        """From a part of a training state; raises LoraError where it is corrupted."""
+        rows = (None, 1 + SAMPLE_SIZE)
+        pictures, captions = state.tensor("pictures", rows), state.tensor("captions", rows)
+        if len(pictures) != len(captions):
+            raise_corrupted(f"it has {len(pictures)} pictures but {len(captions)} captions")
+        family, layers = state.text("family"), state.text("layers")
+        empty_caption, weights, patches = (
+            state.tensor("empty_caption", rows),
+            state.text("weights"),
+            state.text("patches"),
         )
-        if len(weights.digests) != len(layers) or len(pictures.digests) != len(captions.digests):
-            raise_corrupted("its fingerprints are not as many as its layers and pictures")
-        types = model.items("types", str, len(layers))
-        return cls(model.text("family"), layers, types, weights, model.text("patches"), pictures, captions, empty)
+        return cls(family, layers, pictures, captions, empty_caption, weights, patches)
 
-    def order(self, pictures: Digests, captions: Digests) -> list[int] | None:
-        """Where each of this origin's pictures with its caption lies among others; None unless those are the same pairs."""
-        places: dict[bytes, deque[int]] = {}
-        for place, pair in enumerate(_pairs(pictures, captions)):
-            places.setdefault(pair, deque()).append(place)
-        wanted = _pairs(self.pictures, self.captions)
-        if len(wanted) != len(pictures.digests):
-            return None
-        found = [places[pair].popleft() if places.get(pair) else -1 for pair in wanted]
-        return None if -1 in found else found
+    def order_of(self, saved: Fingerprint) -> list[int] | None:
+        """Indices that bring this run's pictures with their captions into the saved order; None unless they are the same."""
+        indices: defaultdict[bytes, deque[int]] = defaultdict(deque)
+        for index, pair in enumerate(torch.cat([self.pictures, self.captions], 1).numpy()):
+            indices[pair.tobytes()].append(index)
+        pairs = [pair.tobytes() for pair in torch.cat([saved.pictures, saved.captions], 1).numpy()]
+        order = [indices[pair].popleft() if indices[pair] else -1 for pair in pairs]
+        return order if sorted(order) == list(range(len(self.pictures))) else None
 
-    def against(self, before: Fingerprint) -> tuple[list[str], list[str]]:
-        """How this origin differs from that of a state: what makes it another run, and what only rounds otherwise."""
-        wrong, rounded = self._model_against(before)
-        for what, now, then in (
-            ("picture", self.pictures, before.pictures),
-            ("caption", self.captions, before.captions),
-        ):
-            if len(now.digests) != len(then.digests):
-                if what == "picture":
-                    wrong.append(f"there are {len(now.digests)} pictures, the state's run had {len(then.digests)}")
+    def reordered(self, order: Sequence[int]) -> Fingerprint:
+        """With the pictures and captions at these indices."""
+        return replace(self, pictures=self.pictures[list(order)], captions=self.captions[list(order)])
+
+    def compare_data(self, saved: Fingerprint) -> tuple[list[str], list[str]]:
+        """Differences from a saved run in all but weights and patches: those that make it another run, and those of rounding."""
+        different, rounded = [], []
+        if self.family != saved.family:
+            different.append(f"the model is {escaped(self.family)}, it was {escaped(saved.family)}")
+        if self.layers != saved.layers:
+            different.append("the adapted layers differ")
+        if len(self.pictures) != len(saved.pictures):
+            return [*different, f"there are {len(self.pictures)} pictures, there were {len(saved.pictures)}"], []
+        for name in ("pictures", "captions", "empty_caption"):
+            now, before = getattr(self, name), getattr(saved, name)
+            if len(now) != len(before) or torch.equal(now, before):
                 continue
-            different, near = _compare(now, then, RE_ENCODED)
-            if different and sorted(now.digests.tolist()) == sorted(then.digests.tolist()):
-                wrong.append(f"the {what}s come in another order")
-            elif different:
-                wrong.append(f"{_listed([str(i + 1) for i in different], what)} differ")
-            elif near:
-                rounded.append(f"the {what}s were encoded again and differ by rounding")
-        if len(self.empty.digests) and len(before.empty.digests):
-            different, _ = _compare(self.empty, before.empty, RE_ENCODED)
-            if different:
-                wrong.append("the empty caption differs")
-        return wrong, rounded
+            if others := _different_rows(now, before):
+                numbers = ", ".join(str(i + 1) for i in others[:MAX_NAMED]) + ", …" * (len(others) > MAX_NAMED)
+                different.append("the empty caption differs" if name == "empty_caption" else f"{name} {numbers} differ")
+            else:
+                rounded.append(f"the {name.replace('_', ' ')} differ by rounding")
+        return different, rounded
 
-    def _model_against(self, before: Fingerprint) -> tuple[list[str], list[str]]:
-        wrong: list[str] = []
-        if self.family != before.family:
-            wrong.append(f"the model is {escaped(self.family)}, the state's run had {escaped(before.family)}")
-        more = [name for name in self.layers if name not in set(before.layers)]
-        less = [name for name in before.layers if name not in set(self.layers)]
-        if more:
-            wrong.append(f"{_listed(more, 'layer')} adapted now that the state has not")
-        if less:
-            wrong.append(f"{_listed(less, 'layer')} of the state not adapted now")
-        if more or less or self.layers != before.layers:
-            return wrong or ["the layers come in another order"], []
-        same = self.weights.same(before.weights)
-        near = self.weights.close(before.weights, ROUNDING)
-        rounded = [a != b for a, b in zip(self.types, before.types, strict=True)]
-        other = [n for n, s, c, r in zip(self.layers, same, near, rounded, strict=True) if not s and not (c and r)]
-        if other:
-            wrong.append(f"the model's weights differ in {_listed(other, 'layer')}")
-        elif not all(same):
-            return wrong + self._patched(before), ["the model is stored in another number type"]
-        return wrong + self._patched(before), []
-
-    def _patched(self, before: Fingerprint) -> list[str]:
-        return (
-            [] if self.patches == before.patches else ["other LoRAs are applied to the model than in the state's run"]
-        )
+    def compare_model(self, saved: Fingerprint) -> list[str]:
+        """Differences from a saved run in the model's weights and in the LoRAs applied to it."""
+        different = ["the model's weights differ"] if self.weights != saved.weights else []
+        return different + ["other LoRAs are applied to the model"] * (self.patches != saved.patches)
 
 
-def digest_of(tensors: Sequence[Tensor], words: str = "", samples: int = 0) -> str:
-    """One short digest of tensors and words."""
-    return bytes(_print(tensors, words, samples)[0].tolist()).hex()
+def _evenly_spaced(tensor: Tensor, count: int) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // max(count, 1))][:count]
 
 
-def _compare(now: Digests, then: Digests, share: float) -> tuple[list[int], list[int]]:
-    """Places that differ, and places that differ by rounding."""
-    same, close = now.same(then), now.close(then, share)
-    different = [i for i, (s, c) in enumerate(zip(same, close, strict=True)) if not s and not c]
-    return different, [i for i, (s, c) in enumerate(zip(same, close, strict=True)) if not s and c]
-
-
-def _pairs(pictures: Digests, captions: Digests) -> list[bytes]:
-    """The digests of every picture and its caption, as one."""
-    return [bytes(pair) for pair in torch.cat([pictures.digests, captions.digests], 1).tolist()]
-
-
-def _listed(names: Sequence[str], what: str) -> str:
-    """Such as '2 layers (a, b)'."""
-    more = ", …" if len(names) > NAMED else ""
-    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({', '.join(escaped(n) for n in names[:NAMED])}{more})"
-
-
-def _print(tensors: Sequence[Tensor], words: str, samples: int) -> tuple[Tensor, Tensor]:
-    shapes, values = hashlib.blake2b(words.encode(), digest_size=_HALF), hashlib.blake2b(digest_size=_HALF)
-    kept: list[Tensor] = []
-    for tensor in tensors:
-        shapes.update(repr(tuple(tensor.shape)).encode())
-        flat = tensor.detach().reshape(-1)
-        if samples:
-            flat = flat[:: max(1, flat.numel() // samples)][:samples]
-        flat = flat.to("cpu").contiguous()
-        values.update(str(flat.dtype).encode())
-        if flat.numel():
-            values.update(flat.view(torch.uint8).numpy().data)
-        if flat.is_floating_point():
-            kept.append(flat[:: max(1, flat.numel() // SKETCH)][:SKETCH].float())
-    sketch = torch.zeros(SKETCH)
-    for tensor in kept:  # later tensors fold in: each has its say
-        sketch[: len(tensor)] += tensor
-    digest = torch.tensor(list(shapes.digest() + values.digest()), dtype=torch.uint8)
-    return digest, torch.nan_to_num(sketch)
-
-
-def plain(options: Mapping[str, object]) -> tuple[list[Tensor], str]:
-    """The tensors and the words of a table of options, in the order of their names; other things by their kind."""
-    tensors: list[Tensor] = []
-    words: list[str] = []
-    for name in sorted(map(str, options)):
-        value = options.get(name)
-        if isinstance(value, Tensor):
-            tensors.append(value)
-        words.append(
-            f"{name}={value!r}" if isinstance(value, (bool, int, float, str)) else f"{name}:{type(value).__name__}"
-        )
-    return tensors, ";".join(words)
+def _different_rows(now: Tensor, before: Tensor) -> list[int]:
+    """Rows of `samples` with other shapes, another text, or values that differ by more than rounding."""
+    checksums, one, other = now[:, 0] != before[:, 0], now[:, 1:].double(), before[:, 1:].double()
+    scale = torch.maximum(one.square().mean(1, keepdim=True).sqrt(), one.abs())
+    far = ((one - other).abs() > ENCODING_TOLERANCE * scale).any(1)
+    return torch.nonzero(checksums | far).flatten().tolist()

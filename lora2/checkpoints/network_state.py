@@ -39,10 +39,10 @@ def state_of(network: AdaptiveNetwork) -> State:
 
 def restore(network: AdaptiveNetwork, state: State) -> None:
     """Restore a network from `state_of`. Raises LoraError if the state is corrupted or of other layers."""
-    if state.items("layers", str) != network.names:
+    if state.list_of("layers", str) != network.names:
         raise LoraError("The training state is of other layers. Adapt the layers that it was made with.")
     pruned, count = state.flag("pruned"), len(network.adapters)
-    down_stds, gains = state.items("down_stds", float, count), state.items("gains", float, count)
+    down_stds, gains = state.list_of("down_stds", float, count), state.list_of("gains", float, count)
     arrays = []
     for index, adapter in enumerate(network.adapters):
         down = state.tensor(f"{index}.down", (None, *adapter.shape[1:]))
@@ -70,8 +70,8 @@ def restore(network: AdaptiveNetwork, state: State) -> None:
 
 
 def _restore_policy(policy: CapacityPolicy, state: State) -> None:
-    ranks = state.items("last_ranks", float, len(policy.last_ranks))
-    syncs, resized_at = state.whole("syncs", 0, MAX_STEPS), list(state.items("resized_at", int))
+    ranks = state.list_of("last_ranks", float, len(policy.last_ranks))
+    syncs, resized_at = state.integer("syncs", 0, MAX_STEPS), list(state.list_of("resized_at", int))
     if not all(0 < rank < MAX_STEPS for rank in ranks) or any(sync > syncs for sync in resized_at):
         raise_corrupted("ranks or resizes are out of bounds")
     policy.last_ranks, policy.syncs, policy.resized_at = list(ranks), syncs, resized_at

@@ -1,4 +1,4 @@
-"""Which settings a run may go on with: those that it was made with, less what can change on the way."""
+"""Which settings of a resumed run may differ from those of its training state."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from ..config import TrainingConfig
 from ..util.errors import LoraError
 from ..util.text import escaped
 
-SPENT = ("seed", "init", "initial_rank")
-"""What decided the start, and nothing after it."""
+START_SETTINGS = ("seed", "init", "initial_rank")
+"""Used at the start only."""
 
-SIZE = ("target_rank", "budget_mb", "min_rank", "max_rank", "settle_keep", "bytes_per_parameter")
-"""What decides ranks: spent once layers have been cut."""
+SIZE_SETTINGS = ("target_rank", "budget_mb", "min_rank", "max_rank", "settle_keep", "bytes_per_parameter")
+"""Decide the ranks; fixed once layers have been pruned."""
 
-CUTS = ("settle_at", "settle_cuts")
-"""When layers are cut."""
+CUT_SETTINGS = ("settle_at", "settle_cuts")
+"""Schedule the cuts."""
 
-MOVES = ("rank_weight", "rank_learning_rate", "rank_hold", "rank_rest")
-"""What moves ranks, or says when they move: spent once layers have been cut, or ranks come to rest."""
+RANK_SETTINGS = ("rank_weight", "rank_learning_rate", "rank_hold", "rank_rest")
+"""Move the ranks; without effect once layers have been pruned or the ranks are frozen."""
 
-ADAMS = ("adam", "adamw")
+IGNORED = ("steps", "file_overhead", "layer_overhead")
+"""May always differ."""
+
+ADAM_OPTIMIZERS = ("adam", "adamw")
+"""Share their moments."""
 
 _NODE_NAMES = {"bytes_per_parameter": "save_dtype"}
 
 
 def config_from(facts: Mapping[str, Any]) -> TrainingConfig:
-    """The settings in a state's facts; raises LoraError where they are none."""
+    """The configuration in a state's facts. Raises LoraError where it has settings that this version does not know."""
     table = facts.get("config")
     known = {field.name for field in fields(TrainingConfig)}
     if not isinstance(table, dict) or not set(table) <= known:
@@ -40,47 +44,46 @@ def config_from(facts: Mapping[str, Any]) -> TrainingConfig:
 
 
 def merge_configs(new: TrainingConfig, old: TrainingConfig) -> TrainingConfig:
-    """The new settings with what belongs to the run: the room for the file's header, which sets the exact budget."""
+    """The new configuration with the old bytes for the file's header, from which a budget is computed."""
     return replace(new, file_overhead=old.file_overhead, layer_overhead=old.layer_overhead)
 
 
 def compare_configs(
-    new: TrainingConfig, old: TrainingConfig, settled: bool, rested: bool = False
+    new: TrainingConfig, old: TrainingConfig, pruned: bool, frozen: bool = False
 ) -> tuple[list[str], list[str]]:
-    """How settings differ from a state's: what stands in the way of going on, and what is different from here on.
+    """Differences that prevent resuming, and those that take effect from the next step on; as clauses of a sentence.
 
-    settled: whether the state's layers have been cut. rested: whether they have come to rest, in the paper's form: a rest is
-    for good, but they may still settle, which cuts them to the size that is asked for now.
-    Every other step is that of the same run with the new values.
+    pruned: the state's layers have been cut. frozen: its ranks rest for good, in the paper's form; they may still be pruned, to
+    the size that is asked for now.
     """
-    wrong: list[str] = []
+    preventing: list[str] = []
     changed: list[str] = []
     values, before = asdict(new), asdict(old)
     for name in values:
-        if values[name] == before[name] or name in ("steps", "file_overhead", "layer_overhead"):
+        if values[name] == before[name] or name in IGNORED:
             continue
         if name == "bytes_per_parameter" and not (new.budget_mb and old.budget_mb):
             continue
-        words = f"{_NODE_NAMES.get(name, name)} is {escaped(values[name])}, it was {escaped(before[name])}"
+        change = f"{_NODE_NAMES.get(name, name)} is {escaped(values[name])}, it was {escaped(before[name])}"
         if name == "bytes_per_parameter":
-            words = "save_dtype has another size of number, and budget_mb counts on it"
-        if name in SPENT:
-            changed.append(f"{words}: it only decides the start and does nothing now")
-        elif name in CUTS and settled and new.settle_at < 1:
-            changed.append(f"{words}: what was cut stays cut")
-        elif name in MOVES and (settled or rested):
-            changed.append(f"{words}: the ranks do not move any more, so it does nothing now")
-        elif _stands_in_the_way(name, new, old, settled, rested):
-            wrong.append(words)
+            change = "save_dtype has another size of number, and budget_mb depends on it"
+        if name in START_SETTINGS:
+            changed.append(f"{change}: it only acts at the start and has no effect now")
+        elif name in CUT_SETTINGS and pruned and new.settle_at < 1:
+            changed.append(f"{change}: layers that were cut stay cut")
+        elif name in RANK_SETTINGS and (pruned or frozen):
+            changed.append(f"{change}: the ranks do not change any more, so it has no effect now")
+        elif _prevents_resuming(name, new, old, pruned, frozen):
+            preventing.append(change)
         else:
-            changed.append(words)
-    return wrong, changed
+            changed.append(change)
+    return preventing, changed
 
 
-def _stands_in_the_way(name: str, new: TrainingConfig, old: TrainingConfig, settled: bool, rested: bool) -> bool:
-    """Whether a state cannot go on with another value: its moments, its importances or its ranks would mean nothing."""
+def _prevents_resuming(name: str, new: TrainingConfig, old: TrainingConfig, pruned: bool, frozen: bool) -> bool:
+    """Whether the state's moments, importances or ranks would be meaningless under the new value."""
     if name == "optimizer":
-        return not (new.optimizer in ADAMS and old.optimizer in ADAMS)
+        return not (new.optimizer in ADAM_OPTIMIZERS and old.optimizer in ADAM_OPTIMIZERS)
     if name == "q":
-        return not settled
-    return (settled or (rested and new.settle_at >= 1)) and name in (*SIZE, *CUTS)
+        return not pruned
+    return (pruned or (frozen and new.settle_at >= 1)) and name in (*SIZE_SETTINGS, *CUT_SETTINGS)

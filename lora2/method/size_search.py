@@ -1,4 +1,4 @@
-"""The smallest size that is enough: it keeps a share of what training has taken off the loss."""
+"""Search for the smallest size that preserves a share of the loss reduction."""
 
 from __future__ import annotations
 
@@ -6,45 +6,45 @@ import math
 from collections.abc import Callable
 
 SAMPLES = 32
-"""On which losses are compared, the same for all sizes."""
+"""Samples that losses are compared on, the same for all sizes."""
 
 BATCH_SIZE = 4
-"""Of them run at once, where memory allows: nothing is kept for a backward pass."""
+"""Samples that run together if memory allows; nothing is kept for a backward pass."""
 
-HALVINGS = 6
-"""How often the largest size is halved at most: nothing below a 64th of it is found."""
+MAX_HALVINGS = 6
+"""The largest size is halved at most this often: the result is never below a 64th of it."""
 
-FINER = 3
-"""Halvings of the last step's logarithm: what is found lies within a tenth, 2^(1/8), of the smallest size."""
+BISECTIONS = 3
+"""Bisections of the last halving, in the logarithm: the result is within a tenth, 2^(1/8), of the smallest size."""
 
 
-def smallest_sufficient_size(loss: Callable[[int], float], least: int, most: int, share: float) -> int | None:
-    """The smallest size whose loss is at most none − share · (none − best); None where no size lowers the loss.
+def smallest_sufficient_size(loss: Callable[[int], float], smallest: int, largest: int, share: float) -> int | None:
+    """The smallest size whose loss is at most loss(0) − share · (loss(0) − best); None if no size lowers the loss.
 
-    loss: of a size in parameters, 0 or least … most; not a number where it has none. none: loss(0). best: the lowest that was
-    seen, which need not be that of the largest size. Sizes are halved for as long as they are enough, then it is bisected.
+    loss: of a size in parameters, 0 or smallest … largest; NaN if unknown. best: the lowest loss that was found, which need not
+    be that of the largest size. Sizes are halved while they suffice, then the last halving is bisected.
     """
-    none = loss(0)
-    size, seen = most, {most: _or_worst(loss(most))}
+    untrained = loss(0)
+    size, losses = largest, {largest: _nan_to_infinity(loss(largest))}
 
-    def learned() -> bool:
-        return min(seen.values()) < none
+    def improves() -> bool:
+        return min(losses.values()) < untrained
 
     def goal() -> float:
-        return none - share * (none - min(seen.values()))
+        return untrained - share * (untrained - min(losses.values()))
 
-    while size > max(least, 1, most >> HALVINGS) and not (learned() and seen[size] > goal()):
-        size = max(size // 2, least)
-        seen[size] = _or_worst(loss(size))
-    if not (learned() and math.isfinite(none)):
+    while size > max(smallest, 1, largest >> MAX_HALVINGS) and not (improves() and losses[size] > goal()):
+        size = max(size // 2, smallest)
+        losses[size] = _nan_to_infinity(loss(size))
+    if not (improves() and math.isfinite(untrained)):
         return None
-    high = min(size for size, found in seen.items() if found <= goal())
-    low = max((size for size in seen if size < high), default=high)
-    for _ in range(FINER if low < high else 0):
+    high = min(size for size, value in losses.items() if value <= goal())
+    low = max((size for size in losses if size < high), default=high)
+    for _ in range(BISECTIONS if low < high else 0):
         middle = round(math.sqrt(low * high))
         low, high = (low, middle) if loss(middle) <= goal() else (middle, high)
     return high
 
 
-def _or_worst(loss: float) -> float:
+def _nan_to_infinity(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss

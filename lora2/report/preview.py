@@ -37,7 +37,7 @@ def preview_picture(
     """Loss and ranks so far as an RGB picture of `width` pixels.
 
     losses: one per step done, NaN and infinity allowed (they leave a gap); steps: planned in all; ranks: per
-    layer, by the prefix of its key; phase: "adapting", "settling", "settled", or any word. costs: parameters per
+    layer, by the prefix of its key; phase: "adapting", "pruning", "pruned", or any word. costs: parameters per
     unit of rank, which give the size (numbers of number_bytes bytes) and weigh the mean. cuts: the steps before
     which layers were cut.
     """
@@ -73,7 +73,7 @@ def smoothed(values: np.ndarray, window: float) -> np.ndarray:
 
 def _head(canvas: Canvas, smooth: np.ndarray, steps: int, phase: str) -> None:
     """Phase, step and the present loss."""
-    color = CALM if phase == "settled" else ACCENT
+    color = CALM if phase == "pruned" else ACCENT
     words = canvas.fit(phase, 20, 0.4 * _INNER)
     wide = canvas.text_width(words, 20) + 28
     canvas.box(_EDGE, 26, wide, 36, color, 18)
@@ -107,7 +107,7 @@ def _losses(
     for cut in cuts:
         canvas.box(at(cut, low)[0] - 1, _LOSS_TOP, 2, _LOSS_HEIGHT, CALM)
     if cuts:
-        words = "settled" if phase == "settled" else "cut"
+        words = "pruned" if phase == "pruned" else "cut"
         x, wide = at(cuts[-1], low)[0], canvas.text_width(words, 16) + 8
         canvas.text(x + 6 if x + wide < _WIDTH - _EDGE - 88 else x - wide, _LOSS_TOP + 20, words, 16, CALM)
     for run in _runs(_thinned(values, 700)):

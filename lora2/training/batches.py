@@ -1,4 +1,4 @@
-"""What steps are made of: batches drawn from a seed, in parts that run together."""
+"""Batches sampled from a seed, and the micro-batches of a step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .denoiser import EMPTY_CAPTION, Denoiser
 from .step import MicroBatch
 
 Batch = tuple[Tensor, Tensor, Tensor, list[int]]
-"""Clean latents, noise, σ and captions, on the CPU."""
+"""Clean latents and noise, (batch, channels, …), σ, (batch,), and captions, all on the CPU."""
 
 
 class Batches:
     """Batches of a run's pictures. seeds: of the pictures' order, and of noise, σ and dropped captions.
 
-    most: samples that may run together. largest: how many did so at most in the parts that were last made.
+    max_micro_batch: samples that may run together. largest_micro_batch: the most that did since `micro_batches` was called.
     """
 
     def __init__(
@@ -34,70 +34,62 @@ class Batches:
         seeds: tuple[int, int],
     ) -> None:
         self.denoiser, self.config = denoiser, config
-        self.data = Buckets(latents, batch_size, seeds[0] % SEED_LIMIT)
+        self.buckets = Buckets(latents, batch_size, seeds[0] % SEED_LIMIT)
         self.generator = Generator().manual_seed(seeds[1] % SEED_LIMIT)
-        self.most, self.largest = batch_size, 0
+        self.max_micro_batch, self.largest_micro_batch = batch_size, 0
 
-    def draw(self) -> Batch:
-        """Clean latents, noise, σ and captions of the next batch. Drawn on the CPU: a seed means the same everywhere."""
+    def sample(self) -> Batch:
+        """The next batch. Random numbers come from the CPU, so that a seed gives the same samples on every device."""
         config, generator = self.config, self.generator
-        indices = self.data.next_batch()
-        clean = self.data.stack(indices)
+        indices = self.buckets.next_batch()
+        clean = self.buckets.stack(indices)
         noise = torch.randn(clean.shape, generator=generator)
         sampling = config.timestep_sampling
         times = sample_times(len(indices), sampling, generator)
         sigma = self.denoiser.sigma(times, shifted=sampling in ("auto", "shifted"))
         dropped = torch.rand(len(indices), generator=generator) < config.caption_dropout
-        captions = [EMPTY_CAPTION if gone else i for i, gone in zip(indices, dropped.tolist(), strict=True)]
+        captions = [EMPTY_CAPTION if drop else i for i, drop in zip(indices, dropped.tolist(), strict=True)]
         return clean, noise, sigma, captions
 
-    def parts(self, drawn: list[Batch], count: int) -> Iterator[MicroBatch]:
-        """So many batches' samples on the device, in parts that can run together, of as many samples as memory allows.
-
-        drawn: the batches so far; those that are missing are drawn and added.
-        """
-        device, self.largest = self.denoiser.device, 0
-        for index in range(count):
-            if index == len(drawn):
-                drawn.append(self.draw())
-            clean, noise, sigma, captions = drawn[index]
+    def micro_batches(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
+        """All samples of a step on the device, in micro-batches of at most `max_micro_batch`; every sample weighs the same."""
+        device, self.largest_micro_batch = self.denoiser.device, 0
+        for clean, noise, sigma, captions in batches:
             for members, conditioning in self._groups(captions, range(len(captions)), clean.shape):
-                self.largest = max(self.largest, len(members))
-                weight = torch.full((), len(members) / (len(captions) * count), device=device)
-                some: Any = slice(None) if len(members) == len(captions) else members
-                yield MicroBatch(
-                    clean[some].to(device), noise[some].to(device), sigma[some].to(device), conditioning, weight
-                )
+                self.largest_micro_batch = max(self.largest_micro_batch, len(members))
+                weight = torch.full((), len(members) / (len(captions) * len(batches)), device=device)
+                at: Any = slice(None) if len(members) == len(captions) else members
+                yield MicroBatch(clean[at].to(device), noise[at].to(device), sigma[at].to(device), conditioning, weight)
 
     def _groups(
         self, captions: Sequence[int], members: Sequence[int], shape: torch.Size
     ) -> Iterator[tuple[list[int], Any]]:
-        """Samples that can run together, at most `most` at once, with their conditioning."""
+        """Indices of samples that can run together, at most `max_micro_batch` of them, with their conditioning."""
         chosen = [captions[i] for i in members]
-        for places, conditioning in self.denoiser.conditions(chosen, torch.Size([len(chosen), *shape[1:]])):
-            group = [members[place] for place in places]
-            if len(group) <= self.most:
+        for indices, conditioning in self.denoiser.conditions(chosen, torch.Size([len(chosen), *shape[1:]])):
+            group = [members[index] for index in indices]
+            if len(group) <= self.max_micro_batch:
                 yield group, conditioning
                 continue
-            for start in range(0, len(group), self.most):
-                yield from self._groups(captions, group[start : start + self.most], shape)
+            for start in range(0, len(group), self.max_micro_batch):
+                yield from self._groups(captions, group[start : start + self.max_micro_batch], shape)
 
     def state(self) -> State:
-        """Where everything random of the next batches stands."""
-        return State.joined(data=self.data.state(), noise=State({"generator": self.generator.get_state()}, {}))
+        """The state of everything random in the next batches."""
+        return State.joined(buckets=self.buckets.state(), noise=State({"generator": self.generator.get_state()}, {}))
 
     def restore(self, state: State) -> None:
-        """Go on from there. Raises LoraError where that is of other pictures, or damaged."""
-        self.data.restore(state.part("data"))
+        """Continue from there. Raises LoraError if the state is of other pictures, or damaged."""
+        self.buckets.restore(state.part("buckets"))
         restore_generator(self.generator, state.part("noise"), "generator")
 
 
 class Buckets:
-    """Pictures grouped by latent shape; a seeded endless order of batches of one shape each.
+    """Pictures grouped by latent shape; an endless seeded sequence of batches of one shape each.
 
-    latents: one (channels, …) tensor per picture. Picture i keeps caption i. A bucket is drawn with probability
-    proportional to its size, and deals its pictures from a shuffled deck; a deck that runs out is shuffled anew, so that
-    every batch is full.
+    latents: one (channels, …) tensor per picture. Picture i has caption i. A bucket is chosen with probability
+    proportional to its size. It deals its pictures from a shuffled deck and reshuffles an empty one, so that every batch is
+    full.
     """
 
     def __init__(self, latents: Sequence[Tensor], batch_size: int, seed: int) -> None:
@@ -124,17 +116,17 @@ class Buckets:
         return batch
 
     def state(self) -> State:
-        """Where the order is: the generator, and what is left of every deck."""
+        """The generator, and the undealt pictures of every deck."""
         return State(
             {"generator": self.generator.get_state()}, {"decks": [list(deck) for deck in self._decks.values()]}
         )
 
     def restore(self, state: State) -> None:
-        """Go on in the order of a state over the same pictures. Raises LoraError where it is of others, or damaged."""
-        decks = state.items("decks", list, len(self.members))
+        """Continue the sequence of a state of the same pictures. Raises LoraError if it is of others, or damaged."""
+        decks = state.list_of("decks", list, len(self.members))
         for deck, members in zip(decks, self.members.values(), strict=True):
             if len(deck) > len(members) or not all(type(i) is int for i in deck) or not set(deck) <= set(members):
-                raise_corrupted("a deck holds pictures that are not there")
+                raise_corrupted("a deck holds pictures that do not exist")
         restore_generator(self.generator, state, "generator")
         self._decks = {shape: list(deck) for shape, deck in zip(self.members, decks, strict=True)}
 

@@ -1,4 +1,9 @@
-"""Steps recorded as CUDA graphs and replayed."""
+"""Steps recorded as CUDA graphs and replayed.
+
+A step of a large model is thousands of small kernels, and launching them takes longer than running them. A graph holds the
+launches of one forward and backward pass for one shape; replaying it costs one launch. A graph reads and writes the memory
+that it was recorded with: inputs are copied into its static tensors, and gradients accumulate in tensors that stay in place.
+"""
 
 from __future__ import annotations
 
@@ -16,58 +21,74 @@ from .step import Loss, MicroBatch, StepRunner
 
 log = logging.getLogger("lora2")
 
-
 WARM_UP_RUNS = 2
-"""Steps of a shape that run as written before it is recorded: libraries choose their kernels and buffers in them."""
-
+"""Eager runs of a shape before it is recorded: libraries choose their kernels and buffers in them."""
 
 MAX_GRAPHS = 12
-"""Shapes that are recorded; further ones run as written."""
+"""Shapes that are recorded; further shapes run eagerly."""
+
+
+class RecordedGraph:
+    """A graph with its static tensors. inputs: written before a replay. output: written by the replay."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
+        self.graph = graph
+        self.output = output
+        self.inputs: Any = None
+
+    def replay(self) -> Tensor:
+        """Run the graph; returns its static output."""
+        self.graph.replay()
+        return self.output
 
 
 class GraphStepRunner(StepRunner):
-    """Replays steps as CUDA graphs; falls back to running them as written, for good, where recording fails."""
+    """Records the backward pass of every shape and the update, then replays them.
+
+    disabled: steps run eagerly from now on, because recording failed or takes too much memory.
+    """
 
     def __init__(self, network: AdaptiveNetwork, loss: Loss) -> None:
         super().__init__(network, loss)
-        self.failed = False
-        self._visits: dict[str, int] = {}
-        self._graphs: dict[str, _Recorded] = {}
-        self._update: _Recorded | None = None
+        self.disabled = False
+        self._eager_runs: dict[str, int] = {}
+        self._graphs: dict[str, RecordedGraph] = {}
+        self._update: RecordedGraph | None = None
         self._updates = 0
         self._pool: Any = None
 
-    def backward(self, part: MicroBatch) -> Tensor:
-        """As written the first times, then recorded, then replayed."""
-        key = signature(part)
+    def backward(self, micro_batch: MicroBatch) -> Tensor:
+        """Eager for the first runs of a shape, then recorded, then replayed."""
+        key = signature(micro_batch)
         if key not in self._graphs:
-            visits = self._visits[key] = self._visits.get(key, 0) + 1
-            if self.failed or visits <= WARM_UP_RUNS or len(self._graphs) >= MAX_GRAPHS:
-                return super().backward(part)
-            static = copied(part)
+            runs = self._eager_runs[key] = self._eager_runs.get(key, 0) + 1
+            if self.disabled or runs <= WARM_UP_RUNS or len(self._graphs) >= MAX_GRAPHS:
+                return super().backward(micro_batch)
+            static = static_copy(micro_batch)
             recorded = self._record(lambda: super(GraphStepRunner, self).backward(static))
             if recorded is None:
-                return super().backward(part)
+                return super().backward(micro_batch)
             recorded.inputs = static
             self._graphs[key] = recorded
         recorded = self._graphs[key]
-        fill(recorded.inputs, part)
+        copy_into(recorded.inputs, micro_batch)
         return recorded.replay().clone()
 
     def update(self, optimizer: Optimizer, loss: Tensor) -> Tensor:
-        """As written the first time, when the optimizer makes its moments; then recorded and replayed."""
+        """Eager the first time, when the optimizer allocates its moments; then recorded and replayed."""
         self._updates += 1
-        if self._update is None and not self.failed and self._updates > 1:
+        if self._update is None and not self.disabled and self._updates > 1:
             static = loss.clone()
-            self._update = self._record(lambda: optimizer.take(static))
+            self._update = self._record(lambda: optimizer.apply(static))
             if self._update is not None:
                 self._update.inputs = static
         if self._update is None:
-            return optimizer.take(loss)
+            return optimizer.apply(loss)
         self._update.inputs.copy_(loss)
         return self._update.replay().clone()
 
-    def _record(self, work: Callable[[], Tensor]) -> _Recorded | None:
+    def _record(self, work: Callable[[], Tensor]) -> RecordedGraph | None:
+        """Record `work`, which does not run; None, and disabled, if it holds an operation that a graph cannot."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -76,15 +97,14 @@ class GraphStepRunner(StepRunner):
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            # Recording stops at the first operation that a graph cannot hold; nothing of it has run.
-            self.failed = True
-            self.forget()
-            log.info("LoRA²: steps cannot be recorded as CUDA graphs here, so they run as written: %s", error)
+            self.disabled = True
+            self.reset()
+            log.info("LoRA²: this model's steps cannot be recorded as CUDA graphs, so they run without them: %s", error)
             return None
-        return _Recorded(graph, output)
+        return RecordedGraph(graph, output)
 
-    def forget(self) -> None:
-        """Drop what was recorded: it trains parameters that are gone."""
+    def reset(self) -> None:
+        """Drop all graphs: they would train the memory of parameters that were replaced."""
         self._graphs.clear()
         self._update = None
         self._updates = 0
@@ -92,45 +112,33 @@ class GraphStepRunner(StepRunner):
         torch.cuda.empty_cache()
 
     def save_memory(self) -> str | None:
-        """Record no more: what a graph works in is kept for it alone."""
-        if self.failed or self._pool is None:
+        """Record no more: every graph keeps the memory that it works in."""
+        if self.disabled or self._pool is None:
             return None
-        self.failed = True
-        return "steps run as written, which is slower, since recorded ones hold memory"
-
-
-class _Recorded:
-    """A graph with the tensors that it reads and writes."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
-        self.graph = graph
-        self.output = output
-        self.inputs: Any = None
-
-    def replay(self) -> Tensor:
-        self.graph.replay()
-        return self.output
+        self.disabled = True
+        return "steps run without CUDA graphs, which is slower but takes less memory"
 
 
 def step_runner(network: AdaptiveNetwork, loss: Loss, graphs: bool) -> StepRunner:
-    """Graphs where they are wanted and the device can replay them."""
+    """GraphStepRunner if graphs are wanted and the device has them."""
     return GraphStepRunner(network, loss) if graphs and network.device.type == "cuda" else StepRunner(network, loss)
 
 
-def signature(part: MicroBatch) -> str:
-    """What a graph is made for: shapes and types of all tensors, and every plain value."""
-    return repr([_sign(value) for value in (part.clean, part.sigma, part.conditioning)])
+def signature(micro_batch: MicroBatch) -> str:
+    """The key of a graph: shapes and types of all tensors, and every plain value."""
+    return repr([_sign(value) for value in (micro_batch.clean, micro_batch.sigma, micro_batch.conditioning)])
 
 
-def copied(part: MicroBatch) -> MicroBatch:
+def static_copy(micro_batch: MicroBatch) -> MicroBatch:
     """The same values in tensors of their own."""
-    return MicroBatch(*(_copy(value) for value in (part.clean, part.noise, part.sigma, part.conditioning, part.weight)))
+    m = micro_batch
+    return MicroBatch(*(_copy(value) for value in (m.clean, m.noise, m.sigma, m.conditioning, m.weight)))
 
 
-def fill(target: MicroBatch, source: MicroBatch) -> None:
-    """Copy the values of one part into another's tensors."""
+def copy_into(target: MicroBatch, source: MicroBatch) -> None:
+    """Copy the tensors of one micro-batch into those of another."""
     for name in ("clean", "noise", "sigma", "conditioning", "weight"):
-        _fill(getattr(target, name), getattr(source, name))
+        _copy_into(getattr(target, name), getattr(source, name))
 
 
 def _sign(value: Any) -> Any:
@@ -149,12 +157,12 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
-def _fill(target: Any, source: Any) -> None:
+def _copy_into(target: Any, source: Any) -> None:
     if isinstance(target, Tensor):
         target.copy_(source, non_blocking=True)
     elif isinstance(target, dict):
         for name, item in target.items():
-            _fill(item, source[name])
+            _copy_into(item, source[name])
     elif isinstance(target, list):
         for one, other in zip(target, source, strict=True):
-            _fill(one, other)
+            _copy_into(one, other)

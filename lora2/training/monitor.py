@@ -1,4 +1,4 @@
-"""Steps whose gradients are no numbers, and a loss that grows: which layers, how often, and when it is too much."""
+"""Results of steps: recorded, skipped if not finite, and watched for a loss that explodes."""
 
 from __future__ import annotations
 
@@ -7,62 +7,59 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import TYPE_CHECKING
 
 from ..adapters.network import AdaptiveNetwork
 from ..config import TrainingConfig
 from ..util.errors import LoraError
 from ..util.text import escaped
+from .progress import Progress
 
-if TYPE_CHECKING:
-    from .progress import Progress
+MAX_CONSECUTIVE_SKIPS = 10
+MAX_SKIPPED_FRACTION = 0.1
+"""Skipped steps after which a run stops: one after another, or of all its steps."""
 
-MOST_IN_A_ROW = 10
-MOST_SHARE = 0.1
-"""Skipped steps after which a run stops all the same: one after another, or of all its steps."""
+MAX_NAMED_LAYERS = 3
 
-MOST_NAMED = 3
-
-WINDOW, TIMES = 50, 10.0
-"""A loss has exploded when the median of so many steps is so many times the median of all steps before them.
+WINDOW, EXPLOSION_RATIO = 50, 10.0
+"""A loss has exploded when the median of the last WINDOW steps is EXPLOSION_RATIO times the median of all steps before them.
 
 Losses of single steps differ by factors of hundreds, since every step has its own noise level; medians do not: of losses
 drawn from a log-normal law with σ = 1.5, in 100 runs of 2,000 steps, the largest ratio is 2.7 (tests/test_watch.py). The
-lowest median so far in the place of the median so far would reach 17 with windows of 25.
+lowest median so far instead of the median so far would reach 17 with windows of 25.
 """
 
 
 class Diverged(LoraError):
-    """Gradients or the loss are no longer numbers. The network still holds the last good state."""
+    """Gradients or the loss are no longer finite. The network still holds the last good factors."""
 
 
-def bad_layers(names: Sequence[str], norms: Sequence[float]) -> list[str]:
-    """The layers with a gradient that is not finite. norms: of every layer's two factors, one after the other."""
+def layers_with_nonfinite_gradient(names: Sequence[str], norms: Sequence[float]) -> list[str]:
+    """norms: of the gradients of every layer's two factors, one layer after the other."""
     pairs = zip(norms[0::2], norms[1::2], strict=True) if len(norms) == 2 * len(names) else ()
     return [name for name, pair in zip(names, pairs, strict=False) if not all(map(math.isfinite, pair))]
 
 
-def describe_layers(layers: Sequence[str], of: int) -> str:
-    """Some layers' names, and how many there are."""
+def describe_layers(layers: Sequence[str], total: int) -> str:
+    """The first layers' names, and how many more there are."""
     if not layers:
         return "in no layer's gradient"
-    if len(layers) == of > MOST_NAMED:
-        return f"in all {of} layers"
-    named = ", ".join(escaped(name) for name in layers[:MOST_NAMED])
-    more = len(layers) - MOST_NAMED
-    return f"in {named}" + (f" and {more} more of {of} layers" if more > 0 else "")
+    if len(layers) == total > MAX_NAMED_LAYERS:
+        return f"in all {total} layers"
+    named = ", ".join(escaped(name) for name in layers[:MAX_NAMED_LAYERS])
+    more = len(layers) - MAX_NAMED_LAYERS
+    return f"in {named}" + (f" and {more} more of {total} layers" if more > 0 else "")
 
 
 class LossTracker:
-    """Says once when the loss has exploded."""
+    """Warns once when the loss has exploded."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque()
         self._before: list[float] = []
-        self.said = False
+        self._warned = False
 
     def ratio(self, loss: float) -> float:
-        """Take in a step's loss; the recent median over that of all steps before, 0 while there are too few."""
+        """Add a step's loss; returns the recent median over the median of all steps before, 0 while there are too few."""
         self._recent.append(loss)
         if len(self._recent) > WINDOW:
             insort(self._before, self._recent.popleft())
@@ -71,73 +68,73 @@ class LossTracker:
         usual = self._before[len(self._before) // 2]
         return median(self._recent) / usual if usual > 0 else 0.0
 
-    def note(self, step: int, loss: float) -> str | None:
-        """Take in a step's loss; words to say, once, when it has exploded."""
+    def update(self, step: int, loss: float) -> str | None:
+        """Add a step's loss; returns a warning, once, if the loss has exploded."""
         ratio = self.ratio(loss)
-        if ratio <= TIMES or self.said:
+        if ratio <= EXPLOSION_RATIO or self._warned:
             return None
-        self.said = True
+        self._warned = True
         return (
-            f"The loss has grown: over the last {WINDOW} steps, up to step {step}, it was {ratio:.0f} times what it had been. "
-            "The learning rate may be too high. Training goes on; if you cancel, what was learned is saved."
+            f"The loss has grown: its median over the last {WINDOW} steps, up to step {step}, is {ratio:.0f} times the median "
+            "before them. The learning rate may be too high. Training continues; if you cancel, the LoRA is saved as it is."
         )
 
 
 class Monitor:
-    """Takes in the result of every step: counts it, skips it, or stops the run."""
+    """Records the result of every step; skips a step that is not finite, or stops the run."""
 
-    def __init__(self, network: AdaptiveNetwork, config: TrainingConfig, say: Callable[[str], None]) -> None:
-        self.network, self.config, self.say = network, config, say
-        self.watch = LossTracker()
-        self._in_a_row = self._skipped = 0
+    def __init__(self, network: AdaptiveNetwork, config: TrainingConfig, notify: Callable[[str], None]) -> None:
+        self.network, self.config, self.notify = network, config, notify
+        self.losses = LossTracker()
+        self._consecutive_skips = self._skips = 0
 
-    def __call__(self, progress: Progress, loss: float, taken: bool, norms: Sequence[float], final: bool) -> None:
-        """Note a step. norms: of its gradients. final: whether it may stop the run, by Diverged."""
-        if taken:
-            self._in_a_row = 0
+    def record(self, progress: Progress, loss: float, applied: bool, norms: Sequence[float], may_stop: bool) -> None:
+        """Record a step in `progress`. norms: of its gradients. may_stop: whether to raise Diverged."""
+        if applied:
+            self._consecutive_skips = 0
             progress.losses.append(loss)
             progress.step += 1
-            if words := self.watch.note(progress.step, loss):
-                self.say(words)
+            if warning := self.losses.update(progress.step, loss):
+                self.notify(warning)
         elif self.config.on_bad_step == "skip":
-            self._skip(progress, self._fault(progress.step + 1, loss, norms), final)
-        elif final:
-            raise Diverged(f"{self._fault(progress.step + 1, loss, norms)}, and the step was not taken: {self._advice}")
+            self._skip(progress, self._describe_fault(progress.step + 1, loss, norms), may_stop)
+        elif may_stop:
+            fault = self._describe_fault(progress.step + 1, loss, norms)
+            raise Diverged(f"{fault}, and the step was not applied: {self._advice}")
 
-    def remember(self, losses: Sequence[float]) -> None:
-        """Know what a run that goes on has seen; nothing is said.
+    def replay(self, losses: Sequence[float]) -> None:
+        """Add the losses of a resumed run, without warnings.
 
-        Steps that were skipped then do not count towards too many: a run that was stopped for them could never go on.
+        Its skipped steps do not count as skips: otherwise, a run that was stopped for them could never be resumed.
         """
         for step, loss in enumerate(losses, 1):
             if not math.isnan(loss):
-                self.watch.note(step, loss)
+                self.losses.update(step, loss)
 
-    def _skip(self, progress: Progress, fault: str, final: bool) -> None:
-        self._in_a_row += 1
-        self._skipped += 1
+    def _skip(self, progress: Progress, fault: str, may_stop: bool) -> None:
+        self._consecutive_skips += 1
+        self._skips += 1
         progress.losses.append(math.nan)
         progress.step += 1
-        if self._in_a_row == 1:
-            self.say(f"{fault}, and the step was skipped.")
-        if not final:
+        if self._consecutive_skips == 1:
+            self.notify(f"{fault}, and the step was skipped.")
+        if not may_stop:
             return
-        if progress.step == progress.steps and not progress.learned:
-            raise Diverged(f"{fault}, and not one of the {progress.steps} steps could be taken: {self._advice}")
-        if self._in_a_row >= MOST_IN_A_ROW or self._skipped > max(MOST_IN_A_ROW, MOST_SHARE * progress.steps):
+        if progress.step == progress.steps and not progress.applied:
+            raise Diverged(f"{fault}, and none of the {progress.steps} steps could be applied: {self._advice}")
+        max_skips = max(MAX_CONSECUTIVE_SKIPS, MAX_SKIPPED_FRACTION * progress.steps)
+        if self._consecutive_skips >= MAX_CONSECUTIVE_SKIPS or self._skips > max_skips:
             raise Diverged(
-                f"{fault}, and so were {len(progress.skipped)} steps in all, which is too many: {self._advice}"
+                f"{fault}. {len(progress.skipped)} steps were skipped in all, which is too many: {self._advice}"
             )
 
-    def _fault(self, step: int, loss: float, norms: Sequence[float]) -> str:
-        """What is wrong with a step, and in which layers."""
+    def _describe_fault(self, step: int, loss: float, norms: Sequence[float]) -> str:
         names = self.network.names
-        what = "gradients are no longer numbers" if math.isfinite(loss) else f"loss became {loss}"
-        words = f"The {what} at step {step} ({describe_layers(bad_layers(names, norms), len(names))})"
-        broken = self.network.nonfinite_layers()
-        return words + (
-            f", the factors themselves are no longer numbers {describe_layers(broken, len(names))}" if broken else ""
-        )
+        fault = "gradients are not finite" if math.isfinite(loss) else f"loss became {loss}"
+        layers = describe_layers(layers_with_nonfinite_gradient(names, norms), len(names))
+        factors = self.network.nonfinite_layers()
+        suffix = f", the factors are not finite {describe_layers(factors, len(names))}" if factors else ""
+        return f"The {fault} at step {step} ({layers}){suffix}"
 
     @property
     def _advice(self) -> str:

@@ -1,4 +1,4 @@
-"""Where a run is, in plain values."""
+"""Progress of a run, in plain values."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """Progress of a run.
 
-    losses: one per finished step, NaN for one that was skipped. ranks: by layer, as of the last time the arrays followed
-    them. cuts: the steps before which layers were cut. pruned: whether the ranks are final. changes: what was changed on the
-    way since memory ran out, in words.
+    steps: planned in all. step: finished. losses: one per finished step, NaN for a skipped one. ranks: by layer, as of the
+    last resize. cuts: the steps before which layers were pruned. pruned: whether the ranks are final. seconds: of training.
+    changes: descriptions of what changed because memory ran out.
     """
 
     steps: int
@@ -26,15 +26,15 @@ class Progress:
 
     @property
     def skipped(self) -> list[int]:
-        """The steps, counted from 1, that were not taken."""
+        """The skipped steps, counted from 1."""
         return [step for step, loss in enumerate(self.losses, 1) if math.isnan(loss)]
 
     @property
-    def learned(self) -> int:
-        """How many steps were taken."""
+    def applied(self) -> int:
+        """The number of finished steps that were not skipped."""
         return self.step - len(self.skipped)
 
     @property
     def phase(self) -> str:
-        """The phase: "adapting" until layers are cut for the first time, "settling" until the last, then "pruned"."""
-        return "pruned" if self.pruned else "settling" if self.cuts else "adapting"
+        """Before the first cut "adapting", between the first and the last "pruning", after that "pruned"."""
+        return "pruned" if self.pruned else "pruning" if self.cuts else "adapting"

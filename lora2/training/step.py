@@ -1,13 +1,7 @@
-"""How a step is run: as it is written, or replayed as CUDA graphs.
-
-A step of a large model is thousands of small kernels, and launching them takes longer than running them. A graph holds the
-launches of one forward and backward for one shape; replaying it costs one launch. Inputs are copied into the tensors that
-the graph was recorded with, and gradients add up in tensors that stay where they are.
-"""
+"""One optimizer step: backward passes over micro-batches, then the update."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +12,12 @@ from torch import Tensor
 from ..adapters.network import AdaptiveNetwork
 from .optimizer import Optimizer
 
-log = logging.getLogger("lora2")
-
 
 @dataclass
 class MicroBatch:
-    """Samples of one shape whose conditioning fits together, and their share of the step.
+    """Samples of one shape that run together, and their weight in the step.
 
-    clean, noise: (batch, channels, …); sigma: (batch,). conditioning: what the denoiser made of the captions: tensors and
+    clean, noise: (batch, channels, …); sigma: (batch,). conditioning: made from the captions by the denoiser: tensors and
     plain values, in dicts and lists. weight: () share of the step's loss.
     """
 
@@ -40,45 +32,45 @@ Loss = Callable[[MicroBatch], Tensor]
 
 
 class StepRunner:
-    """Runs steps as they are written."""
+    """Takes steps eagerly. GraphStepRunner (cuda_graph.py) replays the same operations as CUDA graphs."""
 
     def __init__(self, network: AdaptiveNetwork, loss: Loss) -> None:
         self.network = network
         self.loss = loss
 
-    def step(self, parts: Iterable[MicroBatch], optimizer: Optimizer, rate: float, ranks_move: bool) -> Tensor:
-        """One optimizer step over all samples.
+    def step(self, micro_batches: Iterable[MicroBatch], optimizer: Optimizer, rate: float, train_ranks: bool) -> Tensor:
+        """One optimizer step over all micro-batches, at `rate` times the learning rate.
 
-        Returns (2 + 2 · layers,) float32 on the device: the loss before the step; 1 if the step was taken, 0 if it was not
-        finite; and the norms of the gradients, each layer's down factor before its up factor.
+        Returns (2 + 2 · layers,) float32 on the device: the loss before the step; 1 if the step was applied, 0 if it was not
+        finite; and the gradients' norms, each layer's down factor before its up factor.
         """
         self.network.refresh()
         self.network.allocate_gradients()
-        optimizer.prepare(rate, ranks_move)
-        loss = torch.stack([self.backward(part) for part in parts]).sum()
-        taken = self.update(optimizer, loss)
-        return torch.cat([torch.stack([loss, taken.to(loss.dtype)]), optimizer.norms])
+        optimizer.prepare(rate, train_ranks)
+        loss = torch.stack([self.backward(micro_batch) for micro_batch in micro_batches]).sum()
+        applied = self.update(optimizer, loss)
+        return torch.cat([torch.stack([loss, applied.to(loss.dtype)]), optimizer.norms])
 
-    def backward(self, part: MicroBatch) -> Tensor:
-        """Forward and backward of a part of the step; its share of the loss."""
-        loss = self.loss(part) * part.weight
+    def backward(self, micro_batch: MicroBatch) -> Tensor:
+        """Forward and backward pass of a micro-batch; returns its share of the loss, ()."""
+        loss = self.loss(micro_batch) * micro_batch.weight
         loss.backward()
         return loss.detach()
 
     def update(self, optimizer: Optimizer, loss: Tensor) -> Tensor:
-        """The optimizer's step; whether it was taken, () on the device."""
-        return optimizer.take(loss)
+        """Apply the gradients; returns whether they were finite, () bool on the device."""
+        return optimizer.apply(loss)
 
-    def forget(self) -> None:
-        """Call when parameters were replaced."""
+    def reset(self) -> None:
+        """Forget recordings; call it after parameters were replaced."""
 
     def save_memory(self) -> str | None:
-        """Change something so that a step needs less memory; in words what, None where there is nothing."""
+        """Make steps need less memory; describe the change, None if there is none."""
         return None
 
 
 class StepResult:
-    """A step's loss, whether it was taken, and its gradients' norms, on their way from the device."""
+    """Loss, whether the step was applied, and gradient norms of a step, copied from the device without waiting for it."""
 
     def __init__(self, values: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -91,8 +83,8 @@ class StepResult:
             self._values = values
 
     def read(self) -> tuple[float, bool, list[float]]:
-        """All three, once the step is done."""
+        """Loss, applied, norms; waits until the step is done."""
         if self._event is not None:
             self._event.synchronize()
-        loss, taken, *norms = self._values.tolist()
-        return loss, bool(taken), norms
+        loss, applied, *norms = self._values.tolist()
+        return loss, bool(applied), norms

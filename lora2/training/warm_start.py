@@ -1,4 +1,4 @@
-"""A network that starts from factors that were learned before, instead of from nothing."""
+"""Warm start: a network that starts from given factors instead of from zero."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..method.svd import decompose
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What a start from factors kept, by layer: those taken, those cut to the largest rank allowed, those that start fresh."""
+    """Names of layers: those that start from factors, those of them cut to the largest allowed rank, those that start anew."""
 
     taken: list[str]
     cut: list[str]
@@ -28,12 +28,12 @@ class WarmStart:
 
 @torch.no_grad()
 def warm_start(network: AdaptiveNetwork, factors: Mapping[str, Factors]) -> WarmStart:
-    """Let a new network answer as these factors do at strength 1. Layers without any start as they would.
+    """Make a new network compute the same as these factors at strength 1; layers without factors start as usual.
 
-    Every layer's positions are brought into the order of its singular values, its rank becomes that of its factors, and Λ
-    is divided out of them, so that B Λ A is their product up to float32's rounding. A layer below the smallest rank gets
-    new positions, which change nothing; one above the largest is cut. Names of factors that the network has no layer for
-    are not looked at; those of another shape than their layer raise ValueError.
+    A layer's rank becomes that of its factors, its components are ordered by singular value, and Λ is divided out of them,
+    so that B Λ A is their product up to float32 rounding. A layer below the smallest rank gets new components with zero
+    output; one above the largest is truncated. Factors whose name is no layer of the network are ignored.
+    Raises ValueError for factors of another shape than their layer.
     """
     taken, cut = [], []
     theta = network.theta.detach().cpu().clone()
@@ -62,42 +62,42 @@ def warm_start(network: AdaptiveNetwork, factors: Mapping[str, Factors]) -> Warm
 def _arrays(
     network: AdaptiveNetwork, adapter: Adapter, ordered: Factors, theta: Tensor, rank: int, start: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
-    """The arrays of one layer: its factors with Λ divided out, then new positions, which carry nothing."""
-    shape, kept = adapter.shape, ordered.rank
+    """Down and up arrays of one layer: its factors with Λ divided out, then new components with zero output."""
+    shape, given = adapter.shape, ordered.rank
     capacity = round_up_capacity(rank)
     deviation, gain = start
     down = torch.randn(capacity, *shape[1:], generator=network.generator) * deviation
     up = torch.zeros(capacity, shape[0])
-    flat_up = ordered.up.reshape(shape[0], kept).t().cpu()
-    flat_down = ordered.down.reshape(kept, *shape[1:]).cpu()
+    flat_up = ordered.up.reshape(shape[0], given).t().cpu()
+    flat_down = ordered.down.reshape(given, *shape[1:]).cpu()
     weight = flat_up.norm(dim=1) * flat_down.flatten(1).norm(dim=1)
-    live = weight > ZERO_TOLERANCE * weight.amax()  # two zero factors would never learn
-    root = (gain * imp.importance(torch.arange(kept), imp.rate(theta, network.config.q))).double().sqrt()
-    down[:kept][live] = (flat_down / root.view(-1, *(1,) * (len(shape) - 1))).float()[live]
-    up[:kept][live] = (flat_up / root[:, None]).float()[live]
+    nonzero = weight > ZERO_TOLERANCE * weight.amax()  # two zero factors would have no gradient
+    root = (gain * imp.importance(torch.arange(given), imp.rate(theta, network.config.q))).double().sqrt()
+    down[:given][nonzero] = (flat_down / root.view(-1, *(1,) * (len(shape) - 1))).float()[nonzero]
+    up[:given][nonzero] = (flat_up / root[:, None]).float()[nonzero]
     return down, up
 
 
 @torch.no_grad()
 def factors_from_state(state: State, q: float) -> dict[str, Factors]:
-    """The factors of a training state's network by layer, Λ folded in, in the order that they lie in; on the CPU.
+    """The factors of the network in a training state, by layer, with Λ folded in; on the CPU.
 
-    q: of the settings that it was made with.
+    q: of the configuration that the state was made with.
     """
-    names, settled = state.items("layers", str), state.flag("pruned")
-    theta, gains = state.tensor("theta", (len(names),)), state.items("gains", float, len(names))
-    found = {}
+    names, pruned = state.list_of("layers", str), state.flag("pruned")
+    theta, gains = state.tensor("theta", (len(names),)), state.list_of("gains", float, len(names))
+    factors = {}
     for index, name in enumerate(names):
         up = state.tensor(f"{index}.up", (None, None))
         down = state.tensors.get(f"{index}.down")
         if down is None or down.ndim < 2:
             raise_corrupted(f"{index}.down is missing")
         down = state.tensor(f"{index}.down", (len(up), *down.shape[1:]))
-        rank = len(up) if settled else min(int(imp.quantile_rank(theta[index].clamp(0, 20))), len(up))
+        rank = len(up) if pruned else min(int(imp.quantile_rank(theta[index].clamp(0, 20))), len(up))
         tail = (1,) * (down.ndim - 2)
         up, down = up[:rank], down[:rank]
-        if not settled:
+        if not pruned:
             root = (gains[index] * imp.importance(torch.arange(rank), imp.rate(theta[index].clamp(0, 20), q))).sqrt()
             up, down = up * root[:, None], down * root.view(-1, *(1,) * (down.ndim - 1))
-        found[name] = Factors(up.t().reshape(up.shape[1], rank, *tail), down, float(rank))
-    return found
+        factors[name] = Factors(up.t().reshape(up.shape[1], rank, *tail), down, float(rank))
+    return factors

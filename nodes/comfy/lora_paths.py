@@ -1,4 +1,4 @@
-"""LoRA files of the host: which there are, where they lie, whether they changed."""
+"""ComfyUI's LoRA files: their names, paths, and whether they changed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ _SUFFIXES = (".safetensors", ".sft")
 
 
 def lora_names() -> list[str]:
-    """Every LoRA file that can be read here, by its name in ComfyUI's lists; the host notices new files."""
+    """Names in ComfyUI's list of all LoRA files that can be read here."""
     return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(_SUFFIXES)]
 
 
 def lora_path(name: str) -> Path:
-    """Where a LoRA of this name lies, in one of ComfyUI's LoRA folders.
+    """Path of a LoRA in one of ComfyUI's LoRA folders. Links in them are followed, as ComfyUI does.
 
-    Links inside those folders are followed, as ComfyUI does: people keep their files elsewhere. Raises
-    LoraError for a name that points out of the folders, is of another kind, or does not exist.
+    Raises LoraError for a name that points out of the folders, is no safetensors file, or does not exist.
     """
-    parts = PureWindowsPath(name).parts  # both kinds of slash, and drive letters, on every system
+    parts = PureWindowsPath(name).parts  # knows both slashes and drive letters on every system
     if not name or "\0" in name or ".." in parts or PureWindowsPath(name).anchor or PurePosixPath(name).is_absolute():
         raise LoraError(
             f"{escaped(name)!r} is not the name of a file inside ComfyUI's LoRA folders. Choose one from the list."
@@ -41,14 +40,14 @@ def lora_path(name: str) -> Path:
 
 
 def lora_title(name: str) -> str:
-    """The name without folders and suffix, to show."""
+    """The name without folders and suffix."""
     return PureWindowsPath(name).stem
 
 
 def lora_fingerprint(name: Any) -> str | float:
-    """Changes when the file behind the name does: time of change in nanoseconds, and size in bytes.
+    """Changes with the file: modification time in nanoseconds, and size in bytes.
 
-    NaN, which is never the same again, for a name that comes through a link and is not known yet.
+    NaN, which differs from itself, for a name that comes through a link of the graph and is not known yet.
     """
     if not isinstance(name, str):
         return math.nan

@@ -1,4 +1,4 @@
-"""What a run is made of, as fingerprints: the model's weights as they lie in its file, and the dataset as it came."""
+"""Fingerprints of ComfyUI's models and datasets."""
 
 from __future__ import annotations
 
@@ -8,88 +8,73 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...lora2.adapters.layer import module_shape
-from ...lora2.checkpoints.fingerprint import SAMPLES, Digests, Fingerprint, digest_of, plain
+from ...lora2.checkpoints.fingerprint import Fingerprint, digest, samples
 from ..comfy.dataset import Caption
 from ..comfy.layers import PREFIX, family_of
 from ..comfy.model import HostModel
 from ..comfy.weights import bypass_adapters
 
-TEXT_SAMPLES = 1 << 18
-"""Numbers of a caption that are looked at: one word changes them everywhere after it, and there may be thousands of captions."""
+WEIGHT_VALUES = 1024
+"""Values of a weight that count: two models that differ do so everywhere."""
 
-PATCH_SAMPLES = 64
-"""Numbers of each tensor of an applied LoRA that are looked at."""
+PATCH_VALUES = 64
+"""Values of each tensor of an applied LoRA that count."""
 
 
-def fingerprint_of(
+def data_fingerprint(
     host: HostModel,
     layers: Mapping[str, nn.Module],
-    images: Sequence[Tensor],
+    latents: Sequence[Tensor],
     captions: Sequence[Caption],
-    empty: Caption | None,
+    empty_caption: Caption | None,
 ) -> Fingerprint:
-    """The origin of a run on these layers, latents as they came and captions. empty: what a dropped caption becomes, if any is.
-
-    Call while the model is loaded. Weights are looked at as they were before other LoRAs were applied; those have a digest.
-    """
-    pictures, told = digests_of(images, captions)
-    weights = {name: _original(host.patcher, name, module) for name, module in layers.items()}
+    """Fingerprint without weights and patches, of latents as the VAE encoded them. empty_caption: None where none is dropped."""
     return Fingerprint(
         family=f"{family_of(host.model, host.prediction)} ({host.prediction})",
-        layers=list(layers),
-        types=[str(getattr(w, "dtype", "")) for w in weights.values()],
-        weights=Digests.of((_readable(weights[name], module) for name, module in layers.items()), SAMPLES),
-        patches=_patches(host.patcher),
-        pictures=pictures,
-        captions=told,
-        empty=Digests.of([_caption(empty)] if empty is not None else [], TEXT_SAMPLES),
+        layers=digest([], "\n".join(f"{name} {module_shape(module)}" for name, module in layers.items())),
+        pictures=samples(([latent], "") for latent in latents),
+        captions=samples(map(caption_content, captions)),
+        empty_caption=samples([] if empty_caption is None else [caption_content(empty_caption)]),
     )
 
 
-def digests_of(images: Sequence[Tensor], captions: Sequence[Caption]) -> tuple[Digests, Digests]:
-    """Fingerprints of latents as they came, and of captions."""
-    return Digests.of(([image], "") for image in images), Digests.of((_caption(c) for c in captions), TEXT_SAMPLES)
+def caption_content(caption: Caption) -> tuple[list[Tensor], str]:
+    """A caption's tensors, and a text of its other options; values that are no plain ones count by their type."""
+    options = {str(name): value for name, value in sorted(caption[1].items(), key=lambda item: str(item[0]))}
+    plain = {name: v if isinstance(v, (bool, int, float, str)) else type(v).__name__ for name, v in options.items()}
+    return [caption[0], *(value for value in options.values() if isinstance(value, Tensor))], repr(plain)
 
 
-def _original(patcher: Any, name: str, module: nn.Module) -> Any:
-    """The weight as the model's file has it."""
-    kept = patcher.backup.get(f"{PREFIX}{name}.weight")
-    return module.weight if kept is None else kept.weight
+def model_digests(patcher: Any, layers: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """Digests of a loaded model's weights and patches. Weights count as in the model's file, before patches."""
+    digests = []
+    for name, module in layers.items():
+        backup = patcher.backup.get(f"{PREFIX}{name}.weight")
+        weight: Any = module.weight if backup is None else backup.weight
+        try:
+            digests.append(digest([weight], max_values=WEIGHT_VALUES))
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError):  # a quantized type that cannot be read
+            digests.append(f"{module_shape(module)} {type(weight).__name__}")
+    return digest([], "\n".join(digests)), _patches_digest(patcher)
 
 
-def _readable(weight: Any, module: nn.Module) -> tuple[list[Tensor], str]:
-    """The weight, or only its shape and kind where it is of a kind that cannot be read as numbers."""
-    try:
-        flat = weight.detach().reshape(-1)[: 2 * SAMPLES]
-        flat.to("cpu").contiguous().float()
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError):
-        return [], f"{module_shape(module)} {type(weight).__name__}"
-    return [weight], ""
-
-
-def _patches(patcher: Any) -> str:
-    """A digest of all that is applied to the model's weights; empty without any."""
+def _patches_digest(patcher: Any) -> str:
     tensors: list[Tensor] = []
-    words: list[str] = []
+    lines: list[str] = []
     for name, module in patcher.model.named_modules():
         for adapter in bypass_adapters(module):
-            tensors.extend(_tensors(adapter.weights))
-            words.append(f"{name} {getattr(adapter, 'multiplier', '')}")
+            tensors.extend(_tensors_in(adapter.weights))
+            lines.append(f"{name} {getattr(adapter, 'multiplier', '')}")
     for key in sorted(patcher.patches):
         for strength, patch, strength_model, *_ in patcher.patches[key]:
-            tensors.extend(_tensors(getattr(patch, "weights", patch)))
-            words.append(f"{key} {strength} {strength_model}")
-    return digest_of(tensors, "\n".join(words), PATCH_SAMPLES) if words else ""
+            tensors.extend(_tensors_in(getattr(patch, "weights", patch)))
+            lines.append(f"{key} {strength} {strength_model}")
+    return digest(tensors, "\n".join(lines), PATCH_VALUES) if lines else ""
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
-
-
-def _caption(caption: Caption) -> tuple[list[Tensor], str]:
-    tensors, words = plain(caption[1])
-    return [caption[0], *tensors], words
+            yield from _tensors_in(item)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ...lora2.config import LAYER_CHOICES, MAX_STEPS, TRISTATE
 from ...lora2.util.knobs import check_knobs, knob
+from .lora_file import DTYPES
 from .resume import ON_DIFFERENCE
-from .save import DTYPES
 from .states import NOTHING
 
 

@@ -1,4 +1,4 @@
-"""Training states in ComfyUI's output folder, and what Train Adaptive LoRA offers to continue from."""
+"""Sources that a run can continue from: training states in ComfyUI's output folder, and LoRA files."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 
 import folder_paths
 
-from ...lora2.checkpoints.directory import states_below, states_in
+from ...lora2.checkpoints.directory import find_checkpoints, list_checkpoints
 from ...lora2.files.document import LoraDocument, read
 from ...lora2.util.errors import LoraError
 from ...lora2.util.text import escaped
 from ..comfy.lora_paths import lora_names, lora_path
-from .save import SaveTarget, inside
+from .target import SaveTarget, inside
 
 NOTHING, NEWEST = "nothing", "newest state"
 STATE, LORA = "state: ", "LoRA: "
-"""How the choices of a state and of a LoRA file begin; names of files follow."""
+"""Prefixes of the choices in continue_from; the name of a file follows."""
 
 FOLDER = "lora2_states"
 
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """A training state to continue: its file, what to call it."""
+    """A training state to resume, and its name in messages."""
 
     path: Path
     name: str
@@ -31,21 +31,21 @@ class CheckpointSource:
 
 @dataclass(frozen=True)
 class LoraSource:
-    """A LoRA file to start from, and what to call it."""
+    """A LoRA file to start from, and its name in messages."""
 
     document: LoraDocument
     name: str
 
 
 def states_root() -> Path:
-    """The folder of all states: in the output folder, where no LoRA loader looks."""
+    """Folder of all training states, in the output folder: LoRA loaders do not look there."""
     return Path(folder_paths.get_output_directory()) / FOLDER
 
 
-def states_folder(place: SaveTarget) -> Path:
-    """Where the states of a save name lie; raises LoraError where a link leads out of the folder of states."""
+def states_folder(target: SaveTarget) -> Path:
+    """Folder of the training states of a save name. Raises LoraError where a link leads out of the folder of all states."""
     root = states_root()
-    folder = root / place.folder.relative_to(place.root) / place.stem
+    folder = root / target.folder.relative_to(target.root) / target.stem
     if not inside(folder, root):
         raise LoraError(
             f"output/{FOLDER} has a link that leads to another folder. Remove it, or choose another save_name."
@@ -54,18 +54,18 @@ def states_folder(place: SaveTarget) -> Path:
 
 
 def choices() -> list[str]:
-    """What `continue_from` offers now: nothing, the newest state of the save name, all states newest first, all LoRA files."""
-    states = [STATE + name_of(s.path) for s in states_below(states_root())]
+    """Choices of continue_from: nothing, the newest state of the save name, all states newest first, all LoRA files."""
+    states = [STATE + name_of(file.path) for file in find_checkpoints(states_root())]
     return [NOTHING, NEWEST, *states, *(LORA + name for name in lora_names())]
 
 
 def name_of(path: Path) -> str:
-    """A state's name in the list of choices."""
+    """Name of a training state in the choices."""
     return path.relative_to(states_root()).as_posix()
 
 
 def why_unavailable(choice: object) -> str:
-    """Why nothing can be continued from a choice, in a sentence; empty when it can."""
+    """The reason why a choice cannot be continued from, as a sentence; empty where it can."""
     if choice in (NOTHING, NEWEST):
         return ""
     try:
@@ -80,34 +80,33 @@ def why_unavailable(choice: object) -> str:
     return f"continue_from = {escaped(choice)} must be one of '{NOTHING}', '{NEWEST}', '{STATE}…' and '{LORA}…' from the list."
 
 
-def resolve_source(choice: str, place: SaveTarget) -> CheckpointSource | LoraSource | None:
-    """What a choice means now, None for nothing; raises LoraError where it is not there or cannot be read."""
-    trouble = why_unavailable(choice)
-    if trouble:
-        raise LoraError(trouble)
+def resolve_source(choice: str, target: SaveTarget) -> CheckpointSource | LoraSource | None:
+    """The source behind a choice, None for nothing. Raises LoraError where it does not exist or cannot be read."""
+    if reason := why_unavailable(choice):
+        raise LoraError(reason)
     if choice == NOTHING:
         return None
     if choice.startswith(LORA):
         name = choice.removeprefix(LORA)
         return LoraSource(read(lora_path(name)), name)
     if choice == NEWEST:
-        states = states_in(states_folder(place))
-        if not states:
+        files = list_checkpoints(states_folder(target))
+        if not files:
             raise LoraError(
-                f"There is no training state of save_name '{escaped(place.stem)}' yet. Choose '{NOTHING}' in continue_from."
+                f"There is no training state of save_name '{escaped(target.stem)}' yet. Choose '{NOTHING}' in continue_from."
             )
-        path = states[0].path
+        path = files[0].path
     else:
         path = _state_path(choice.removeprefix(STATE))
     return CheckpointSource(path, name_of(path))
 
 
 def _state_path(name: str) -> Path:
-    """The state of this name among those that are there: no other path is ever opened."""
-    path = next((s.path for s in states_below(states_root()) if name_of(s.path) == name), None)
+    """Path of an existing training state. Names are looked up in the list, so that no path outside it is ever opened."""
+    path = next((file.path for file in find_checkpoints(states_root()) if name_of(file.path) == name), None)
     if path is None:
         raise LoraError(
-            f"The training state {escaped(name)} is not there any more: a run keeps its last states only. Refresh the page (R) "
+            f"The training state {escaped(name)} does not exist any more: a run keeps only its last states. Refresh the page (R) "
             f"and choose again, or choose '{NEWEST}'."
         )
     return path

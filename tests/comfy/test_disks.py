@@ -31,7 +31,7 @@ NOBODY = 65534
 def _nothing_kept() -> Iterator[None]:
     """What no disk took is the next run's; here every test has its own."""
     yield
-    pack("nodes.runs.save")._kept.clear()
+    pack("nodes.runs.save")._unsaved.clear()
 
 
 def files_in(folders: Path) -> set[str]:
@@ -124,11 +124,11 @@ def test_what_is_kept_is_said_when_it_is_written_and_when_it_still_cannot_be(
                 train(model)
     assert "LoRA²: mug, trained before, could still not be written. The file is larger than" in caplog.text
     train(model, save_name="t/third")
-    assert caplog.text.count(": trained before, when the disk did not take it.") == 2
+    assert caplog.text.count(": trained before, when it could not be written.") == 2
     assert files_in(folders) == {
         f"loras/t/{name}_0000{n}.safetensors" for name, n in (("mug", 1), ("mug", 2), ("third", 1))
     }
-    assert pack("nodes.runs.save")._kept == []
+    assert pack("nodes.runs.save")._unsaved == []
 
 
 def test_a_cancel_with_full_disks_keeps_it_too(model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_a_cancel_with_full_disks_keeps_it_too(model: Any, folders: Path, monkey
         trouble_at(patch, model, 2, then(comfy.model_management.interrupt_current_processing))
         with pytest.raises(pack("lora2.util.errors").LoraError, match=r"Stopped after . of 3 steps.*kept in memory"):
             train(model)
-    assert len(pack("nodes.runs.save")._kept) == 1
+    assert len(pack("nodes.runs.save")._unsaved) == 1
 
 
 # --- folders
@@ -257,7 +257,8 @@ def test_a_disk_that_ranks_may_outgrow_is_said_before_and_while_they_do(
     """The paper's own form has no size to end with: it may grow as far as θ's learning rate and the layers let it."""
     caplog.set_level("INFO", "lora2")
     more = {"steps": 60, "initial_rank": 4, "rank_learning_rate": 0.1, "rank_hold": 0.0}
-    monkeypatch.setattr(pack("nodes.runs.run"), "free_bytes", lambda _: 1000)
+    for module in ("plan", "step_callback"):
+        monkeypatch.setattr(pack(f"nodes.runs.{module}"), "free_bytes", lambda _: 1000)
     train(model, settle_at=1.0, **more)
     assert caplog.text.count("LoRA²: Ranks may grow: the LoRA may become up to") == 1
     assert caplog.text.count("LoRA²: The LoRA has grown to") == 1
@@ -267,14 +268,14 @@ def test_a_disk_that_ranks_may_outgrow_is_said_before_and_while_they_do(
 
 
 def test_how_far_ranks_may_grow_is_what_they_start_from_times_what_their_learning_rate_allows() -> None:
-    session, config = pack("nodes.runs.run"), pack("lora2.config").TrainingConfig
+    plan, config = pack("nodes.runs.plan"), pack("lora2.config").TrainingConfig
     shapes = {"a": (100, 50), "b": (1000, 2000)}
     pure = config(steps=100, settle_at=1.0, target_rank=2, initial_rank=8, rank_learning_rate=0.01, file_overhead=10)
-    assert session._bytes(shapes, pure) == (10 + 2 * 8 * 3150, 10 + 2 * 21 * 3150)  # e · 8 = 21.7
+    assert plan.file_size_range(shapes, pure) == (10 + 2 * 8 * 3150, 10 + 2 * 21 * 3150)  # e · 8 = 21.7
     long = config(steps=10_000, settle_at=1.0, target_rank=2, initial_rank=8)
-    assert session._bytes(shapes, long)[1] == 2 * (50 * 150 + 1000 * 3000)
+    assert plan.file_size_range(shapes, long)[1] == 2 * (50 * 150 + 1000 * 3000)
     for bounded in (config(target_rank=2), config(settle_at=1.0, budget_mb=0.02)):
-        least, most = session._bytes(shapes, bounded)
+        least, most = plan.file_size_range(shapes, bounded)
         assert least == most
         assert least <= max(20_000, 2 * 2 * 3150)
 
@@ -361,6 +362,6 @@ def test_a_finished_run_that_no_disk_takes_keeps_its_last_state(
         raise pack("lora2.util.errors").LoraError("The disk is full.")
 
     monkeypatch.setattr(pack("nodes.runs.save"), "write_new", full)
-    with pytest.raises(pack("lora2.util.errors").LoraError, match=r"The disk is full.*The training state is kept"):
+    with pytest.raises(pack("lora2.util.errors").LoraError, match=r"The disk is full.*The training state is saved"):
         graph.train(model, steps=5, state_every=4)
     assert max(graph.files_in(folders, states=True)).endswith("_step_000005.safetensors")

@@ -140,8 +140,13 @@ def stops() -> dict[str, tuple[type[BaseException], str, Callable[[torch.Tensor]
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "on"])
-@pytest.mark.parametrize("stop", ["NaN", "infinity", "out of memory", "an error", "cancelled", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("stop", "checkpointing"),
+    [
+        *((stop, "off") for stop in ("NaN", "infinity", "out of memory", "an error", "cancelled", "Ctrl-C")),
+        *((stop, "on") for stop in ("out of memory", "cancelled")),
+    ],
+)
 def test_a_run_that_ends_early_keeps_what_it_learned(
     stop: str,
     checkpointing: str,
@@ -161,15 +166,21 @@ def test_a_run_that_ends_early_keeps_what_it_learned(
         trouble_at(patch, model, 3, trouble)
         with pytest.raises(error, match=words):
             train(model, **more)
-    said = f"Stopped after {done} of 5 steps; what was learned is saved as t/mug_00001.safetensors."
+    said = f"Stopped after {done} of 5 steps; the LoRA so far is saved as t/mug_00001.safetensors."
     assert said in caplog.text
     assert files_in(folders) == {"loras/t/mug_00001.safetensors"}
     kept = pack("lora2.files.document").read(folders / "loras/t/mug_00001.safetensors")
     assert kept.info["training"]["steps_done"] == done
     monkeypatch.setattr(pack("lora2.config").TrainingConfig, "rest_step", 5)  # that of five steps
-    whole = train(model, **(more | {"steps": done}))[0]
+    if (done, checkpointing) not in WHOLE:
+        WHOLE[done, checkpointing] = train(model, **(more | {"steps": done}))[0]
+    whole = WHOLE[done, checkpointing]
     assert kept.state_dict().keys() == whole.keys()
     assert all(torch.equal(tensor, whole[key]) for key, tensor in kept.state_dict().items())
+
+
+WHOLE: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+"""LoRAs of runs that were not stopped, by their steps and checkpointing."""
 
 
 @pytest.mark.parametrize("stop", ["out of memory", "cancelled"])

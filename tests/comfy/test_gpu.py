@@ -151,13 +151,13 @@ def test_memory_comes_back_after_training_and_after_a_cancel(
     """Wherever the cancel comes: while libraries warm up, while a step is recorded, while it is replayed."""
     import comfy.model_management as management
 
-    session = pack("nodes.runs.run")
     run(model_of("koala", torch.bfloat16), "koala", steps=6)  # libraries take their workspaces, and keep them
     model = model_of("koala", torch.bfloat16)
     weights = {k: v.clone() for k, v in model.model.state_dict().items()}
     before = held()
     if at is not None:
-        live, calls = session._Live.__call__, []
+        callback = pack("nodes.runs.step_callback").StepCallback
+        live, calls = callback.__call__, []
 
         def cancel(self: Any, progress: Any) -> None:
             live(self, progress)
@@ -165,7 +165,7 @@ def test_memory_comes_back_after_training_and_after_a_cancel(
             if len(calls) == at:
                 raise management.InterruptProcessingException
 
-        monkeypatch.setattr(session._Live, "__call__", cancel)
+        monkeypatch.setattr(callback, "__call__", cancel)
         with pytest.raises(management.InterruptProcessingException):
             run(model, "koala")
         assert len(calls) == at

@@ -95,7 +95,7 @@ def test_when_nothing_helps_it_stops_once_saves_and_the_host_forgets_its_models(
     assert message.startswith(
         "Memory ran out at step 3. Train on smaller pictures, adapt fewer layers, lower initial_rank"
     )
-    assert "Stopped after 2 of 6 steps; what was learned is saved as t/mug_00001.safetensors" in message
+    assert "Stopped after 2 of 6 steps; the LoRA so far is saved as t/mug_00001.safetensors" in message
     assert error.value.__context__ is None
     assert files_in(folders) == {"loras/t/mug_00001.safetensors"}
 
@@ -127,15 +127,15 @@ def test_no_room_to_start_is_said_in_one_sentence(
 def test_no_room_while_the_picture_of_the_run_is_drawn(
     model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two steps: what was learned is saved."""
+    """Between two steps: the LoRA so far is saved."""
 
     def fail(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
     with untouched(model), monkeypatch.context() as patch:
-        patch.setattr(pack("nodes.runs.run"), "preview_picture", fail)
+        patch.setattr(pack("nodes.runs.step_callback"), "preview_picture", fail)
         words = (
-            r"^Memory ran out between two steps\. Stopped after 1 of 3 steps; what was learned is saved as t/mug_00001"
+            r"^Memory ran out between two steps\. Stopped after 1 of 3 steps; the LoRA so far is saved as t/mug_00001"
         )
         with pytest.raises(pack("lora2.util.memory").OutOfMemory, match=words):
             train(model)
@@ -143,7 +143,7 @@ def test_no_room_while_the_picture_of_the_run_is_drawn(
 
 
 def test_no_room_while_saving_is_tried_again(model: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, calls = pack("nodes.runs.save").LoraFile, []
+    files, calls = pack("nodes.runs.lora_file").LoraFile, []
     real = files.state_dict
 
     def state_dict(*args: Any, **kwargs: Any) -> Any:
@@ -205,6 +205,6 @@ def test_the_layers_of_a_bad_step_are_named_by_their_paths(
     finally:
         handle.remove()
     message = str(error.value)
-    assert message.startswith("The gradients are no longer numbers at step 1 (in double_blocks.0.")
+    assert message.startswith("The gradients are not finite at step 1 (in double_blocks.0.")
     assert f"{len(layers) - len(after) - 3} more of {len(layers)} layers" in message
     assert files_in(folders) == set()

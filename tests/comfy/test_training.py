@@ -112,7 +112,8 @@ def test_the_training_forward_equals_the_saved_file_applied(
     network_module, session = pack("lora2.adapters.network"), pack("nodes.runs.run")
     answers: list[torch.Tensor] = []
     model = small_model(family)
-    original = session._Finish.__call__
+    finishing = pack("nodes.runs.finish")
+    original = finishing.save_trained
 
     def ask(patcher: Any) -> torch.Tensor:
         g = torch.Generator().manual_seed(7)
@@ -123,14 +124,14 @@ def test_the_training_forward_equals_the_saved_file_applied(
             x, torch.tensor([0.8]), c_crossattn=torch.randn(1, 7, context, generator=g), **extra
         )
 
-    def listen(finish: Any) -> Any:
-        network = finish.trainer.network
+    def listen(trainer: Any, plan: Any) -> Any:
+        network = trainer.network
         with network.attached(), torch.no_grad():
             network.refresh()
             answers.append(ask(model))
-        return original(finish)
+        return original(trainer, plan)
 
-    monkeypatch.setattr(session._Finish, "__call__", listen)
+    monkeypatch.setattr(finishing, "save_trained", listen)
     assert network_module.AdaptiveNetwork is session.AdaptiveNetwork
     trained = run(model, family, learning_rate=3e-2)
     comfy.model_management.load_models_gpu([model])

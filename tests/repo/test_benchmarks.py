@@ -32,7 +32,7 @@ def test_a_run_is_watched_and_leaves_nothing(folders: Path) -> None:
     assert not list(folders.rglob("*.safetensors"))
     session = models.pack("nodes.runs.run")
     assert session.Trainer is models.pack("lora2.training.trainer").Trainer, "what was replaced is back in its place"
-    assert session._Finish.__call__.__qualname__ == "_Finish.__call__"
+    assert models.pack("nodes.runs.finish").save_trained.__module__.endswith("nodes.runs.finish")
 
 
 def test_every_row_says_what_was_measured_where() -> None:

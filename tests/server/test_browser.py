@@ -128,7 +128,7 @@ def test_cancel_stops_and_saves(page: Page, server: ComfyServer) -> None:
     assert wait_for_end(page, 30) == "execution_interrupted"
     (path,) = saved(server) - before
     assert path.stat().st_size > 0
-    page.get_by_text("what was learned is saved as").first.wait_for(timeout=5000)
+    page.get_by_text("the LoRA so far is saved as").first.wait_for(timeout=5000)
     set_values(page, NODE, {"steps": 1})
     queue(page)
     assert wait_for_end(page, 60) == "execution_success"

@@ -43,8 +43,8 @@ def test_what_was_learned_is_saved_and_said(server: ComfyServer, cancelled: dict
     done = document.info["training"]["steps_done"]
     assert done >= 2
     words = (
-        f"Stopped after {done} of 100000 steps; what was learned is saved as cancel/mug_00001.safetensors. "
-        "To go on, choose 'newest state' in continue_from."
+        f"Stopped after {done} of 100000 steps; the LoRA so far is saved as cancel/mug_00001.safetensors. "
+        "To resume, choose 'newest state' in continue_from."
     )
     assert cancelled["texts"][-1] == words
     assert words in server.logs()

@@ -55,7 +55,7 @@ def cancel(
 ) -> Cancelled:
     """Run training, cancel it at a point (or after `skip` hundredths of a second from its first step), and check what is left.
 
-    press: cancels; POST /interrupt if not given. Stopped within a step, what was learned is saved under a new name and whole.
+    press: cancels; POST /interrupt if not given. Stopped within a step, the LoRA so far is saved under a new name and whole.
     """
     before, log = loras(server), len(server.logs())
     if point:
@@ -74,7 +74,7 @@ def cancel(
             ended = "interrupted" if "interrupted at node" in str(error) else str(error)
         seconds = time.monotonic() - start
     new, words = loras(server) - before, said(server, log)
-    stopped = re.findall(rf"Stopped after (\d+) of {STEPS} steps; what was learned is saved as (\S+)\.", words)
+    stopped = re.findall(rf"Stopped after (\d+) of {STEPS} steps; the LoRA so far is saved as (\S+)\.", words)
     saved = re.findall(r"LoRA²: Saved as (\S+)\.", words)
     files = [name_ for _, name_ in stopped] + saved
     assert ended in ("success", "interrupted"), ended

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lora2.training.cuda_graph import GraphStepRunner, _Recorded
+from lora2.training.cuda_graph import GraphStepRunner, RecordedGraph
 from lora2.training.trainer import Trainer
 
 WAITS = ("_local_scalar_dense", "nonzero", "item", "equal")
@@ -98,23 +98,23 @@ class _Graph:
         self.tape.replay()
 
 
-class TapeEngine(GraphStepRunner):
-    """GraphEngine with tapes for graphs. recorded, replayed, refused: how often."""
+class TapeStepRunner(GraphStepRunner):
+    """GraphStepRunner with tapes for graphs. recorded, replayed, refused: how often."""
 
     def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer.network, trainer.engine.loss)
+        super().__init__(trainer.network, trainer.runner.loss)
         self.trainer = trainer
         self.recorded = self.replayed = self.refused = 0
 
-    def _record(self, work: Callable[[], Tensor]) -> _Recorded | None:
+    def _record(self, work: Callable[[], Tensor]) -> RecordedGraph | None:
         tape = Tape()
         try:
             with tape:
                 output = work()
         except RuntimeError:
             tape.undo()
-            self.failed = True
-            self.forget()
+            self.disabled = True
+            self.reset()
             self.refused += 1
             return None
         tape.undo()
@@ -126,7 +126,7 @@ class TapeEngine(GraphStepRunner):
             moved = sorted(name for name, at in places(self.trainer).items() if noted.get(name, at) != at)
             assert not moved, f"a recorded step would miss what has moved: {moved}"
 
-        return _Recorded(_Graph(tape, check), output)  # type: ignore[arg-type]
+        return RecordedGraph(_Graph(tape, check), output)  # type: ignore[arg-type]
 
 
 def places(trainer: Trainer) -> dict[str, int]:
@@ -140,7 +140,7 @@ def places(trainer: Trainer) -> dict[str, int]:
         held |= {f"working {i} {n}": t for n, t in enumerate(adapter.working or ())}
         if network._flat is None or i not in network._flat.layers:
             held |= {f"gradient of down {i}": adapter.down.grad, f"gradient of up {i}": adapter.up.grad}
-    for kind, inner in (("factors", optimizer.inner), ("blocks", optimizer._whole), ("theta", optimizer.theta)):
+    for kind, inner in (("factors", optimizer.inner), ("blocks", optimizer.flat), ("theta", optimizer.theta)):
         for i, p in enumerate([] if inner is None else inner.param_groups[0]["params"]):
             held |= {f"{key} of {kind} {i}": value for key, value in inner.state.get(p, {}).items()}
         if inner is not None:

@@ -119,8 +119,8 @@ class Points:
             "step": ("nodes.comfy.model", "HostModel", "denoise"),
             "sync": ("lora2.adapters.network", "AdaptiveNetwork", "sync_capacities"),
             "settling": ("lora2.training.trainer", "", "prune"),
-            "preview": ("nodes.runs.run", "", "preview_picture"),
-            "factors": ("nodes.runs.run", "", "final_factors"),
+            "preview": ("nodes.runs.step_callback", "", "preview_picture"),
+            "factors": ("nodes.runs.finish", "", "final_factors"),
             "saving": ("nodes.runs.save", "", "write_new"),
             "after": ("nodes.train", "", "rank_picture"),
         }.items():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora2.checkpoints.directory import CheckpointDirectory, states_below, states_in
+from lora2.checkpoints.directory import CheckpointDirectory, find_checkpoints, list_checkpoints
 from lora2.checkpoints.state import State, read_state
 from lora2.files import writer
 from lora2.util.errors import LoraError
@@ -26,7 +26,7 @@ def at(step: int) -> State:
 
 def steps(folder: Path) -> list[int]:
     """The steps of the states in a folder, newest first."""
-    return [s.step for s in states_in(folder)]
+    return [s.step for s in list_checkpoints(folder)]
 
 
 def test_the_last_states_are_kept(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_the_last_states_are_kept(tmp_path: Path) -> None:
         path = keeper.save(at(step))
         assert float(read_state(path, 1 << 20).tensors["run.x"][0]) == step
     assert steps(tmp_path / "new") == [30, 20]
-    assert {p.name for p in (tmp_path / "new").iterdir()} == {s.path.name for s in states_in(tmp_path / "new")}
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {s.path.name for s in list_checkpoints(tmp_path / "new")}
     keeper.prune(1)
     assert steps(tmp_path / "new") == [30]
 
@@ -67,7 +67,7 @@ def test_two_runs_of_one_name_do_not_touch_each_other(tmp_path: Path) -> None:
         one.save(at(step))
         if step % 3 == 0:
             other.save(at(100 + step))
-    found = states_in(tmp_path)
+    found = list_checkpoints(tmp_path)
     assert [s.step for s in found if s.run == one.run] == [8, 7]
     assert [s.step for s in found if s.run == other.run] == [106, 103]
     assert len({s.path.name for s in found}) == 4
@@ -95,7 +95,7 @@ def test_going_on_from_an_older_state_is_another_run(tmp_path: Path) -> None:
     branch.save(at(11))
     branch.save(at(12))
     assert steps(tmp_path) == [12, 20, 10]
-    assert [s.step for s in states_in(tmp_path) if s.run == first.run] == [20, 10]
+    assert [s.step for s in list_checkpoints(tmp_path) if s.run == first.run] == [20, 10]
 
 
 def test_newest_is_decided_by_number_and_not_by_the_clock(tmp_path: Path) -> None:
@@ -113,9 +113,9 @@ def test_states_are_found_in_folders_below_but_not_through_links(tmp_path: Path)
         path = CheckpointDirectory(folder, 1).save(at(step))
         os.utime(path, (step * 1000,) * 2)
     (root / "link").symlink_to(outside, target_is_directory=True)
-    (root / "b" / "00009_abcdef_step_000009.safetensors").symlink_to(states_in(outside)[0].path)
-    assert [s.step for s in states_below(root)] == [2, 1]
-    assert states_below(tmp_path / "missing") == []
+    (root / "b" / "00009_abcdef_step_000009.safetensors").symlink_to(list_checkpoints(outside)[0].path)
+    assert [s.step for s in find_checkpoints(root)] == [2, 1]
+    assert find_checkpoints(tmp_path / "missing") == []
 
 
 def test_only_whole_states_of_our_naming_are_listed(tmp_path: Path) -> None:
@@ -158,10 +158,10 @@ def test_a_full_disk_keeps_the_states_that_are_there(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=60_000_000))
         with pytest.raises(
-            LoraError, match=r"has 60.0 MB free, the state needs 0.0 MB, and 50.0 MB are kept for the LoRA"
+            LoraError, match=r"has 60.0 MB free, the state needs 0.0 MB, and 50.0 MB are reserved for the LoRA"
         ):
             keeper.save(at(2))
-    assert [p.name for p in tmp_path.iterdir()] == [states_in(tmp_path)[0].path.name]
+    assert [p.name for p in tmp_path.iterdir()] == [list_checkpoints(tmp_path)[0].path.name]
     assert steps(tmp_path) == [1]
 
 
@@ -172,7 +172,7 @@ def test_a_state_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypat
 
     def flushed(handle: int) -> None:
         kind = "folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file"
-        happened.append(f"flushed {kind}, {len(states_in(tmp_path))} listed")
+        happened.append(f"flushed {kind}, {len(list_checkpoints(tmp_path))} listed")
         fsync(handle)
 
     def linked(source: Any, target: Any) -> None:

@@ -1,4 +1,4 @@
-"""Fingerprints: another model, layer, picture or caption is told from the same one that was rounded otherwise."""
+"""Fingerprints: another model, layer, picture or caption is recognized, and so is one that was encoded again."""
 
 from __future__ import annotations
 
@@ -8,116 +8,120 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora2.checkpoints.fingerprint import SAMPLES, Digests, Fingerprint, digest_of, plain
+from lora2.checkpoints.fingerprint import SAMPLE_SIZE, Fingerprint, digest, samples
 from lora2.checkpoints.state import State
 from lora2.util.errors import LoraError
 
 
-def numbers(count: int, shape: tuple[int, ...], seed: int) -> list[Tensor]:
+def tensors(count: int, shape: tuple[int, ...], seed: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=g) for _ in range(count)]
 
 
-def prints(tensors: list[Tensor], samples: int = 0) -> Digests:
-    return Digests.of((([t], "") for t in tensors), samples)
+def samples_of(items: list[Tensor]) -> Tensor:
+    return samples(([item], "") for item in items)
 
 
-WEIGHTS, PICTURES, CAPTIONS = numbers(3, (40, 30), 1), numbers(4, (4, 8, 8), 2), numbers(4, (1, 7, 64), 3)
+PICTURES, CAPTIONS = tensors(4, (4, 8, 8), 2), tensors(4, (1, 7, 64), 3)
 
 
-def origin(
-    weights: list[Tensor] = WEIGHTS, pictures: list[Tensor] = PICTURES, captions: list[Tensor] = CAPTIONS
-) -> Fingerprint:
-    layers = [f"layer{i}" for i in range(len(weights))]
-    types = [str(w.dtype) for w in weights]
-    empty = prints(numbers(1, (1, 7, 64), 4))
-    return Fingerprint("sd1", layers, types, prints(weights, SAMPLES), "", prints(pictures), prints(captions), empty)
+def fingerprint(pictures: list[Tensor] = PICTURES, captions: list[Tensor] = CAPTIONS) -> Fingerprint:
+    empty = samples_of(tensors(1, (1, 7, 64), 4))
+    return Fingerprint("sd1", "layers", samples_of(pictures), samples_of(captions), empty, "weights", "patches")
 
 
-def changed(tensors: list[Tensor], index: int, by: float) -> list[Tensor]:
+def changed(items: list[Tensor], index: int, by: float) -> list[Tensor]:
     g = torch.Generator().manual_seed(9)
-    return [t + by * torch.randn(t.shape, generator=g) if i == index else t for i, t in enumerate(tensors)]
-
-
-def test_the_same_is_the_same_and_comes_back_from_a_state() -> None:
-    found = origin().state()
-    assert origin().against(Fingerprint.restored(State(found.tensors, found.facts))) == ([], [])
+    return [t + by * torch.randn(t.shape, generator=g) if i == index else t for i, t in enumerate(items)]
 
 
 CASES = {
-    "family": (replace(origin(), family="sdxl"), "the model is sdxl, the state's run had sd1"),
-    "fewer layers": (origin(WEIGHTS[:2]), "1 layer (layer2) of the state not adapted now"),
-    "more layers": (origin([*WEIGHTS, WEIGHTS[0]]), "1 layer (layer3) adapted now that the state has not"),
-    "weights": (origin(changed(WEIGHTS, 1, 1e-6)), "the model's weights differ in 1 layer (layer1)"),
-    "another size": (origin([*WEIGHTS[:2], torch.randn(40, 31)]), "the model's weights differ in 1 layer (layer2)"),
-    "another model": (origin(numbers(3, (40, 30), 7)), "the model's weights differ in 3 layers (layer0, layer1, layer2)"),
-    "a LoRA": (replace(origin(), patches="00"), "other LoRAs are applied to the model than in the state's run"),
-    "a picture more": (origin(pictures=[*PICTURES, PICTURES[0]], captions=[*CAPTIONS, CAPTIONS[0]]),
-                       "there are 5 pictures, the state's run had 4"),
-    "another picture": (origin(pictures=changed(PICTURES, 2, 0.5)), "1 picture (3) differ"),
-    "another size of picture": (origin(pictures=[*PICTURES[:3], PICTURES[3].reshape(4, 4, 16)]), "1 picture (4) differ"),
-    "another order": (origin(pictures=PICTURES[::-1]), "the pictures come in another order"),
-    "another caption": (origin(captions=changed(CAPTIONS, 0, 0.5)), "1 caption (1) differ"),
-    "empty caption": (replace(origin(), empty=prints(numbers(1, (1, 7, 64), 8))), "the empty caption differs"),
+    "family": (replace(fingerprint(), family="sdxl"), "the model is sdxl, it was sd1"),
+    "layers": (replace(fingerprint(), layers="others"), "the adapted layers differ"),
+    "a picture more": (fingerprint([*PICTURES, PICTURES[0]], [*CAPTIONS, CAPTIONS[0]]), "there are 5 pictures, there were 4"),
+    "another picture": (fingerprint(changed(PICTURES, 2, 0.5)), "pictures 3 differ"),
+    "other pictures": (fingerprint(tensors(4, (4, 8, 8), 8)), "pictures 1, 2, 3, … differ"),
+    "another size of picture": (fingerprint([*PICTURES[:3], PICTURES[3].reshape(4, 4, 16)]), "pictures 4 differ"),
+    "another caption": (fingerprint(captions=changed(CAPTIONS, 0, 0.5)), "captions 1 differ"),
+    "empty caption": (replace(fingerprint(), empty_caption=samples_of(tensors(1, (1, 7, 64), 8))), "the empty caption differs"),
 }  # fmt: skip
 
 
-def test_the_same_pairs_are_found_in_any_order() -> None:
-    """Pictures and captions that come twice too; a caption that belongs to another picture is none of them."""
-    twice = [[0, 1, 1, 2, 3], [0, 1, 1, 1, 2]]
-    then = origin(pictures=[PICTURES[i] for i in twice[0]], captions=[CAPTIONS[i] for i in twice[1]])
-    assert then.order(then.pictures, then.captions) == [0, 1, 2, 3, 4]
-    turned = origin(pictures=[PICTURES[i] for i in twice[0][::-1]], captions=[CAPTIONS[i] for i in twice[1][::-1]])
-    assert then.order(turned.pictures, turned.captions) == [4, 2, 3, 1, 0]
-    assert then.order(turned.pictures, then.captions) is None
-    fewer = origin(pictures=PICTURES[:3], captions=CAPTIONS[:3])
-    assert origin().order(fewer.pictures, fewer.captions) is None
-    assert fewer.order(origin().pictures, origin().captions) is None
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_a_difference_is_named(case: str) -> None:
-    other, words = CASES[case]
-    assert other.against(origin())[0] == [words]
+def test_a_difference_in_the_data_is_named(case: str) -> None:
+    other, message = CASES[case]
+    assert other.compare_data(fingerprint()) == ([message], [])
 
 
-def test_rounding_is_told_from_another_thing() -> None:
-    """A model stored in a half type, pictures that a GPU encoded again: another sum in the last digits."""
-    halves = origin([w.bfloat16() for w in WEIGHTS])
-    assert halves.against(origin()) == ([], ["the model is stored in another number type"])
-    again = origin(pictures=changed(PICTURES, 1, 1e-4), captions=changed(CAPTIONS, 3, 1e-4))
-    wrong, rounded = again.against(origin())
-    assert wrong == []
-    assert rounded == [f"the {what}s were encoded again and differ by rounding" for what in ("picture", "caption")]
+def test_a_difference_in_the_model_is_named() -> None:
+    other = replace(fingerprint(), weights="others", patches="")
+    assert other.compare_model(fingerprint()) == ["the model's weights differ", "other LoRAs are applied to the model"]
+    assert fingerprint().compare_model(fingerprint()) == []
 
 
-def test_a_dropped_caption_counts_only_where_any_is_dropped() -> None:
-    without = replace(origin(), empty=Digests.of([]))
-    assert without.against(origin()) == ([], [])
-    assert origin().against(without) == ([], [])
+def test_a_fingerprint_comes_back_from_a_state() -> None:
+    stored = fingerprint().state()
+    restored = Fingerprint.restored(State(stored.tensors, stored.facts))
+    assert fingerprint().compare_data(restored) == ([], [])
+    assert fingerprint().compare_model(restored) == []
+    assert fingerprint().order_of(restored) == [0, 1, 2, 3]
 
 
-def test_words_and_nested_options_count() -> None:
-    tensors, words = plain({"pooled": torch.ones(2), "guidance": 3.5, "control": object(), "name": "x"})
-    assert [t.tolist() for t in tensors] == [[1.0, 1.0]]
-    assert words == "control:object;guidance=3.5;name='x';pooled:Tensor"
-    assert digest_of(tensors, words) != digest_of(tensors, words + "x")
-    assert digest_of(tensors) != digest_of([tensors[0].double()])
+def test_the_same_pictures_are_found_in_any_order() -> None:
+    """Also pictures and captions that come twice. A picture with the caption of another one is not the same."""
+    picture_of, caption_of = [0, 1, 1, 2, 3], [0, 1, 1, 1, 2]
+    pictures, captions = [PICTURES[i] for i in picture_of], [CAPTIONS[i] for i in caption_of]
+    saved, reversed_ = fingerprint(pictures, captions), fingerprint(pictures[::-1], captions[::-1])
+    assert saved.order_of(saved) == [0, 1, 2, 3, 4]
+    order = reversed_.order_of(saved)
+    assert order == [4, 2, 3, 1, 0]
+    assert reversed_.reordered(order).compare_data(saved) == ([], [])
+    assert fingerprint(pictures[::-1], captions).order_of(saved) is None
+    fewer = fingerprint(PICTURES[:3], CAPTIONS[:3])
+    assert fewer.order_of(fingerprint()) is None
+    assert fingerprint().order_of(fewer) is None
+
+
+def test_encoding_again_is_not_a_difference() -> None:
+    """A GPU may round otherwise in another session."""
+    again = fingerprint(changed(PICTURES, 1, 1e-4), changed(CAPTIONS, 3, 1e-4))
+    assert again.compare_data(fingerprint()) == (
+        [],
+        ["the pictures differ by rounding", "the captions differ by rounding"],
+    )
+
+
+def test_the_empty_caption_counts_only_where_captions_are_dropped() -> None:
+    without = replace(fingerprint(), empty_caption=samples([]))
+    assert without.compare_data(fingerprint()) == ([], [])
+    assert fingerprint().compare_data(without) == ([], [])
+
+
+def test_texts_shapes_and_types_count() -> None:
+    one = torch.ones(2, 3)
+    assert digest([one], "a") != digest([one], "b")
+    assert digest([one]) != digest([one.double()])
+    assert digest([one]) != digest([one.t()])
+    assert not torch.equal(samples([([one], "a")]), samples([([one], "b")]))
+    assert not torch.equal(samples([([one], "")]), samples([([one, one], "")]))
+    assert samples([([torch.zeros(0)], "")]).shape == (1, 1 + SAMPLE_SIZE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.float64])
-def test_weights_of_any_type_have_a_print(dtype: torch.dtype) -> None:
+def test_weights_of_any_type_have_a_digest(dtype: torch.dtype) -> None:
     one, other = torch.ones(9, 9).to(dtype), torch.zeros(9, 9).to(dtype)
-    assert prints([one]).same(prints([one])) == [True]
-    assert prints([one]).same(prints([other])) == [False]
+    assert digest([one], max_values=20) == digest([one.clone()], max_values=20)
+    assert digest([one], max_values=20) != digest([other], max_values=20)
+    assert samples([([one], "")])[0, 1:].sum() == SAMPLE_SIZE
 
 
-def test_damaged_fingerprints_are_refused() -> None:
-    sound = origin().state()
-    for name in sound.tensors:
-        broken = State(sound.tensors, sound.facts)
-        broken.tensors[name] = broken.tensors[name][:-1]
-        if name.startswith("empty"):
-            broken.tensors[name] = torch.zeros(1, 3)
-        with pytest.raises(LoraError, match="training state is damaged"):
-            Fingerprint.restored(broken)
+def test_corrupted_fingerprints_are_refused() -> None:
+    stored = fingerprint().state()
+    for name in stored.tensors:
+        corrupted = State(stored.tensors, stored.facts)
+        corrupted.tensors[name] = torch.zeros(1, 3) if name == "empty_caption" else corrupted.tensors[name][:-1]
+        with pytest.raises(LoraError, match="training state is corrupted"):
+            Fingerprint.restored(corrupted)
+    for name in stored.facts:
+        with pytest.raises(LoraError, match=f"{name} = 7 must be a text"):
+            Fingerprint.restored(State(stored.tensors, stored.facts | {name: 7}))

@@ -1,4 +1,4 @@
-"""A training state holds all of a run: what goes on from it is the unbroken run bit for bit, and a damaged one is refused."""
+"""Training states: a resumed run is the uninterrupted run bit for bit, and a corrupted state is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from toy_trainer import (
     MOST,
     RICH,
     SHRINKING,
+    Stopped,
     kept,
     learned,
     made,
@@ -33,16 +35,37 @@ from lora2.checkpoints.state import KEY, State, read_facts, read_state
 from lora2.config import TrainingConfig
 from lora2.files.writer import write_new
 from lora2.training.monitor import Diverged
+from lora2.training.progress import Progress
 from lora2.training.trainer import Trainer
 from lora2.util.errors import LoraError
 
 
-def gone_on(found: State, **changes: Any) -> Trainer:
-    """A new trainer that went on from a state to its end."""
+def resumed(found: State, until: int | None = None, **changes: Any) -> Trainer:
+    """A new trainer that resumes a state and runs to its end, or is cancelled after `until` steps."""
     trainer = made(**changes)
     trainer.restore(found)
-    trainer.run()
-    return trainer
+    if until is None or until == trainer.config.steps:
+        trainer.run()
+        return trainer
+    return stopped(trainer, until)
+
+
+def states_of(**changes: Any) -> tuple[Trainer, dict[int, State]]:
+    """An uninterrupted run, and its states by step; the last one after the end."""
+    trainer, states = made(**changes), {}
+    trainer.run(None, lambda: states.setdefault(trainer.progress.step, trainer.state()), 1)
+    return trainer, {**states, trainer.progress.step: trainer.state()}
+
+
+def assert_same_state(one: State, other: State) -> None:
+    """Every tensor bit for bit, every fact except the seconds."""
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, other.tensors[name]), name
+    facts = [json.loads(json.dumps(state.facts)) for state in (one, other)]
+    for table in facts:
+        del table["run"]["seconds"]
+    assert facts[0] == facts[1]
 
 
 def outcome(trainer: Trainer) -> list[Any]:
@@ -77,14 +100,20 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
+STOPS = (1, 3, 7, 8, 9, 10, 14)
+"""Before and after a sync, just before a cut, just after it, near the end."""
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_a_run_that_stops_and_goes_on_is_the_unbroken_run(form: str, tmp_path: Path) -> None:
-    """Stopped at every kind of moment: before and after a sync, just before settling, just after, near the end."""
+def test_a_resumed_run_is_the_uninterrupted_run(form: str, tmp_path: Path) -> None:
+    """From every stop to the next, each by a trainer of its own: the same state as without a stop, and in the end the same run."""
     changes = {"steps": 16, **FORMS[form]}
-    whole = made(**changes)
-    whole.run()
-    for step in (1, 3, 7, 8, 9, 10, 14):
-        assert_same_run(gone_on(kept(stopped(made(**changes), step), tmp_path), **changes), whole)
+    uninterrupted, states = states_of(**changes)
+    assert list(states) == list(range(1, 17))
+    for step, following in pairwise([*(range(1, 16) if form == "settling" else STOPS), 16]):
+        trainer = resumed(kept(states[step], tmp_path), following, **changes)
+        assert_same_state(trainer.state(), states[following])
+    assert_same_run(trainer, uninterrupted)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "growing" in form or "shrinking" in form])
@@ -98,18 +127,6 @@ def test_ranks_do_leave_their_arrays_in_these_tests(form: str) -> None:
     assert min(capacities[1:]) < max(capacities)
 
 
-def test_a_run_can_stop_at_every_step(tmp_path: Path) -> None:
-    """Each step by a trainer of its own."""
-    whole = trainer_of(**RICH)
-    whole.run()
-    found = kept(stopped(trainer_of(**RICH), 1), tmp_path)
-    for step in range(2, 12):
-        trainer = trainer_of(**RICH)
-        trainer.restore(found)
-        found = kept(stopped(trainer, step), tmp_path)
-    assert_same_run(gone_on(found, **RICH), whole)
-
-
 @pytest.mark.parametrize("form", ["settling, growing", "budget", "half precision"])
 def test_taking_states_changes_nothing(form: str) -> None:
     plain, watched = made(**FORMS[form]), made(**FORMS[form])
@@ -120,32 +137,42 @@ def test_taking_states_changes_nothing(form: str) -> None:
     assert_same_run(watched, plain)
 
 
-def test_states_during_a_run_are_those_of_its_steps(tmp_path: Path) -> None:
-    found: list[State] = []
-    whole = trainer_of(**RICH)
-    whole.run(None, lambda: found.append(whole.state()), 3)
-    for each in found:
-        assert_same_run(gone_on(kept(each, tmp_path), **RICH), whole)
-
-
-def test_every_tensor_of_a_state_matters(tmp_path: Path) -> None:
+def test_every_tensor_of_a_state_matters() -> None:
     """Another value in any of them gives another run, or is refused: nothing is stored that is not used, or used by chance."""
     changes = {"steps": 16, **GROWING, "budget_mb": 0.015, "settle_at": 1.0, "accumulation": 2}
-    found = kept(stopped(made(**changes), 8), tmp_path)
-    whole = gone_on(found, **changes)
+    found = stopped(made(**changes), 8).state()
+    expected: dict[int, tuple[list[Tensor], list[Any]]] = {}
+
+    def seen(trainer: Trainer) -> tuple[list[Tensor], list[Any]]:
+        return state(trainer), outcome(trainer)
+
+    trainer = made(**changes)
+    trainer.restore(found)
+    trainer.run(lambda progress: expected.update({progress.step: seen(trainer)}))
+
+    def compare(progress: Progress) -> None:
+        tensors, values = seen(other)
+        if not same(tensors, expected[progress.step][0]) or values != expected[progress.step][1]:
+            raise Stopped
+
     for name, tensor in found.tensors.items():
-        other = State(found.tensors, found.facts)
+        changed = State(found.tensors, found.facts)
         if tensor.dtype == torch.uint8:
-            other.tensors[name] = torch.Generator().manual_seed(77).get_state()
+            changed.tensors[name] = torch.Generator().manual_seed(77).get_state()
         elif name == "network.peak":
-            other.tensors[name] = torch.tensor([float(len(found.tensors[f"network.{i}.up"])) for i in range(5)])
+            changed.tensors[name] = torch.tensor([float(len(found.tensors[f"network.{i}.up"])) for i in range(5)])
         else:
-            other.tensors[name] = tensor + 1
-        trainer = gone_on(other, **changes)
-        assert not same(state(trainer), state(whole)) or outcome(trainer) != outcome(whole), name
+            changed.tensors[name] = tensor + 1
+        other = made(**changes)
+        other.restore(changed)
+        try:
+            other.run(compare)
+        except Stopped:
+            continue
+        pytest.fail(f"{name} does not matter")
 
 
-def test_more_steps_than_planned_are_the_longer_run_where_nothing_counts_by_shares(tmp_path: Path) -> None:
+def test_a_finished_run_resumed_with_more_steps_is_the_longer_run() -> None:
     """A finished run of 12 steps, asked for 16: the sync that its last step left out is made up for."""
     changes = {
         **GROWING,
@@ -159,7 +186,7 @@ def test_more_steps_than_planned_are_the_longer_run_where_nothing_counts_by_shar
     short.run()
     whole = made(steps=16, **changes)
     whole.run()
-    assert_same_run(gone_on(kept(short, tmp_path), steps=16, **changes), whole)
+    assert_same_run(resumed(short.state(), steps=16, **changes), whole)
 
 
 @pytest.mark.parametrize(
@@ -169,33 +196,31 @@ def test_more_steps_than_planned_are_the_longer_run_where_nothing_counts_by_shar
         (3, 3, 12, [2, 4, 6]), (3, 3, 24, [2, 4, 8, 12]), (3, 5, 24, [2, 4, 8, 12]), (3, 7, 200, [2, 4, 6]), (3, 5, 8, [2, 4, 5]),
     ],
 )  # fmt: skip
-def test_ranks_settle_once_whatever_steps_are_asked_for(
-    cuts: int, step: int, steps: int, expected: list[int], tmp_path: Path
-) -> None:
+def test_cuts_follow_the_new_number_of_steps(cuts: int, step: int, steps: int, expected: list[int]) -> None:
     """By the new total; at once where the moment has passed; not again where the target was met."""
     told = {"settle_at": 0.5, "settle_cuts": cuts}
-    found = kept(stopped(trainer_of(steps=12, **told), step), tmp_path)
+    found = stopped(trainer_of(steps=12, **told), step).state()
     trainer = trainer_of(steps=steps, **told)
     trainer.restore(found)
     until = min(steps, expected[-1] + 4)
     trainer = stopped(trainer, until) if until > trainer.progress.step else trainer
     assert trainer.progress.cuts == expected
-    assert trainer.progress.phase == "settled"
+    assert trainer.progress.phase == "pruned"
     assert trainer.network.size() <= trainer.network.budget
 
 
-def test_a_finished_run_says_what_to_do_for_more(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_resumed_without_more_steps() -> None:
     trainer = trainer_of(steps=3)
     trainer.run()
-    with pytest.raises(LoraError, match=r"3 steps behind it already. To go on, set steps above 3"):
-        trainer_of(steps=3).restore(kept(trainer, tmp_path))
+    with pytest.raises(LoraError, match=r"3 steps behind it already. To continue, set steps above 3"):
+        trainer_of(steps=3).restore(trainer.state())
 
 
 # -- after trouble ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", [2, 5, 11], ids=["first part", "second part", "after settling"])
-def test_an_error_inside_a_step_leaves_the_state_before_it(call: int, tmp_path: Path) -> None:
+def test_an_error_in_a_step_leaves_the_state_before_it(call: int) -> None:
     """The batch of the broken step had been drawn already: it is drawn again."""
     whole = trainer_of(**RICH)
     whole.run()
@@ -212,10 +237,10 @@ def test_an_error_inside_a_step_leaves_the_state_before_it(call: int, tmp_path: 
     with pytest.raises(RuntimeError, match="no"):
         trainer.run()
     assert trainer.progress.step == call - 1
-    assert_same_run(gone_on(kept(trainer, tmp_path), **RICH), whole)
+    assert_same_run(resumed(trainer.state(), **RICH), whole)
 
 
-def test_a_loss_that_is_no_number_leaves_the_state_before_it(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_leaves_the_state_before_its_step() -> None:
     whole = trainer_of()
     whole.run()
     trainer = trainer_of()
@@ -224,11 +249,11 @@ def test_a_loss_that_is_no_number_leaves_the_state_before_it(tmp_path: Path) -> 
     toy.denoise = lambda *given: real(*given) * (float("nan") if toy.forwards == 4 else 1.0)  # type: ignore[method-assign]
     with pytest.raises(Diverged):
         trainer.run()
-    assert_same_run(gone_on(kept(trainer, tmp_path)), whole)
+    assert_same_run(resumed(trainer.state()), whole)
 
 
 @pytest.mark.parametrize("where", ["sync", "settle", "update"])
-def test_an_error_while_factors_change_leaves_no_state(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_factors_are_resized_leaves_no_state(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = made(**GROWING)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -315,7 +340,7 @@ def test_each_fact_is_needed_and_checked(sound: State) -> None:
     ],
     ids=["uneven", "empty", "too many", "peak", "multiplier", "generator", "variance"],
 )
-def test_values_that_would_break_the_device_are_refused(name: str, value: Tensor, sound: State) -> None:
+def test_values_that_would_crash_a_gpu_are_refused(name: str, value: Tensor, sound: State) -> None:
     """Arrays of 12 positions would be read past their end on a GPU."""
     broken = State(sound.tensors, sound.facts)
     broken.tensors[name] = value
@@ -324,7 +349,7 @@ def test_values_that_would_break_the_device_are_refused(name: str, value: Tensor
         for other in ("down", "up"):
             old = sound.tensors[f"network.{index}.{other}"]
             broken.tensors[f"network.{index}.{other}"] = torch.ones(len(value), *old.shape[1:])
-    with pytest.raises(LoraError, match="training state is damaged"):
+    with pytest.raises(LoraError, match="training state is corrupted"):
         trainer_of(**RICH).restore(broken)
 
 
@@ -340,7 +365,7 @@ def test_a_generator_that_would_be_read_past_its_end_is_refused(sound: State) ->
             trainer_of(**RICH).restore(broken)
 
 
-def test_another_generator_place_is_taken() -> None:
+def test_a_used_generator_is_restored() -> None:
     """Every number of words that can have been used."""
     for used in (0, 1, 2, 311, 623, 624, 625, 1248):
         trainer, other = trainer_of(steps=3), trainer_of(steps=3)
@@ -355,16 +380,16 @@ def test_another_generator_place_is_taken() -> None:
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        ("", "damaged"),
+        ("", "corrupted"),
         ("[]", "no format"),
         ('{"format": true}', "no format"),
-        ('{"format": 3}', "has format 3, this version of LoRA² knows 2"),
-        ('{"format": 1}', "has format 1, this version of LoRA² knows 2"),
-        ('{"format": 2, "x": NaN}', "holds NaN"),
-        ('{"format": 2, "x": 1e999}', "not finite"),
-        ('{"format": 2, "x": ' + "[" * 9 + "]" * 9 + "}", "nested more than"),
-        ("[" * 100_000, "damaged"),
-        ('{"format": 2, "x": "' + "y" * (12 << 20) + '"}', "the most that is read"),
+        ('{"format": 4}', "has format 4, this version of LoRA² knows 3"),
+        ('{"format": 2}', "has format 2, this version of LoRA² knows 3"),
+        ('{"format": 3, "x": NaN}', "holds NaN"),
+        ('{"format": 3, "x": 1e999}', "not finite"),
+        ('{"format": 3, "x": ' + "[" * 9 + "]" * 9 + "}", "nested more than"),
+        ("[" * 100_000, "corrupted"),
+        ('{"format": 3, "x": "' + "y" * (12 << 20) + '"}', "the most that is read"),
     ],
     ids=["empty", "list", "flag", "newer", "older", "NaN", "infinity", "deep", "very deep", "long"],
 )
@@ -374,7 +399,7 @@ def test_facts_that_cannot_be_read_are_refused(facts: str, words: str, tmp_path:
         read_facts(path)
 
 
-def test_what_is_no_state_or_too_large_is_refused(tmp_path: Path, sound: State) -> None:
+def test_other_files_and_files_that_are_too_large_are_refused(tmp_path: Path, sound: State) -> None:
     with pytest.raises(LoraError, match="is not a training state"):
         read_facts(write_new(tmp_path, "lora", {"x": torch.zeros(1)}, {}))
     with pytest.raises(LoraError, match="a state of these layers has at most 1000"):
@@ -383,7 +408,7 @@ def test_what_is_no_state_or_too_large_is_refused(tmp_path: Path, sound: State) 
         read_facts(tmp_path / "gone.safetensors")
 
 
-def test_bytes_changed_at_random_never_break_anything_but_the_state(tmp_path: Path, sound: State) -> None:
+def test_random_bytes_in_a_file_are_refused_or_harmless(tmp_path: Path, sound: State) -> None:
     """200 seeded mutations of the file: each is read as some state, or refused in our words."""
     chance = random.Random(5)
     whole = write_new(tmp_path, "state", sound.tensors, sound.metadata()).read_bytes()
@@ -428,7 +453,7 @@ CHANGES: dict[str, Change] = {
     "steps": ({"steps": 900}, False, ""),
     "rate": ({"learning_rate": 1e-4}, False, "changed: learning_rate is 0.0001, it was 0.0003"),
     "batch": ({"batch_size": 4, "accumulation": 2}, True, "changed: batch_size is 4, it was 1"),
-    "seed": ({"seed": 5}, False, "changed: seed is 5, it was 0: it only decides the start"),
+    "seed": ({"seed": 5}, False, "changed: seed is 5, it was 0: it only acts at the start"),
     "initial": ({"initial_rank": 5}, False, "changed: initial_rank is 5"),
     "adam": ({"optimizer": "adam"}, False, "changed: optimizer is adam"),
     "sgd": ({"optimizer": "sgd"}, False, "wrong: optimizer is sgd, it was adamw"),
@@ -437,7 +462,7 @@ CHANGES: dict[str, Change] = {
     "target": ({"target_rank": 4}, False, "changed: target_rank is 4"),
     "target settled": ({"target_rank": 4}, True, "wrong: target_rank is 4, it was 8"),
     "budget settled": ({"budget_mb": 4.0}, True, "wrong: budget_mb is 4.0"),
-    "settle later": ({"settle_at": 0.7}, True, "changed: settle_at is 0.7, it was 0.45: what was cut stays cut"),
+    "settle later": ({"settle_at": 0.7}, True, "changed: settle_at is 0.7, it was 0.45: layers that were cut stay cut"),
     "never settle": ({"settle_at": 1.0}, True, "wrong: settle_at is 1.0"),
     "never settle, in time": ({"settle_at": 1.0}, False, "changed: settle_at is 1.0"),
     "type": ({"bytes_per_parameter": 4}, True, ""),
@@ -460,17 +485,17 @@ def test_the_number_type_is_part_of_a_size_in_mb() -> None:
 
 
 @pytest.mark.parametrize("name", ["rank_weight", "rank_learning_rate", "rank_hold", "rank_rest"])
-def test_what_moves_ranks_does_nothing_once_they_stand(name: str) -> None:
+def test_rank_settings_have_no_effect_once_ranks_are_final(name: str) -> None:
     """Settled or at rest; before that it acts."""
     for settled, rested in ((True, False), (False, True), (False, False)):
         old = TrainingConfig(settle_at=0.5 if settled else 1.0)
         wrong, (words,) = compare_configs(replace(old, **{name: 0.125}), old, settled, rested)
         assert wrong == []
         assert words.startswith(f"{name} is 0.125, it was ")
-        assert words.endswith("do not move any more, so it does nothing now") == (settled or rested)
+        assert words.endswith("do not change any more, so it has no effect now") == (settled or rested)
 
 
-def test_what_decides_ranks_is_refused_once_they_rest_but_they_may_settle() -> None:
+def test_size_settings_are_refused_once_ranks_rest_unless_layers_are_pruned() -> None:
     old = TrainingConfig(settle_at=1.0)
     new = replace(old, target_rank=4)
     assert compare_configs(new, old, False, True) == (["target_rank is 4, it was 8"], [])
@@ -479,9 +504,9 @@ def test_what_decides_ranks_is_refused_once_they_rest_but_they_may_settle() -> N
     assert settling == ([], ["target_rank is 4, it was 8", "settle_at is 0.5, it was 1.0"])
 
 
-def test_going_on_with_another_rate_trains_with_it(tmp_path: Path) -> None:
+def test_a_new_learning_rate_acts_from_the_next_step_on() -> None:
     """Moments and everything else stay; the new rate acts from the next step on."""
-    found = kept(stopped(trainer_of(optimizer="sgd"), 8), tmp_path)
+    found = stopped(trainer_of(optimizer="sgd"), 8).state()
     slow, fast = (trainer_of(optimizer="sgd", learning_rate=rate) for rate in (1e-8, 1e-2))
     for trainer in (slow, fast):
         trainer.restore(found)
@@ -493,7 +518,7 @@ def test_going_on_with_another_rate_trains_with_it(tmp_path: Path) -> None:
         assert (moved < 1e-5) == (trainer is slow)
 
 
-def test_numbers_that_changed_on_the_disk_are_noticed(tmp_path: Path) -> None:
+def test_a_changed_bit_in_the_data_is_noticed(tmp_path: Path) -> None:
     """One bit in the data: still a state by its header, but not the one that was written."""
     found = stopped(made(steps=12), 4).state()
     path = write_new(tmp_path, "state", found.tensors, found.metadata())
@@ -501,5 +526,5 @@ def test_numbers_that_changed_on_the_disk_are_noticed(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(LoraError, match="its numbers are not those that were written"):
+    with pytest.raises(LoraError, match="its tensors do not match their digest"):
         read_state(path, MOST)

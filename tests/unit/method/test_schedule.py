@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from lora2.method.schedule import LAST_SHARE, learning_rate_factor
+from lora2.method.schedule import FINAL_FRACTION, learning_rate_factor
 from lora2.method.timesteps import sample_times
 from lora2.training.batches import Buckets
 from lora2.util.errors import LoraError
@@ -37,7 +37,7 @@ def test_rates_rise_then_follow_the_schedule(schedule: str, steps: int, warmup: 
 
 
 def test_the_cosine_ends_at_a_tenth() -> None:
-    assert LAST_SHARE == 0.1
+    assert FINAL_FRACTION == 0.1
     assert learning_rate_factor(9999, 10000, 0.0, "cosine") == pytest.approx(0.1, abs=1e-6)
     assert learning_rate_factor(500, 1000, 0.0, "cosine") == pytest.approx(0.55)
 

@@ -19,7 +19,7 @@ import lora2.adapters.network
 from lora2.adapters.network import AdaptiveNetwork
 from lora2.adapters.prune import final_factors, prune
 from lora2.method.factors import Factors
-from lora2.method.size_search import BATCH_SIZE, FINER, HALVINGS, smallest_sufficient_size
+from lora2.method.size_search import BATCH_SIZE, BISECTIONS, MAX_HALVINGS, smallest_sufficient_size
 from lora2.training.progress import Progress
 from lora2.training.trainer import Trainer
 from lora2.util.errors import LoraError
@@ -39,7 +39,7 @@ def test_it_is_enough_and_not_a_tenth_more_than_that(half: float, share: float) 
     found = smallest_sufficient_size(loss, 0, MOST, share)
     assert found is not None
     assert loss(found) <= goal + 1e-12
-    assert loss(math.floor(found / 1.1) - 1) > goal or found == MOST >> HALVINGS
+    assert loss(math.floor(found / 1.1) - 1) > goal or found == MOST >> MAX_HALVINGS
     floored = smallest_sufficient_size(loss, 3000, MOST, share)
     assert floored == 3000 or (floored is not None and 3000 < floored <= 1.1 * max(found, 3000) + 1)
 
@@ -51,11 +51,11 @@ def test_every_size_is_judged_once_and_few_are() -> None:
         seen.append(size)
         return falling(1)(size)
 
-    assert smallest_sufficient_size(loss, 0, MOST, 0.9) == MOST >> HALVINGS
-    assert seen == [0, *(MOST >> k for k in range(HALVINGS + 1))]
+    assert smallest_sufficient_size(loss, 0, MOST, 0.9) == MOST >> MAX_HALVINGS
+    assert seen == [0, *(MOST >> k for k in range(MAX_HALVINGS + 1))]
     seen.clear()
     assert smallest_sufficient_size(loss, 0, MOST, 0.9999) is not None
-    assert len(seen) == len(set(seen)) <= 2 + HALVINGS + FINER
+    assert len(seen) == len(set(seen)) <= 2 + MAX_HALVINGS + BISECTIONS
     seen.clear()
     assert smallest_sufficient_size(loss, MOST, MOST, 0.5) == MOST
     assert seen == [0, MOST], "there is nothing to choose"
@@ -170,7 +170,7 @@ def test_where_memory_runs_out_sizes_are_compared_on_fewer_pictures(most: int, w
 
 @pytest.mark.parametrize(("trouble", "choice", "words"), [
     (torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), "stop", "memory ran out while sizes were compared"),
-    (None, "retry with less", "the loss was not a number while sizes were compared"),
+    (None, "retry with less", "the loss was not finite while sizes were compared"),
 ], ids=["no memory", "no number"])  # fmt: skip
 def test_where_sizes_cannot_be_compared_the_run_goes_on_with_the_target(
     trouble: Exception | None, choice: str, words: str
@@ -178,7 +178,7 @@ def test_where_sizes_cannot_be_compared_the_run_goes_on_with_the_target(
     trainer, whole = trainer_of(**GROWING, on_out_of_memory=choice), trainer_of(**{**GROWING, "settle_keep": 1.0})
     whole.run()
     own, said, calls = trainer.loss, list[str](), list[int]()
-    trainer._say = said.append
+    trainer.notify = said.append
 
     def loss(clean: torch.Tensor, *given: Any) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -192,7 +192,7 @@ def test_where_sizes_cannot_be_compared_the_run_goes_on_with_the_target(
     progress = trainer.run()
     assert progress.step == GROWING["steps"]
     assert progress.changes == []
-    assert [line for line in said if words in line and "target is filled" in line]
+    assert [line for line in said if words in line and "target size is used" in line]
     assert trainer.network.ranks() == whole.network.ranks()
     if trouble is not None:
         assert calls[:3] == [4, 2, 1]
@@ -205,7 +205,7 @@ def test_a_floor_is_kept_and_does_not_count_as_learned() -> None:
     for least in (0, 1, 4):
         trainer = trainer_of(**{**GROWING, "min_rank": least, "settle_keep": 0.9})
         said: list[str] = []
-        trainer._say = said.append
+        trainer.notify = said.append
         trainer.run()
         assert not said
         ranks = trainer.network.ranks().values()
@@ -239,7 +239,7 @@ def test_a_person_can_stop_it_while_sizes_are_compared() -> None:
     trainer = trainer_of(**GROWING)
     factors = stopped(trainer, lambda progress: not torch.is_grad_enabled())
     assert all(bool(f.up.any()) for f in factors.values() if f.rank)
-    with pytest.raises(LoraError, match="no state to go on from"):
+    with pytest.raises(LoraError, match="no state to resume from"):
         trainer.state()
 
 
@@ -263,13 +263,13 @@ def test_the_choice_does_not_touch_the_runs_own_order_of_pictures_and_noise() ->
     one, other = trainer_of(**{**GROWING, "settle_keep": 1.0}), trainer_of(**GROWING)
     draws = [[], []]
     for trainer, drawn in zip((one, other), draws, strict=True):
-        own = trainer.samples.draw
+        own = trainer.batches.sample
 
         def draw(own: Any = own, drawn: list[Any] = drawn) -> Any:
             drawn.append(own())
             return drawn[-1]
 
-        trainer.samples.draw = draw  # type: ignore[method-assign]
+        trainer.batches.sample = draw  # type: ignore[method-assign]
         trainer.run()
     assert other.network.size() < one.network.size()
     for a, b in zip(itertools.chain(*draws[0]), itertools.chain(*draws[1]), strict=True):
@@ -279,11 +279,11 @@ def test_the_choice_does_not_touch_the_runs_own_order_of_pictures_and_noise() ->
 def test_where_nothing_was_learned_the_target_is_filled_and_that_is_said() -> None:
     said: list[str] = []
     trainer = trainer_of(**{**GROWING, "learning_rate": 1e-8})
-    trainer._say = said.append
+    trainer.notify = said.append
     trainer.loss = lambda clean, noise, sigma, conditioning: torch.ones(()) + 0 * clean.sum() + _sum(trainer.network)  # type: ignore
     trainer.run()
     assert trainer.network.budget - trainer.network.size() < max(a.cost for a in trainer.network.adapters)
-    assert [words for words in said if "settle_keep" in words and "target is filled" in words]
+    assert [words for words in said if "settle_keep" in words and "target size is used" in words]
 
 
 def _sum(network: AdaptiveNetwork) -> torch.Tensor:

@@ -87,7 +87,7 @@ def test_no_text_of_the_live_picture_lies_over_another(name: str, texts: list[tu
     losses = np.random.default_rng(0).uniform(0.05, 0.4, 150)
     ranks = {prefix: waves(i) for i, (prefix, _, _) in enumerate(EVERY[name])}
     costs = {prefix: a + b for prefix, a, b in EVERY[name]}
-    picture = preview_picture(losses.tolist(), 200, ranks, "settled", costs=costs, cuts=[45, 90, 140])
+    picture = preview_picture(losses.tolist(), 200, ranks, "pruned", costs=costs, cuts=[45, 90, 140])
     assert (picture.mode, picture.width) == ("RGB", 768)
     assert picture.height < 860
     assert_apart(texts)
@@ -204,7 +204,7 @@ def test_the_size_of_the_live_picture_stays() -> None:
     """The node must not jump while it trains."""
     sizes = {
         preview_picture([0.1] * n, 300, {k: 1 + v * n // 300 for k, v in RANKS.items()}, phase).size
-        for n, phase in ((0, "adapting"), (1, "adapting"), (150, "settled"), (300, "settled"))
+        for n, phase in ((0, "adapting"), (1, "adapting"), (150, "pruned"), (300, "pruned"))
     }
     assert len(sizes) == 1
 
@@ -231,11 +231,11 @@ def test_the_live_picture_tells_step_loss_and_size(texts: list[tuple[str, Box, C
 
 
 def test_the_step_that_settled_is_marked(texts: list[tuple[str, Box, Canvas]]) -> None:
-    preview_picture([0.5] * 20, 400, RANKS, "settled", cuts=[10])
-    assert [text for text, _, _ in texts].count("settled") == 2
+    preview_picture([0.5] * 20, 400, RANKS, "pruned", cuts=[10])
+    assert [text for text, _, _ in texts].count("pruned") == 2
     texts.clear()
     preview_picture([0.5] * 20, 400, RANKS, "adapting")
-    assert "settled" not in [text for text, _, _ in texts]
+    assert "pruned" not in [text for text, _, _ in texts]
 
 
 def test_the_live_picture_is_drawn_in_time() -> None:
@@ -245,7 +245,7 @@ def test_the_live_picture_is_drawn_in_time() -> None:
     best = INF
     for _ in range(8):
         start = time.process_time()
-        preview_picture(losses, 2000, RANKS, "settled", costs=costs, cuts=[300, 650, 1000])
+        preview_picture(losses, 2000, RANKS, "pruned", costs=costs, cuts=[300, 650, 1000])
         best = min(best, time.process_time() - start)
     assert best < 0.060
 

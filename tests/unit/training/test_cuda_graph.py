@@ -1,4 +1,4 @@
-"""Recorded steps without a GPU: GraphEngine's own code with tapes for graphs (recording.py) against steps as they are written."""
+"""Recorded steps without a GPU: GraphStepRunner with tapes for graphs (cuda_graph_tapes.py) equals eager steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_graph_tapes import TapeEngine, recordable
+from cuda_graph_tapes import TapeStepRunner, recordable
 from torch import Tensor, nn
 from toy_trainer import EVERYTHING, Stop, Toy, latents, learned, same, told
 
@@ -58,7 +58,7 @@ def trainer_of(recorded: bool, compute: torch.dtype, pictures: list[Tensor], **c
     network = AdaptiveNetwork(toy.layers(), config, compute=compute)
     trainer = Trainer(network, toy, pictures, config, toy.probe())
     if recorded:
-        trainer.engine = TapeEngine(trainer)
+        trainer.runner = trainer.recovery.runner = TapeStepRunner(trainer)
     return trainer
 
 
@@ -83,9 +83,9 @@ def pair(compute: torch.dtype, case: str) -> tuple[Trainer, Trainer]:
     return one, other
 
 
-def tapes(trainer: Trainer) -> TapeEngine:
-    assert isinstance(trainer.engine, TapeEngine)
-    return trainer.engine
+def tapes(trainer: Trainer) -> TapeStepRunner:
+    assert isinstance(trainer.runner, TapeStepRunner)
+    return trainer.runner
 
 
 def alike(one: Trainer, other: Trainer) -> None:
@@ -108,10 +108,10 @@ def test_recorded_steps_are_the_written_steps(case: str, compute: torch.dtype, r
     assert any(resizes) or "ranks" not in case or "held" in case
     written.run()
     alike(recorded, written)
-    engine = tapes(recorded)
-    assert not engine.refused
-    assert engine.recorded >= (4 if "settled" in case or "grow" in case or "fall" in case else 2)
-    assert engine.replayed > recorded.config.steps, "most steps, and their updates"
+    runner = tapes(recorded)
+    assert not runner.refused
+    assert runner.recorded >= (4 if "settled" in case or "grow" in case or "fall" in case else 2)
+    assert runner.replayed > recorded.config.steps, "most steps, and their updates"
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_a_model_that_waits_for_a_value_runs_as_written() -> None:
         toy.out.register_forward_hook(lambda _m, _a, out: None if float(out.detach().sum()) else out)
         trainer.run()
     alike(recorded, written)
-    engine = tapes(recorded)
-    assert (engine.refused, engine.recorded, engine.replayed) == (1, 1, 1), (
+    runner = tapes(recorded)
+    assert (runner.refused, runner.recorded, runner.replayed) == (1, 1, 1), (
         "an update was recorded before the model was"
     )
 
@@ -166,8 +166,8 @@ def resizes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def stale_after_resizing(trainer: Trainer) -> None:
-    """Nobody tells the engine that arrays were resized."""
-    tapes(trainer).forget = lambda: None  # type: ignore[method-assign]
+    """The runner is not reset after arrays were resized."""
+    tapes(trainer).reset = lambda: None  # type: ignore[method-assign]
 
 
 def moments_moved(trainer: Trainer) -> None:
@@ -176,8 +176,8 @@ def moments_moved(trainer: Trainer) -> None:
 
     def refresh() -> None:
         own()
-        if trainer._issued == 20:
-            for state in trainer.optimizer._whole.state.values():
+        if trainer.issued == 20:
+            for state in trainer.optimizer.flat.state.values():
                 state.update({k: v.clone() for k, v in state.items() if v.ndim})
 
     trainer.network.refresh = refresh  # type: ignore[method-assign]
@@ -189,7 +189,7 @@ def factors_moved(trainer: Trainer) -> None:
 
     def refresh() -> None:
         own()
-        if trainer._issued == 20:
+        if trainer.issued == 20:
             adapter: Adapter = trainer.network.adapters[0]
             adapter.down.data = adapter.down.data.clone()
 

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from toy_trainer import Toy, hooks, state, toy_of, trainer_of
 
-from lora2.training.monitor import TIMES, WINDOW, Diverged, LossTracker, bad_layers, describe_layers
+from lora2.training.monitor import (
+    EXPLOSION_RATIO,
+    WINDOW,
+    Diverged,
+    LossTracker,
+    describe_layers,
+    layers_with_nonfinite_gradient,
+)
 from lora2.training.trainer import Trainer
 
 
@@ -22,7 +29,7 @@ def spoil(trainer: Trainer, steps: Sequence[int], layer: str | None = None) -> N
     ordinary = toy.denoise
 
     def denoise(noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
-        bad = trainer._issued + 1 in steps
+        bad = trainer.issued + 1 in steps
         handle = None
         if (
             bad and layer is not None
@@ -44,7 +51,7 @@ def test_the_layer_of_a_bad_gradient_is_named(compute: torch.dtype) -> None:
     trainer = trainer_of(compute=compute)
     spoil(trainer, [4], "into")
     with pytest.raises(
-        Diverged, match=r"^The gradients are no longer numbers at step 4 \(in into\), and the step was not"
+        Diverged, match=r"^The gradients are not finite at step 4 \(in into\), and the step was not applied"
     ):
         trainer.run()
 
@@ -53,28 +60,28 @@ def test_all_layers_and_none_are_said_shortly() -> None:
     trainer = trainer_of()
     spoil(trainer, [2])
     with pytest.raises(
-        Diverged, match=r"^The loss became nan at step 2 \(in all 5 layers\), and the step was not taken: lower"
+        Diverged, match=r"^The loss became nan at step 2 \(in all 5 layers\), and the step was not applied: lower"
     ):
         trainer.run()
     assert describe_layers([], 5) == "in no layer's gradient"
     assert describe_layers(["a", "b", "c", "d"], 9) == "in a, b, c and 1 more of 9 layers"
     assert describe_layers(["a"], 1) == "in a"
-    assert bad_layers(["a", "b"], [1.0, math.inf, 2.0, 3.0]) == ["a"]
-    assert bad_layers(["a", "b"], []) == []
+    assert layers_with_nonfinite_gradient(["a", "b"], [1.0, math.inf, 2.0, 3.0]) == ["a"]
+    assert layers_with_nonfinite_gradient(["a", "b"], []) == []
 
 
 def test_a_skipped_step_changes_nothing_and_the_run_goes_on() -> None:
     """The state after it is the state before it, the schedule and the draws go on, and it is counted and said."""
     words: list[str] = []
     trainer = trainer_of(steps=8, settle_at=0.5, on_bad_step="skip", sync_every=99)
-    trainer._say = trainer._judge.say = words.append
+    trainer.monitor.notify = words.append
     spoil(trainer, [3, 6, 7])
     states = [state(trainer)]
     trainer.run(lambda _: states.append(state(trainer)))
     progress = trainer.progress
     assert progress.skipped == [3, 6, 7]
     assert [math.isnan(loss) for loss in progress.losses] == [n in (3, 6, 7) for n in range(1, 9)]
-    assert (progress.step, progress.learned) == (8, 5)
+    assert (progress.step, progress.applied) == (8, 5)
     for step in range(1, 9):
         same = all(torch.equal(a, b) for a, b in zip(states[step - 1], states[step], strict=True))
         if step != 4 + 1:  # before the fifth step the ranks settle: other arrays
@@ -88,9 +95,9 @@ def test_a_skipped_step_changes_nothing_and_the_run_goes_on() -> None:
 
 
 @pytest.mark.parametrize(("bad", "stopped_at", "words"), [
-    (range(5, 99), 14, "10 steps in all, which is too many"),
-    (range(2, 40, 2), 22, "11 steps in all, which is too many"),
-    (range(1, 99), 10, "10 steps in all, which is too many"),
+    (range(5, 99), 14, "10 steps were skipped in all, which is too many"),
+    (range(2, 40, 2), 22, "11 steps were skipped in all, which is too many"),
+    (range(1, 99), 10, "10 steps were skipped in all, which is too many"),
 ])  # fmt: skip
 def test_too_many_skipped_steps_stop_the_run(bad: Any, stopped_at: int, words: str) -> None:
     """Ten in a row, or more than a tenth of the planned steps (of 60: more than ten)."""
@@ -116,7 +123,9 @@ def test_a_run_that_was_stopped_for_too_many_can_go_on(first: Any, then: Any, st
     again.restore(trainer.state())
     spoil(again, then)
     if stopped_at < 60:
-        with pytest.raises(Diverged, match=f"{2 * len(trainer.progress.skipped)} steps in all, which is too many"):
+        with pytest.raises(
+            Diverged, match=f"{2 * len(trainer.progress.skipped)} steps were skipped in all, which is too many"
+        ):
             again.run()
     else:
         again.run()
@@ -127,17 +136,15 @@ def test_a_run_that_was_stopped_for_too_many_can_go_on(first: Any, then: Any, st
 def test_a_run_in_which_no_step_could_be_taken_is_no_success() -> None:
     trainer = trainer_of(steps=4, on_bad_step="skip")
     spoil(trainer, range(1, 5))
-    with pytest.raises(Diverged, match="not one of the 4 steps could be taken"):
+    with pytest.raises(Diverged, match="none of the 4 steps could be applied"):
         trainer.run()
-    assert trainer.progress.learned == 0
+    assert trainer.progress.applied == 0
 
 
 def test_factors_that_are_no_numbers_are_named_too() -> None:
     trainer = trainer_of(steps=4)
     trainer.network.adapters[1].up.data[0, 0] = math.inf
-    with pytest.raises(
-        Diverged, match=r"the factors themselves are no longer numbers in q, and the step was not taken"
-    ):
+    with pytest.raises(Diverged, match=r"the factors are not finite in q, and the step was not applied"):
         trainer.run()
 
 
@@ -151,24 +158,24 @@ def curve(seed: int, sigma: float, steps: int) -> list[float]:
 
 
 def largest(losses: Sequence[float]) -> float:
-    watch = LossTracker()
-    return max(watch.ratio(loss) for loss in losses)
+    tracker = LossTracker()
+    return max(tracker.ratio(loss) for loss in losses)
 
 
 def test_noise_never_counts_as_an_explosion() -> None:
     """σ = 1.5: one loss in twenty is twenty times the median or a twentieth of it."""
-    assert max(largest(curve(seed, 1.5, 2000)) for seed in range(100)) < 0.3 * TIMES
+    assert max(largest(curve(seed, 1.5, 2000)) for seed in range(100)) < 0.3 * EXPLOSION_RATIO
 
 
 def test_an_explosion_is_said_once_and_within_a_window() -> None:
-    watch, said = LossTracker(), []
+    tracker, said = LossTracker(), []
     losses = curve(1, 1.0, 200)
     for step, loss in enumerate([*losses, *(loss * 100 for loss in losses)], 1):
-        if words := watch.note(step, loss):
+        if words := tracker.update(step, loss):
             said.append((step, words))
     ((step, words),) = said
     assert 200 < step <= 200 + WINDOW
-    assert words.startswith("The loss has grown: over the last 50 steps")
+    assert words.startswith("The loss has grown: its median over the last 50 steps")
 
 
 def test_a_learning_rate_that_is_far_too_high_is_noticed_and_a_good_one_is_not() -> None:
@@ -178,7 +185,7 @@ def test_a_learning_rate_that_is_far_too_high_is_noticed_and_a_good_one_is_not()
         said[rate] = []
         changes: dict[str, Any] = {"clip_norm": 0.0, "settle_at": 1.0, "schedule": "constant", "weight_decay": 0.0}
         trainer = trainer_of(Toy(), steps=200, learning_rate=rate, **changes)
-        trainer._judge.say = said[rate].append
+        trainer.monitor.notify = said[rate].append
         trainer.run()
     assert said[1e-2] == []
     assert len(said[0.9]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,9 @@ from lora2.training.cuda_graph import GraphStepRunner
 from lora2.training.trainer import Trainer
 from lora2.util.memory import OutOfMemory, is_out_of_memory, try_allocating
 
-# Rounding: a batch's mean in one kernel, or of parts added up, and Adam divides gradients near zero by their own size.
+# Rounding: a batch's mean in one kernel or as a sum over micro-batches differs by 1e-7, and Adam divides gradients near zero
+# by their own size. Only without early cuts: after two or three steps, a cut keeps components that are rounding themselves
+# (zero singular values), and the first step of Adam moves these by the whole learning rate in a direction set by rounding.
 ROUNDING = {"rtol": 1e-4, "atol": 2e-5}
 
 GROWING: dict[str, Any] = {
@@ -59,15 +62,14 @@ def close(one: Trainer, other: Trainer) -> None:
         torch.testing.assert_close(factors.delta(), final_factors(other.network)[0][name].delta(), **ROUNDING)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize(("most", "groups"), [(1, 1), (2, 1), (3, 1), (2, 2)])
 def test_the_batch_is_split_and_stays_the_same_batch(most: int, groups: int) -> None:
     """Halved down to what fits; the run ends as one that had the memory, to rounding."""
     words: list[str] = []
-    plain, poor = (trainer_of(batch_size=6, steps=8, **EVERYTHING) for _ in range(2))
+    plain, poor = (trainer_of(batch_size=6, steps=8, settle_at=1.0, **EVERYTHING) for _ in range(2))
     for trainer in (plain, poor):
         toy_of(trainer).groups = groups
-    poor._say = words.append
+    poor.recovery.notify = words.append
     plain.run()
     seen = limit(toy_of(poor), lambda: most)
     poor.run()
@@ -76,13 +78,14 @@ def test_the_batch_is_split_and_stays_the_same_batch(most: int, groups: int) -> 
     assert poor.progress.step == 8
     assert [w.split(":")[0] for w in words] == ["Memory ran out at step 1"] * len(poor.progress.changes)
     assert poor.progress.changes[0].startswith("3 of a batch's pictures at a time, not 6" if groups == 1 else "")
-    assert torch.equal(plain.samples.generator.get_state(), poor.samples.generator.get_state()), "drawn once"
-    assert torch.equal(plain.samples.data.generator.get_state(), poor.samples.data.generator.get_state())
+    assert torch.equal(plain.batches.generator.get_state(), poor.batches.generator.get_state()), "drawn once"
+    assert torch.equal(plain.batches.buckets.generator.get_state(), poor.batches.buckets.generator.get_state())
     assert hooks(toy_of(poor)) == 0
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("at", [1, 5, 7])
+@pytest.mark.parametrize(
+    ("at", "compute"), [(1, torch.float32), (5, torch.float32), (5, torch.bfloat16), (7, torch.float32)]
+)
 def test_it_goes_on_at_the_step_where_it_happened(at: int, compute: torch.dtype) -> None:
     """Before settling, right after it, later; and what the run saved memory with first is asked for first.
 
@@ -90,14 +93,14 @@ def test_it_goes_on_at_the_step_where_it_happened(at: int, compute: torch.dtype)
     """
     plain, poor = (trainer_of(steps=9, settle_at=0.5, accumulation=2, compute=compute) for _ in range(2))
     toy, words = toy_of(poor), []
-    toy.savings, poor._say = ["gradient checkpointing is on"], words.append
+    toy.savings, poor.recovery.notify = ["gradient checkpointing is on"], words.append
     failures = iter([True])
     limit(toy, lambda: 0 if poor.progress.step == at - 1 and toy.forwards % 2 == 0 and next(failures, False) else 99)
     plain.run()
     poor.run()
     assert poor.progress.losses == plain.progress.losses
     assert all(torch.equal(a, b) for a, b in zip(learned(plain), learned(poor), strict=True))
-    assert words == [f"Memory ran out at step {at}: gradient checkpointing is on, and the step is made again."]
+    assert words == [f"Memory ran out at step {at}: gradient checkpointing is on, and the step is repeated."]
     assert poor.progress.changes == ["gradient checkpointing is on"]
 
 
@@ -112,7 +115,7 @@ def test_what_the_failed_attempt_held_is_gone_before_the_next(monkeypatch: pytes
 
 def test_a_backward_that_runs_out_is_made_again_too() -> None:
     """Half of the gradients were there already."""
-    plain, poor = (trainer_of(batch_size=4, steps=6, accumulation=2) for _ in range(2))
+    plain, poor = (trainer_of(batch_size=4, steps=6, accumulation=2, settle_at=1.0) for _ in range(2))
     toy = toy_of(poor)
     ordinary = toy.denoise
 
@@ -141,7 +144,7 @@ def test_nothing_left_to_change_stops_with_one_message_and_keeps_what_was_learne
         trainer.run(lambda _: kept.append(state(trainer)))
     assert str(error.value) == (
         "Memory ran out at step 6. Train on smaller pictures, adapt fewer layers, lower initial_rank, or turn checkpointing on "
-        "if it is off, beside what was done by itself (gradient checkpointing is on; 1 of a batch's pictures at a time, not 2)."
+        "if it is off (already changed: gradient checkpointing is on; 1 of a batch's pictures at a time, not 2)."
     )
     assert error.value.__context__ is None, "a chain of errors would hold their tensors"
     assert trainer.progress.step == 5
@@ -158,6 +161,14 @@ def test_stop_means_stop() -> None:
     assert seen == [2]
 
 
+@functools.cache
+def parameters_with_enough_memory(compute: torch.dtype) -> list[Tensor]:
+    """The factors after an unbroken run."""
+    trainer = trainer_of(compute=compute, **GROWING)
+    trainer.run()
+    return [p.detach() for p in trainer.network.parameters()]
+
+
 @pytest.mark.parametrize(("owner", "name", "at"), [
     ("Adapter", "resize", 2), ("AdaptiveNetwork", "rebuild", 1), ("AdaptiveNetwork", "rebuild", 2), ("Adapter", "load", 3),
     ("Adapter", "rotate", 1), ("Adapter", "rotate", 3),
@@ -170,8 +181,8 @@ def test_arrays_that_find_no_room_to_grow_or_settle_are_tried_again(
 
     Settled layers are those of a run with room enough, bit for bit: all of them are mixed, and none twice, which would undo it.
     """
-    trainer, plenty = (trainer_of(compute=compute, **GROWING) for _ in range(2))
-    plenty.run()
+    expected = parameters_with_enough_memory(compute)
+    trainer = trainer_of(compute=compute, **GROWING)
     module = lora2.adapters.layer if owner == "Adapter" else lora2.adapters.network
     calls = fail_once(monkeypatch, getattr(module, owner), name, at)
     progress = trainer.run()
@@ -183,7 +194,7 @@ def test_arrays_that_find_no_room_to_grow_or_settle_are_tried_again(
     assert network.size() <= network.budget
     assert progress.changes == []
     if name in ("load", "rotate"):
-        for one, other in zip(network.parameters(), plenty.network.parameters(), strict=True):
+        for one, other in zip(network.parameters(), expected, strict=True):
             assert torch.equal(one, other)
 
 
@@ -246,14 +257,14 @@ def test_a_step_that_is_half_taken_is_not_made_again(monkeypatch: pytest.MonkeyP
     """The factors have moved, ranks have not: twice would be wrong, so it stops."""
     trainer = trainer_of(rank_hold=0.0, settle_at=1.0)
     optimizer = trainer.optimizer
-    ordinary = optimizer._move
+    ordinary = optimizer._update
 
     def move(inner: Any, *more: Any) -> None:
         if inner is optimizer.theta and trainer.progress.step == 3:
             raise torch.OutOfMemoryError("2 bytes")
         ordinary(inner, *more)
 
-    monkeypatch.setattr(optimizer, "_move", move)
+    monkeypatch.setattr(optimizer, "_update", move)
     with pytest.raises(OutOfMemory, match="at step 4"):
         trainer.run()
     assert trainer.progress.step == 3
@@ -296,15 +307,15 @@ def test_no_memory_to_record_a_step_is_not_a_step_that_cannot_be_recorded(
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1), raising=False)
-    plain, trainer = (trainer_of(steps=9, batch_size=2) for _ in range(2))
-    engine = trainer.engine = GraphStepRunner(trainer.network, trainer.engine.loss)
+    plain, trainer = (trainer_of(steps=9, batch_size=2, settle_at=1.0) for _ in range(2))
+    runner = trainer.runner = trainer.recovery.runner = GraphStepRunner(trainer.network, trainer.runner.loss)
     toy_of(trainer).savings = ["gradient checkpointing is on"]
     seen: list[bool] = []
-    trainer._say = lambda _: seen.append(engine.failed)
+    trainer.recovery.notify = lambda _: seen.append(runner.disabled)
     trainer.run()
     plain.run()
     assert [c.split(",")[0] for c in trainer.progress.changes] == [
-        "gradient checkpointing is on", "1 of a batch's pictures at a time", "steps run as written",
+        "gradient checkpointing is on", "1 of a batch's pictures at a time", "steps run without CUDA graphs",
     ]  # fmt: skip
     assert seen == [False, False, True]
     close(plain, trainer)

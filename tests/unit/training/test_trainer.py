@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +38,9 @@ types = pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("compute", "optimizer", "settle_at"),
     [
-        *((torch.float32, optimizer, share) for optimizer in ("adamw", "adam", "sgd") for share in (0.0, 0.5, 1.0)),
+        *((torch.float32, "adamw", share) for share in (0.0, 0.5, 1.0)),
+        (torch.float32, "adam", 0.5),
+        (torch.float32, "sgd", 1.0),
         (torch.bfloat16, "adamw", 0.5),
     ],
 )
@@ -84,13 +87,23 @@ def spoil_gradient(predicted: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("compute", "accumulation", "settle_at"),
-    [(torch.float32, 1, 0.25), (torch.float32, 3, 1.0), (torch.bfloat16, 1, 1.0), (torch.bfloat16, 3, 0.25)],
-)
-@pytest.mark.parametrize(
-    "spoil",
-    [spoil_output(math.nan), spoil_output(math.inf), spoil_output(1e19), spoil_gradient],
-    ids=["NaN", "infinity", "a square beyond float32 with finite gradients", "gradients only"],
+    ("spoil", "compute", "accumulation", "settle_at"),
+    [
+        (spoil_output(math.nan), torch.float32, 1, 0.25),
+        (spoil_output(math.nan), torch.bfloat16, 3, 0.25),
+        (spoil_output(math.inf), torch.bfloat16, 1, 1.0),
+        (spoil_output(1e19), torch.float32, 3, 1.0),
+        (spoil_gradient, torch.float32, 3, 1.0),
+        (spoil_gradient, torch.bfloat16, 3, 0.25),
+    ],
+    ids=[
+        "NaN",
+        "NaN, bf16",
+        "infinity",
+        "a square beyond float32 with finite gradients",
+        "gradients",
+        "gradients, bf16",
+    ],
 )
 def test_a_bad_step_is_not_taken(spoil: Any, compute: torch.dtype, accumulation: int, settle_at: float) -> None:
     """One bad micro-batch is enough; the adapter stays as it was, bit for bit, and can be saved."""
@@ -100,7 +113,7 @@ def test_a_bad_step_is_not_taken(spoil: Any, compute: torch.dtype, accumulation:
 
     def denoise(noisy: Tensor, sigma: Tensor, captions: Sequence[int]) -> Tensor:
         predicted = ordinary(noisy, sigma, captions)
-        bad = len(toy.calls) == good * accumulation + accumulation // 2 + 1
+        bad = toy.forwards == good * accumulation + accumulation // 2 + 1
         return spoil(predicted) if bad else predicted
 
     def remember(progress: Progress) -> None:
@@ -109,8 +122,8 @@ def test_a_bad_step_is_not_taken(spoil: Any, compute: torch.dtype, accumulation:
     toy.denoise = denoise  # type: ignore[method-assign]
     with pytest.raises(Diverged, match=r"at step 7.*learning rate \(now 0.01\)") as raised:
         trainer.run(remember)
-    assert "not taken" in str(raised.value)
-    assert ("gradients are no longer numbers" in str(raised.value)) == (spoil is spoil_gradient)
+    assert "not applied" in str(raised.value)
+    assert ("gradients are not finite" in str(raised.value)) == (spoil is spoil_gradient)
     assert trainer.progress.step == len(trainer.progress.losses) == good
     assert all(math.isfinite(loss) for loss in trainer.progress.losses)
     assert same(state(trainer), kept[0])
@@ -133,8 +146,9 @@ def test_latents_with_a_nan_stop_the_first_step() -> None:
 # -- stopping ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [1, 5, 6, 12])
-@pytest.mark.parametrize("kind", [Stop, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(
+    ("at", "kind"), [(1, Stop), (5, Stop), (6, Stop), (12, Stop), (5, KeyboardInterrupt), (6, RuntimeError)]
+)
 def test_a_callback_that_raises_stops_at_once_and_keeps_what_was_learned(at: int, kind: type[BaseException]) -> None:
     """Before settling, right at it and after it."""
     trainer = trainer_of(settle_at=0.5)
@@ -177,9 +191,9 @@ def test_stopping_and_going_on_is_the_same_as_not_stopping(compute: torch.dtype)
 def test_a_model_that_fails_in_the_middle_of_a_step_leaves_no_half_gradients(compute: torch.dtype) -> None:
     """The second of three micro-batches fails; then the run may go on."""
     trainer, plain = (trainer_of(accumulation=3, steps=1, settle_at=1.0, compute=compute) for _ in range(2))
-    batches = [plain.samples.draw() for _ in range(3)]
-    plain.samples.draw = iter(batches).__next__  # type: ignore[method-assign]
-    trainer.samples.draw = iter([*batches[:2], *batches]).__next__  # type: ignore[method-assign]
+    batches = [plain.batches.sample() for _ in range(3)]
+    plain.batches.sample = iter(batches).__next__  # type: ignore[method-assign]
+    trainer.batches.sample = iter([*batches, *batches]).__next__  # type: ignore[method-assign]
     toy, before = toy_of(trainer), state(trainer)
     toy.calls.append({})
     ordinary = toy.denoise
@@ -229,7 +243,7 @@ def test_every_sample_has_its_own_picture_caption_noise_and_time(batch: int) -> 
 )
 def test_only_a_shifted_schedule_is_shifted(sampling: str, shifted: bool) -> None:
     trainer = trainer_of(timestep_sampling=sampling)
-    trainer.samples.draw()
+    trainer.batches.sample()
     assert toy_of(trainer).calls[0]["shifted"] is shifted
 
 
@@ -237,7 +251,7 @@ def test_only_a_shifted_schedule_is_shifted(sampling: str, shifted: bool) -> Non
 def test_captions_are_dropped_at_their_rate(share: float) -> None:
     """Sample by sample, independent of the picture; the other captions stay right."""
     trainer = trainer_of(caption_dropout=share, batch_size=4)
-    drawn = [trainer.samples.draw() for _ in range(500)]
+    drawn = [trainer.batches.sample() for _ in range(500)]
     captions = [c for *_, batch in drawn for c in batch]
     dropped = sum(c == EMPTY_CAPTION for c in captions)
     # 2000 draws: three deviations of a binomial.
@@ -261,7 +275,7 @@ def test_the_loss_is_the_models_own_plus_the_entropy(prediction: str) -> None:
     toy = Toy(prediction)
     for gamma, weight in ((0.0, 0.0), (0.0, 0.3), (5.0, 0.3)):
         trainer = trainer_of(toy, min_snr_gamma=gamma, entropy_weight=weight)
-        clean, noise, sigma, captions = trainer.samples.draw()
+        clean, noise, sigma, captions = trainer.batches.sample()
         predicted = toy.denoise(toy.add_noise(sigma, noise, clean), sigma, captions)
         expected = float(denoising_loss(predicted, clean, sigma, prediction, gamma))
         probe = toy.probe()
@@ -284,7 +298,7 @@ def test_every_prediction_type_learns(compute: torch.dtype, prediction: str) -> 
         prediction=prediction, steps=60, batch_size=3, rank_weight=1e-4, settle_at=0.5, compute=compute
     )
     toy_of(trainer).calls.append({})
-    probe = [trainer_of(prediction=prediction, seed=99, batch_size=9).samples.draw() for _ in range(6)]
+    probe = [trainer_of(prediction=prediction, seed=99, batch_size=9).batches.sample() for _ in range(6)]
 
     def mean_loss() -> float:
         trainer.network.refresh()
@@ -307,14 +321,14 @@ def test_micro_batches_equal_one_batch_of_the_same_samples(compute: torch.dtype,
     changes: dict[str, Any] = {"optimizer": optimizer, "settle_at": 0.5, "entropy_weight": 0.1, "compute": compute}
     one, four = (trainer_of(accumulation=count, **changes) for count in (1, 4))
     source = trainer_of(Toy(), batch_size=8, seed=3)
-    batches = [source.samples.draw() for _ in range(12)]
+    batches = [source.batches.sample() for _ in range(12)]
     whole = iter(batches)
     parts = iter(
         [(c[i : i + 2], n[i : i + 2], s[i : i + 2], k[i : i + 2]) for c, n, s, k in batches for i in range(0, 8, 2)]
     )
     for trainer, feed in ((one, whole), (four, parts)):
         toy_of(trainer).calls.append({})
-        trainer.samples.draw = feed.__next__  # type: ignore[method-assign]
+        trainer.batches.sample = feed.__next__  # type: ignore[method-assign]
         trainer.run()
     assert one.progress.losses == pytest.approx(four.progress.losses, rel=near / 20)
     if compute == torch.float32:
@@ -411,7 +425,7 @@ def test_the_optimizers_step_is_the_same_work_whatever_the_values_are(optimizer:
         trainer.optimizer.prepare(0.5, move)
         given = torch.tensor(loss)
         with Listener() as listener:
-            trainer.optimizer.take(given)
+            trainer.optimizer.apply(given)
         seen.append(listener.operations)
     assert len(seen[0]) > 20
     assert all(operations == seen[0] for operations in seen)
@@ -445,7 +459,7 @@ def test_a_size_below_the_target_is_no_reason_to_learn_faster() -> None:
 def test_gradients_are_clipped_together() -> None:
     """A first step of SGD moves by rate · min(norm, clip)."""
     moved = {}
-    for clip in (0.0, 1e-3, 1e6):
+    for clip in (0.0, 1e-3, 1e3):
         trainer = trainer_of(optimizer="sgd", clip_norm=clip, warmup=0.0, settle_at=1.0, learning_rate=0.5)
         before = state(trainer)[:-1]
 
@@ -457,7 +471,7 @@ def test_gradients_are_clipped_together() -> None:
         after = state(trainer)[:-1]
         moved[clip] = global_norm([a - b for a, b in zip(after, before, strict=True)]).item() / 0.5
     assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2)
-    assert moved[0.0] == pytest.approx(moved[1e6], rel=1e-6)
+    assert moved[0.0] == pytest.approx(moved[1e3], rel=1e-6)
     assert moved[0.0] > 0.01
 
 
@@ -476,7 +490,7 @@ def theta_after_a_step(clip: float) -> Tensor:
         adapter.up.data.normal_(generator=torch.Generator().manual_seed(0))
     network.refresh()
     with network.attached():
-        trainer.loss(*trainer.samples.draw()).backward()
+        trainer.loss(*trainer.batches.sample()).backward()
     trainer.optimizer.step(1.0, True, torch.ones(()))
     assert theta is not None
     return theta.state[network.theta]["exp_avg"]
@@ -548,7 +562,7 @@ def test_settling_meets_the_target_and_training_goes_on(settle_at: float) -> Non
 
     progress = trainer.run(listen)
     first, _, last = cuts
-    assert phases == ["adapting"] * first + ["settling"] * (last - first) + ["settled"] * (40 - last)
+    assert phases == ["adapting"] * first + ["pruning"] * (last - first) + ["pruned"] * (40 - last)
     assert len(optimizers) == 4
     assert len(progress.losses) == progress.step == 40
     assert progress.cuts == cuts
@@ -641,10 +655,15 @@ def teach(**changes: Any) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("weight", [1e-2, 3e-2])
-def test_layers_learn_the_ranks_that_their_tasks_need(weight: float) -> None:
-    """The trial in DESIGN: teachers of rank 1 to 32, all layers started at 16 and pulled toward 2."""
-    ranks = list(teach(rank_weight=weight).progress.ranks.values())
+@functools.cache
+def ranks_learned(rank_weight: float) -> list[int]:
+    """Of the teachers of rank 1 to 32, all layers started at 16 and pulled toward 2 with this weight."""
+    return list(teach(rank_weight=rank_weight).progress.ranks.values())
+
+
+def test_layers_learn_the_ranks_that_their_tasks_need() -> None:
+    """The trial in DESIGN."""
+    ranks = ranks_learned(3e-2)
     assert ranks == sorted(ranks)
     assert len(set(ranks)) >= 4
     assert ranks[0] < 10
@@ -652,7 +671,7 @@ def test_layers_learn_the_ranks_that_their_tasks_need(weight: float) -> None:
 
 
 def test_a_stronger_pull_gives_smaller_ranks() -> None:
-    weak, strong = (list(teach(rank_weight=w, steps=200).progress.ranks.values()) for w in (1e-4, 3e-2))
+    weak, strong = ranks_learned(1e-4), ranks_learned(3e-2)
     assert sum(strong) < 0.9 * sum(weak)
     assert all(s <= w for s, w in zip(strong, weak, strict=True))
 
@@ -669,7 +688,9 @@ def test_settling_finds_the_true_ranks() -> None:
 
 def test_a_target_that_is_only_the_most_is_not_filled() -> None:
     """Positions that are worth nothing are not kept; a budget is filled all the same."""
-    told: dict[str, Any] = {"settle_at": 0.75, "learning_rate": 1e-2, "settle_keep": 0.99, "initial_rank": 40}
+    told: dict[str, Any] = {
+        "settle_at": 0.75, "learning_rate": 1e-2, "settle_keep": 0.99, "initial_rank": 40, "steps": 200,
+    }  # fmt: skip
     little, much = (teach(target_rank=target, **told).progress for target in (11, 30))
     assert sum(little.ranks.values()) <= 66
     assert sum(much.ranks.values()) < 0.6 * 6 * 30
