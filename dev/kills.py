@@ -229,9 +229,8 @@ def kill_direct(base: Path, kills: int, seed: int, figures: Figures) -> None:
 
     direct, chance = Direct(base), random.Random(seed)  # noqa: S311 (moments, not secrets)
     run_seed, limit = 0, figures.kills + kills
-    whole = tensors_of(direct.train("whole/x", run_seed, "nothing", lambda _: None))
     began = time.monotonic()
-    direct.train("timing/x", run_seed, "nothing", lambda _: None)
+    whole = tensors_of(direct.train("whole/x", run_seed, "nothing", lambda _: None))
     length = time.monotonic() - began
     name, kills_of_run = "killed/0", 0
     while True:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,19 +15,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # last: the pack's folder `nodes` must not hide ComfyUI's nodes.py
 sys.path.append(str(ROOT / "tests" / "support"))
 
-import torch  # noqa: E402
 from probed_server import probed  # noqa: E402
 
 from dev import assets, host  # noqa: E402
 from dev.server import ComfyServer  # noqa: E402
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:  # at run time torch is imported where it is needed: with workers, this process needs none
+    import torch
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Small tensors: threads only wait for each other. Whatever a test sets, the next one starts with one."""
+    import torch
+
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
@@ -54,6 +57,8 @@ def small_model(fresh_model: Callable[[str], Any]) -> Iterator[Callable[[str], A
 
     Loaded in inference mode or outside it, as the caller is: whether weights are inference tensors makes a difference.
     """
+    import torch
+
     loaded: dict[tuple[str, bool], tuple[Any, dict[str, int]]] = {}
 
     def model(family: str) -> Any:
@@ -72,6 +77,8 @@ def small_model(fresh_model: Callable[[str], Any]) -> Iterator[Callable[[str], A
 
 def bit_sums(module: torch.nn.Module) -> dict[str, int]:
     """The sum of each weight's bits, read as whole numbers."""
+    import torch
+
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return {
         name: int(tensor.detach().contiguous().view(-1).view(whole[tensor.element_size()]).sum(dtype=torch.int64))
@@ -111,6 +118,8 @@ def folders(comfy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def model(small_model: Callable[[str], Any], folders: Path) -> Any:
     """The small Flux, loaded as a graph does it: in inference mode."""
+    import torch
+
     with torch.inference_mode():
         return small_model("flux")
 
@@ -147,6 +156,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: [groups[item].startswith(start) for start in GROUPS].index(True))
         for item in items:
             item.add_marker(pytest.mark.xdist_group(groups[item]))
+    import torch
+
     if torch.cuda.is_available():
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]

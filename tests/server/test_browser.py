@@ -42,8 +42,8 @@ def messages() -> list[str]:
 @pytest.fixture(scope="module")
 def page(server: ComfyServer, messages: list[str]) -> Iterator[Page]:
     """One visit for all tests of this file."""
-    quiet_settings(server.base)
-    with frontend(server.url, messages=messages) as page:
+    quiet_settings(server.base, **{"LiteGraph.Canvas.MaximumFps": 5})  # pictures are drawn without a GPU
+    with frontend(server.url, 1200, 800, messages) as page:
         yield page
 
 
