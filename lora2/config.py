@@ -16,8 +16,8 @@ SEED_LIMIT = 2**64
 """Seeds of torch's generators and of ComfyUI's widget lie below."""
 
 AUTO_WEIGHT_DECAY = -1.0
-"""Sentinel: `resolved_for` replaces it by min(24 / images, 5, 0.5 / learning_rate)."""
-DECAY_OF_ONE_IMAGE, MAX_AUTO_DECAY, MAX_AUTO_SHRINK = 24.0, 5.0, 0.5
+"""Sentinel: `resolved_for` replaces it by min(24 / pictures, 5, 0.5 / learning_rate)."""
+DECAY_OF_ONE_PICTURE, MAX_AUTO_DECAY, MAX_AUTO_SHRINK = 24.0, 5.0, 0.5
 
 MAX_RANK, MAX_STEPS = 4096, 1_000_000
 
@@ -55,11 +55,11 @@ class TrainingConfig:
 
     # fmt: off
     steps: int = knob(600, low=1, high=MAX_STEPS, advanced=False, tooltip=
-        "Number of optimizer steps. Typical: 400 to 1500 for a subject with 5 to 20 images.")
+        "Number of optimizer steps. Typical: 400 to 1500 for a subject with 5 to 20 pictures.")
     learning_rate: float = knob(3e-4, low=1e-8, high=1.0, step=1e-5, advanced=False, tooltip=
-        "Step size of the optimizer. Lower it if images look burnt, raise it if the subject is missing.")
+        "Step size of the optimizer. Lower it if pictures look burnt, raise it if the subject is missing.")
     batch_size: int = knob(1, low=1, high=1024, advanced=False, tooltip=
-        "Images per batch. Larger batches give less noisy steps and need more memory.")
+        "Pictures per batch. Larger batches give less noisy steps and need more memory.")
     accumulation: int = knob(1, low=1, high=1024, tooltip=
         "Batches per step (gradient accumulation): a larger effective batch without more memory.")
     target_rank: int = knob(8, low=1, high=MAX_RANK, advanced=False, tooltip=
@@ -97,7 +97,7 @@ class TrainingConfig:
         "Optimizer of the LoRA's factors.")
     weight_decay: float = knob(AUTO_WEIGHT_DECAY, low=-1.0, high=10.0, step=0.001, tooltip=
         "Decoupled weight decay of adamw; more of it preserves more of the base model. "
-        "-1 = automatic: 24 / number of images, at most 5. 0 = off.")
+        "-1 = automatic: 24 / number of pictures, at most 5. 0 = off.")
     schedule: str = knob("cosine", choices=("cosine", "constant"), tooltip=
         "Learning rate after warm-up. cosine: decay to a tenth. constant: no decay.")
     warmup: float = knob(0.05, low=0.0, high=1.0, step=0.01, tooltip=
@@ -111,10 +111,10 @@ class TrainingConfig:
     caption_dropout: float = knob(0.0, low=0.0, high=1.0, step=0.05, tooltip=
         "Fraction of captions replaced by the empty caption.")
     seed: int = knob(0, low=0, high=SEED_LIMIT - 1, advanced=False, tooltip=
-        "Seed of initialization, image order and noise.")
+        "Seed of initialization, picture order and noise.")
     on_out_of_memory: str = knob("retry with less", choices=("retry with less", "stop"), tooltip=
         "When memory runs out. retry with less: repeat the step with gradient checkpointing (if it is on auto), then with "
-        "fewer images at a time; the batch stays the same. stop: end the run.")
+        "fewer pictures at a time; the batch stays the same. stop: end the run.")
     on_bad_step: str = knob("stop", choices=("stop", "skip"), tooltip=
         "When a loss or gradient is not finite. stop: end the run and save the LoRA. skip: discard the step; too many such "
         "steps end the run too.")
@@ -182,15 +182,15 @@ class TrainingConfig:
         """Parameters that a budget gains for every layer that is not in the file."""
         return self.layer_overhead // self.bytes_per_parameter if self.budget_mb else 0
 
-    def resolved_for(self, images: int) -> TrainingConfig:
-        """Return this config with an automatic weight decay replaced by its value for so many training images.
+    def resolved_for(self, pictures: int) -> TrainingConfig:
+        """Return this config with an automatic weight decay replaced by its value for so many training pictures.
 
-        Decay is the gradient of a normal prior on the factors; against the mean loss over n images the prior weighs 1 / n.
+        Decay is the gradient of a normal prior on the factors; against the mean loss over n pictures the prior weighs 1 / n.
         Only adamw has decay: other optimizers get 0, so that the file's metadata state the truth.
         """
         if self.weight_decay != AUTO_WEIGHT_DECAY:
             return self
-        decay = min(DECAY_OF_ONE_IMAGE / max(images, 1), MAX_AUTO_DECAY, MAX_AUTO_SHRINK / self.learning_rate)
+        decay = min(DECAY_OF_ONE_PICTURE / max(pictures, 1), MAX_AUTO_DECAY, MAX_AUTO_SHRINK / self.learning_rate)
         return replace(self, weight_decay=decay if self.optimizer == "adamw" else 0.0)
 
     def budget(self, costs: Sequence[int], limits: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""Inspect Ranks: the rank of every layer of a LoRA as an image, as text and as data."""
+"""Inspect Ranks: the rank of every layer of a LoRA as a picture, as text and as data."""
 
 from __future__ import annotations
 

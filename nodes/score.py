@@ -1,4 +1,4 @@
-"""Score Pictures: similarity of generated images to a subject's images and to their prompt."""
+"""Score Pictures: similarity of generated pictures to a subject's pictures and to their prompt."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ScorePictures(io.ComfyNode):
             display_name="Score Pictures",
             category="LoRA²",
             description=(
-                "Measures the similarity of generated images to a subject (CLIP-I, DINO) and to their prompt (CLIP-T), with "
+                "Measures the similarity of generated pictures to a subject (CLIP-I, DINO) and to their prompt (CLIP-T), with "
                 "encoders that you load. To compare LoRAs, score the same prompts and seeds for each."
             ),
             search_aliases=[
@@ -63,7 +63,7 @@ class ScorePictures(io.ComfyNode):
                     "prompt",
                     default="",
                     multiline=True,
-                    tooltip="For CLIP-T: one line for all images, or one line per image. Write the subject's class (a mug) instead "
+                    tooltip="For CLIP-T: one line for all pictures, or one line per picture. Write the subject's class (a mug) instead "
                     "of a trigger word.",
                 ),
                 io.ClipVision.Input(
@@ -81,16 +81,16 @@ class ScorePictures(io.ComfyNode):
                 io.String.Output(display_name="text", tooltip="The table that the node displays, in Markdown."),
                 io.Float.Output(
                     display_name="clip_i",
-                    tooltip="CLIP-I: mean cosine similarity of all pairs of image and reference in CLIP's space.",
+                    tooltip="CLIP-I: mean cosine similarity of all pairs of picture and reference in CLIP's space.",
                 ),
                 io.Float.Output(
                     display_name="dino",
-                    tooltip="DINO: mean cosine similarity of all pairs of image and reference in DINO's space.",
+                    tooltip="DINO: mean cosine similarity of all pairs of picture and reference in DINO's space.",
                 ),
                 io.Float.Output(
-                    display_name="clip_t", tooltip="CLIP-T: mean cosine similarity of each image and its prompt."
+                    display_name="clip_t", tooltip="CLIP-T: mean cosine similarity of each picture and its prompt."
                 ),
-                io.String.Output(display_name="data", tooltip="JSON: the means and the scores of every image."),
+                io.String.Output(display_name="data", tooltip="JSON: the means and the scores of every picture."),
             ],
         )
 
@@ -154,13 +154,13 @@ def _scores(images: list[Tensor], references: list[Tensor], encoders: dict[str, 
 
 
 def _count(pictures: list[Tensor], name: str) -> int:
-    """Number of images. Raises LoraError for none, and for a batch that is not one of RGB images."""
+    """Number of pictures. Raises LoraError for none, and for a batch that is not one of RGB pictures."""
     for batch in pictures:
         if not isinstance(batch, Tensor) or batch.ndim != 4 or batch.shape[-1] < 3 or 0 in batch.shape[1:]:
-            raise LoraError(f"{name} must be color images (IMAGE). Connect a node that outputs images.")
+            raise LoraError(f"{name} must be color pictures (IMAGE). Connect a node that outputs pictures.")
     count = sum(len(batch) for batch in pictures)
     if not count:
-        raise LoraError(f"{name} is empty. Connect at least one image.")
+        raise LoraError(f"{name} is empty. Connect at least one picture.")
     return count
 
 

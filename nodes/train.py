@@ -38,10 +38,10 @@ def _inputs() -> list[io.Input]:
     sockets = [
         io.Model.Input("model", tooltip="Diffusion model to adapt. It is not changed."),
         io.Latent.Input(
-            "latents", tooltip="Encoded images from Make Training Dataset, Resolution Bucket or a cached dataset."
+            "latents", tooltip="Encoded pictures from Make Training Dataset, Resolution Bucket or a cached dataset."
         ),
         io.Conditioning.Input(
-            "conditioning", tooltip="Encoded captions from the same dataset node: one per image, or one for all."
+            "conditioning", tooltip="Encoded captions from the same dataset node: one per picture, or one for all."
         ),
         io.Conditioning.Input(
             "empty_caption",
@@ -70,7 +70,7 @@ class TrainAdaptiveLora(io.ComfyNode):
             display_name="Train Adaptive LoRA",
             category="LoRA²",
             description=(
-                "Trains a LoRA on your images, with a rank of its own for every layer. Training starts at a higher rank and "
+                "Trains a LoRA on your pictures, with a rank of its own for every layer. Training starts at a higher rank and "
                 "prunes the components that the loss would miss least, down to the file size that you set. The LoRA is saved "
                 "in ComfyUI's LoRA folder under a new name each time."
             ),

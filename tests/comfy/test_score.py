@@ -254,8 +254,8 @@ def test_inputs_that_do_not_go_together(vision: Any, dino: Any, clip: Any) -> No
     assert "3 lines for 2 pictures" in refused(images, encoder=vision, clip=clip, prompt="a\nb\nc")
     assert "images is empty" in refused(images[:0], encoder=vision)
     assert "references is empty" in refused(images, encoder=vision, references=images[:0])
-    assert "references must be color images" in refused(images, encoder=vision, references=images[..., 0])
-    assert "images must be color images" in refused(images[..., :1], encoder=vision)
+    assert "references must be color pictures" in refused(images, encoder=vision, references=images[..., 0])
+    assert "images must be color pictures" in refused(images[..., :1], encoder=vision)
 
 
 def test_encoders_without_one_vector_per_picture(vision: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ EVIL = (
     "().__class__.__base__.__subclasses__()", "import os\ngetattr(os, 'sys' + 'tem')('x')", "import shutil\nshutil.os.environ",
     "import numpy as np\nnp.load('x', allow_pickle=True)", "import pathlib\npathlib.os.system", "(lambda: 0).__globals__['x']",
     "def f():\n    import ctypes", "try:\n    import pip\nexcept ImportError: pass", "x = 'http://evil.example/x'",
-    "import asyncio",
+    "import asyncio", "from concurrent.futures import ProcessPoolExecutor", "import concurrent.futures as f\nf.process",
     "from logging import config", "import torch\nvars(torch)['load']", "getattr(x, '__globals__')",
     "import multiprocessing.shared_memory",
 )  # fmt: skip

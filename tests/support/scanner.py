@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 
 MODULES = {
-    "__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "datetime", "enum", "errno", "fnmatch",
+    "__future__", "abc", "bisect", "collections", "concurrent", "contextlib", "copy", "dataclasses", "datetime", "enum", "errno", "fnmatch",
     "functools", "gc", "hashlib", "heapq", "inspect", "itertools", "json", "logging", "math", "numbers", "operator",
     "os", "pathlib", "random", "statistics",
     "re", "secrets", "shutil", "stat", "string", "struct", "textwrap", "threading", "time", "traceback", "types", "typing",
@@ -15,6 +15,7 @@ MODULES = {
 """Modules of Python that neither run, fetch, nor unpickle anything."""
 
 MEMBERS = {
+    "concurrent": {"ThreadPoolExecutor"},
     "os": {
         "O_RDONLY", "R_OK", "W_OK", "X_OK", "access", "close", "fsync", "link", "open", "path", "rename", "replace",
         "scandir", "stat",

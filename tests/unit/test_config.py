@@ -103,20 +103,20 @@ def test_options_that_contradict_each_other(name: str, changes: dict[str, Any]) 
         TrainingConfig(**changes)
 
 
-@pytest.mark.parametrize(("images", "decay"), [(1, 5.0), (4, 5.0), (5, 4.8), (24, 1.0), (240, 0.1), (0, 5.0)])
-def test_automatic_weight_decay_depends_on_the_number_of_images(images: int, decay: float) -> None:
-    """24 / n, as the weight of a prior against the mean over n images; at most 5, the highest value that was measured."""
-    chosen = TrainingConfig().resolved_for(images)
+@pytest.mark.parametrize(("pictures", "decay"), [(1, 5.0), (4, 5.0), (5, 4.8), (24, 1.0), (240, 0.1), (0, 5.0)])
+def test_automatic_weight_decay_depends_on_the_number_of_images(pictures: int, decay: float) -> None:
+    """24 / n, as the weight of a prior against the mean over n pictures; at most 5, the highest value that was measured."""
+    chosen = TrainingConfig().resolved_for(pictures)
     assert chosen.weight_decay == pytest.approx(decay)
     assert replace(chosen, weight_decay=-1.0) == TrainingConfig(), "nothing else"
     assert chosen.resolved_for(1000) == chosen, "once"
-    assert TrainingConfig(learning_rate=0.9).resolved_for(images).weight_decay <= 0.5 / 0.9, (
+    assert TrainingConfig(learning_rate=0.9).resolved_for(pictures).weight_decay <= 0.5 / 0.9, (
         "no step takes more than half"
     )
     for other in set(OPTIONS["optimizer"].choices) - {"adamw"}:
-        assert TrainingConfig(optimizer=other).resolved_for(images).weight_decay == 0, "the others have none"
+        assert TrainingConfig(optimizer=other).resolved_for(pictures).weight_decay == 0, "the others have none"
     for given in (0.0, 0.01, 7.0):
-        assert TrainingConfig(weight_decay=given).resolved_for(images) == TrainingConfig(weight_decay=given)
+        assert TrainingConfig(weight_decay=given).resolved_for(pictures) == TrainingConfig(weight_decay=given)
 
 
 def test_a_config_survives_json() -> None:
