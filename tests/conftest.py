@@ -57,6 +57,7 @@ class SharedModels:
     def __init__(self, load: Callable[[str], Any]) -> None:
         self._load = load
         self._loaded: dict[tuple[str, bool], tuple[Any, dict[str, int]]] = {}
+        self._used: set[tuple[str, bool]] = set()
 
     def clone(self, family: str) -> Any:
         """A ModelPatcher of its own over the shared weights."""
@@ -66,6 +67,7 @@ class SharedModels:
         if key not in self._loaded:
             model = self._load(family)
             self._loaded[key] = model, bit_sums(model.model)
+        self._used.add(key)
         return self._loaded[key][0].clone()
 
     def unload(self) -> None:
@@ -73,12 +75,13 @@ class SharedModels:
         import comfy.model_management
         import torch
 
-        for (_, inference), (model, _) in self._loaded.items():
+        loaded = comfy.model_management.current_loaded_models
+        for key in self._used:
+            model, (_, inference) = self._loaded[key][0], key
             with torch.inference_mode(inference):
                 model.detach()
-        loaded = comfy.model_management.current_loaded_models
-        shared = {id(model.model) for model, _ in self._loaded.values()}
-        loaded[:] = [entry for entry in loaded if id(entry.real_model and entry.real_model()) not in shared]
+            loaded[:] = [entry for entry in loaded if entry.real_model is None or entry.real_model() is not model.model]
+        self._used.clear()
 
     def check(self) -> None:
         """Training leaves weights as they were."""

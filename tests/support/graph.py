@@ -148,7 +148,10 @@ def files_in(folder: Path, states: bool = False) -> set[str]:
 
 def refused(model: Any, words: str, folders: Path, family: str = "flux", **inputs: Any) -> str:
     """The sentence with which training is refused; nothing is written, nothing trained, the model stays as it is."""
-    with untouched(model, family, sampled=False), pytest.raises(pack("lora2.util.errors").LoraError, match=words) as error:
+    with (
+        untouched(model, family, sampled=False),
+        pytest.raises(pack("lora2.util.errors").LoraError, match=words) as error,
+    ):
         train(model, family, **inputs)
     assert files_in(folders) == set()
     message = str(error.value)
