@@ -51,28 +51,59 @@ def fresh_model(comfy: ModuleType) -> Callable[[str], Any]:
     return lambda family: comfy.sd.load_diffusion_model(str(assets.family(family)))
 
 
-@pytest.fixture(scope="session")
-def small_model(fresh_model: Callable[[str], Any]) -> Iterator[Callable[[str], Any]]:
-    """A ModelPatcher of a family's small random model over weights that all tests share; they are the same at the end.
+class SharedModels:
+    """Small models that are loaded once, by family and by whether that was in inference mode, with their weights' sums."""
 
-    Loaded in inference mode or outside it, as the caller is: whether weights are inference tensors makes a difference.
-    """
-    import torch
+    def __init__(self, load: Callable[[str], Any]) -> None:
+        self._load = load
+        self._loaded: dict[tuple[str, bool], tuple[Any, dict[str, int]]] = {}
+        self._used: set[tuple[str, bool]] = set()
 
-    loaded: dict[tuple[str, bool], tuple[Any, dict[str, int]]] = {}
+    def clone(self, family: str) -> Any:
+        """A ModelPatcher of its own over the shared weights."""
+        import torch
 
-    def model(family: str) -> Any:
         key = (family, torch.is_inference_mode_enabled())
-        if key not in loaded:
-            fresh = fresh_model(family)
-            loaded[key] = fresh, bit_sums(fresh.model)
-        return loaded[key][0].clone()
+        if key not in self._loaded:
+            model = self._load(family)
+            self._loaded[key] = model, bit_sums(model.model)
+        self._used.add(key)
+        return self._loaded[key][0].clone()
 
-    yield model
-    for (family, _), (shared, before) in loaded.items():
-        after = bit_sums(shared.model)
-        changed = [name for name in before | after if before.get(name) != after.get(name)]
-        assert not changed, f"tests changed weights of {family}: {changed[:5]}. Use fresh_model."
+    def unload(self) -> None:
+        """Take a test's patches off, and let ComfyUI forget its clones: it would collect garbage at every load because of them."""
+        import comfy.model_management
+        import torch
+
+        loaded = comfy.model_management.current_loaded_models
+        for key in self._used:
+            model, (_, inference) = self._loaded[key][0], key
+            with torch.inference_mode(inference):
+                model.detach()
+            loaded[:] = [entry for entry in loaded if entry.real_model is None or entry.real_model() is not model.model]
+        self._used.clear()
+
+    def check(self) -> None:
+        """Training leaves weights as they were."""
+        for (family, _), (model, before) in self._loaded.items():
+            after = bit_sums(model.model)
+            changed = [name for name in before | after if before.get(name) != after.get(name)]
+            assert not changed, f"tests changed weights of {family}: {changed[:5]}. Use fresh_model."
+
+
+@pytest.fixture(scope="session")
+def shared_models(fresh_model: Callable[[str], Any]) -> Iterator[SharedModels]:
+    """Every family's small model, loaded once; their weights are checked at the end."""
+    models = SharedModels(fresh_model)
+    yield models
+    models.check()
+
+
+@pytest.fixture
+def small_model(shared_models: SharedModels) -> Iterator[Callable[[str], Any]]:
+    """A ModelPatcher of a family's small random model, by its name, over weights that all tests share."""
+    yield shared_models.clone
+    shared_models.unload()
 
 
 def bit_sums(module: torch.nn.Module) -> dict[str, int]:

@@ -13,10 +13,10 @@ from training import pack
 
 
 @pytest.fixture
-def patcher(small_model: Callable[[str], Any]) -> Any:
+def patcher(fresh_model: Callable[[str], Any]) -> Any:
     """A small SD 1.x model."""
     with torch.inference_mode():
-        return small_model("sd15")
+        return fresh_model("sd15")
 
 
 def test_small_buffers_do_not_wait_elsewhere(patcher: Any) -> None:
