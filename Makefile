@@ -5,7 +5,8 @@
 # make fuzz    read mutated LoRA files for ten minutes, or ARGS="--seconds N"
 # make evidence   the experiments of docs/evidence/ at a reduced size: checks what they claim
 # make package   the registry's package: checked, zipped into dist/ and listed
-# make soak    hours of faults: figures of docs/reliability.md
+# make faults    known faults planted in a copy, each caught by a test; ARGS="--only fsync": some of them
+# make soak    kills, cancels and long runs for an hour or more: figures of docs/reliability.md
 
 SHELL := /bin/bash
 BASE := $(firstword $(wildcard $(shell command -v python3.11) $(shell command -v python3.12) $(shell command -v python3)))
@@ -17,7 +18,7 @@ OLDEST := comfy/training comfy/load comfy/load_reduced comfy/families comfy/base
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev demo ui test soak test-gpu test-oldest lint format bench evidence fuzz package clean
+.PHONY: setup setup-dev demo ui test soak test-gpu test-oldest lint format bench evidence fuzz faults package clean
 
 setup:
 	@$(BASE) dev/host.py
@@ -66,6 +67,9 @@ test-oldest: setup-dev
 
 fuzz: setup-dev
 	@$(VENV) -m dev.fuzzing $(ARGS)
+
+faults: setup-dev
+	@COMFYUI_PYTHON= $(VENV) -m dev.faults $(ARGS)
 
 evidence: setup-dev
 	@OMP_WAIT_POLICY=PASSIVE $(VENV) -m benchmarks.evidence --check $(ARGS)
