@@ -1,1 +1,1 @@
-"""Thin ComfyUI nodes; `host` is the bridge behind them."""
+"""Thin ComfyUI nodes; `comfy` and `runs` is the bridge behind them."""

@@ -97,11 +97,12 @@ def exercise(path: Path, picture: bool = True) -> str:
 
 
 def _reported(report: Any, document: Any, path: Path, picture: bool) -> None:
+    markdown = pack("lora2.report.markdown").markdown  # an import is code that runs
     for energy in (False, True):
         try:
             with guarded():
                 made = report.build_report(document, document.metadata.get("ss_output_name", path.stem), energy=energy)
-                data, text = made.to_json(), pack("lora2.report.markdown").markdown(made)
+                data, text = made.to_json(), markdown(made)
         except LORA_ERROR as error:
             _message(error, path)
             continue

@@ -22,11 +22,11 @@ class AddLowRank(torch.autograd.Function):
 
     down: A, (capacity, d_in); up: Bᵀ, (capacity, d_out), the trained factors; importance: Λ, (capacity,), or None for ones.
     scaled_down: ΛA; cast_up: Bᵀ, both in x's dtype; rows of zeros may follow up to a multiple of 8. Gradients are added to
-    the factors' `.grad` in place where there is one, and returned otherwise. With u = g Bᵀ and the output's gradient g:
+    the factors' `.grad` in place where there is one, and returned otherwise. With h = x (ΛA)ᵀ, the output's gradient g, u = g B:
 
-        ∂L/∂x = u ΛA        ∂L/∂B = (ΛA x)ᵀ g        ∂L/∂A = Λ uᵀ x
+        ∂L/∂x = u ΛA        ∂L/∂Bᵀ = hᵀ g        ∂L/∂A = Λ uᵀ x
 
-    sums: two tensors of the shapes of scaled_down and cast_up. If given, ∂L/∂(ΛA) and ∂L/∂B are added to them instead, and the
+    sums: two tensors of the shapes of scaled_down and cast_up. If given, ∂L/∂(ΛA) and ∂L/∂Bᵀ are added to them instead, and the
     caller computes the factors' gradients from them (flat_buffers.py). recipe: how to recompute x; None to save it.
     """
 
@@ -81,7 +81,7 @@ class LowRankLinear(torch.autograd.Function):
 
     weight: (d_out, d_in); bias: (d_out,) or None. Either pass casts them to x's dtype where they have another; the cast is not
     saved. Weights and working copies do not change before the backward pass, so only activations are saved. Products
-    accumulate in place, so neither pass needs a separate addition: with u = g Bᵀ,
+    accumulate in place, so neither pass needs a separate addition: with u = g B,
 
         ∂L/∂x = g W + u ΛA
 

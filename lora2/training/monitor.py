@@ -24,7 +24,7 @@ WINDOW, EXPLOSION_RATIO = 50, 10.0
 """A loss has exploded when the median of the last WINDOW steps is EXPLOSION_RATIO times the median of all steps before them.
 
 Losses of single steps differ by factors of hundreds, since every step has its own noise level; medians do not: of losses
-drawn from a log-normal law with σ = 1.5, in 100 runs of 2,000 steps, the largest ratio is 2.7 (tests/test_watch.py). The
+drawn from a log-normal law with σ = 1.5, in 100 runs of 2,000 steps, the largest ratio is 2.7 (tests/unit/training/test_monitor.py). The
 lowest median so far instead of the median so far would reach 17 with windows of 25.
 """
 

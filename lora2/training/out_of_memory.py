@@ -23,10 +23,10 @@ class OutOfMemoryRecovery:
     """When memory runs out in a step or while the network changes, this happens, in order:
 
     1. The exception is dropped, and with it the tensors that it kept alive.
-    2. Everything else that the failed attempt left is freed: attention inputs, CUDA graphs, gradients, cached memory.
-    3. One thing changes so that the next attempt needs less memory. For a step: gradient checkpointing is turned on (if it is
+    2. One thing changes so that the next attempt needs less memory. For a step: gradient checkpointing is turned on (if it is
        on auto); else half as many samples run together, down to one; else steps run without CUDA graphs, for good. For a
-       change of the network: nothing but the graphs, which are freed already, so there is one more attempt.
+       change of the network: nothing, since step 3 frees the graphs, so there is one more attempt.
+    3. Everything else that the failed attempt left is freed: attention inputs, CUDA graphs, gradients, cached memory.
     4. The same work is repeated, on the same samples and noise, so that the loss stays the same. The user is told of the
        change, and `progress.changes` lists it.
     5. If nothing is left to change, if on_out_of_memory is "stop", or if the optimizer had begun to change parameters (a

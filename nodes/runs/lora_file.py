@@ -90,7 +90,8 @@ class LoraFile:
 
         rates: ν of layers in the order of Λ, None for layers in singular order. UNet files have one alpha for all layers,
         with the scales folded in, so that every reader is exact: diffusers loses the alphas of attention layers where
-        they differ (0.39.0 and 0.42.1, measured; tests/test_readers.py). In other files alpha is the layer's rank. With ComfyUI's
+        they differ (0.39.0 and 0.42.1, measured;
+        tests/comfy/test_other_readers.py). In other files alpha is the layer's rank. With ComfyUI's
         option --disable-metadata, the file says nothing of the run.
         """
         named = {self.prefixes[name]: f for name, f in factors.items()}

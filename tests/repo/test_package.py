@@ -84,7 +84,8 @@ EVIL = (
     "def f():\n    import ctypes", "try:\n    import pip\nexcept ImportError: pass", "x = 'http://evil.example/x'",
     "import asyncio", "from concurrent.futures import ProcessPoolExecutor", "import concurrent.futures as f\nf.process",
     "from logging import config", "import torch\nvars(torch)['load']", "getattr(x, '__globals__')",
-    "import multiprocessing.shared_memory",
+    "import multiprocessing.shared_memory", "from concurrent.futures import ProcessPoolExecutor",
+    "import concurrent.futures as f\nf.ProcessPoolExecutor",
 )  # fmt: skip
 
 
@@ -114,12 +115,11 @@ def scanned(folder: Path) -> tuple[str, str]:
 
 
 def test_the_packed_archive_passes_bandit_and_ruff(tmp_path: Path) -> None:
-    folder = packed(tmp_path / "pack")
-    assert scanned(folder) == ("", "")
-    (folder / "lora2" / "evil.py").write_text(
-        "import pickle\n\nprint(pickle.loads(b''), eval('1'))  # noqa: S307  # nosec\n"
-    )
-    assert all(scanned(folder))
+    assert scanned(packed(tmp_path / "pack")) == ("", "")
+    evil = tmp_path / "evil" / "evil.py"
+    evil.parent.mkdir()
+    evil.write_text("import pickle\n\nprint(pickle.loads(b''), eval('1'))  # noqa: S307  # nosec\n")
+    assert all(scanned(evil.parent))
 
 
 def test_imports_are_relative_or_of_known_packages() -> None:

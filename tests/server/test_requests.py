@@ -24,7 +24,14 @@ from dev.server import ComfyServer, PromptError
 
 TRAIN, LOAD, INSPECT = "LoRA2_TrainAdaptiveLora", "LoRA2_LoadAdaptiveLora", "LoRA2_InspectRanks"
 SOCKETS = {"MODEL": ["1", 0], "CLIP": ["1", 1], "LATENT": ["3", 0], "CONDITIONING": ["2", 0]}
-SMALL = {"steps": 1, "target_rank": 1, "initial_rank": 1, "save_name": "t/x", "include": "*middle_block*"}
+SMALL = {
+    "steps": 1,
+    "target_rank": 1,
+    "initial_rank": 1,
+    "settle_at": 1.0,
+    "save_name": "t/x",
+    "exclude": "*input_blocks*\n*output_blocks*",
+}
 EXAMPLES = int(os.environ.get("EXAMPLES", "4"))
 """Values tried in each input of each node."""
 

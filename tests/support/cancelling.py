@@ -19,7 +19,7 @@ from dev.server import ComfyServer, PromptError
 POINTS = ("start", "step", "sync", "settling", "preview", "factors", "saving", "after")
 """Where tests/support/probe can hold training until the cancel has arrived."""
 
-STEPS = 10
+STEPS = 6
 MIDDLE = "*input_blocks*\n*output_blocks*"
 """To exclude, so that a step is short."""
 

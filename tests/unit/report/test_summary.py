@@ -177,22 +177,24 @@ def test_text_is_drawn_in_glyphs_that_exist() -> None:
 RANKS = {name: waves(i) for i, (name, _, _) in enumerate(unet("sdxl"))}
 
 
+ODD_LOSSES: list[list[float]] = [
+    [],
+    [0.5],
+    [0.0, 0.0],
+    [NAN],
+    [NAN, INF, -INF],
+    [0.3, NAN, 0.2, INF, NAN, 0.25, 0.2],
+    [1e-30, 1e30],
+    [-1.0, -2.0],
+    [0.1] * 3000,
+    list(np.random.default_rng(0).lognormal(-2, 0.4, 3000)),
+]
+ODD_RANKS: list[dict[str, int]] = [{}, {"a": 0, "b": 0}, {"lora_unet_conv_in": 3}]
+
+
 @pytest.mark.parametrize(
-    "losses",
-    [
-        [],
-        [0.5],
-        [0.0, 0.0],
-        [NAN],
-        [NAN, INF, -INF],
-        [0.3, NAN, 0.2, INF, NAN, 0.25, 0.2],
-        [1e-30, 1e30],
-        [-1.0, -2.0],
-        [0.1] * 3000,
-        list(np.random.default_rng(0).lognormal(-2, 0.4, 3000)),
-    ],
+    ("losses", "ranks"), [*((losses, RANKS) for losses in ODD_LOSSES), *((ODD_LOSSES[5], ranks) for ranks in ODD_RANKS)]
 )
-@pytest.mark.parametrize("ranks", [RANKS, {}, {"a": 0, "b": 0}, {"lora_unet_conv_in": 3}])
 def test_anything_that_training_gives_can_be_drawn(losses: list[float], ranks: dict[str, int]) -> None:
     """No loss yet, losses that are no numbers, no ranks, more steps than were planned."""
     picture = preview_picture(losses, 1000, ranks, "adapting", cuts=[2])
