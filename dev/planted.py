@@ -65,28 +65,28 @@ FAULTS = (
         "nodes/comfy/weights.py",
         "            if slots.get(name) is alias:\n                slots[name] = original",
         "            pass",
-        "tests/comfy/test_failures.py",
+        "tests/comfy/test_failures.py -k goes_elsewhere",
     ),
     Fault(
         "gradients of a failed attempt kept",
         "lora2/training/out_of_memory.py",
         "        self.network.drop_gradients()\n        free_cached_memory()",
         "        free_cached_memory()",
-        "tests/unit/training/test_out_of_memory.py",
+        "tests/unit/training/test_out_of_memory.py -k goes_on_at_the_step",
     ),
     Fault(
         "a second draw for the second attempt",
         "lora2/training/trainer.py",
         "self.batches.micro_batches(batches)",
         "self.batches.micro_batches(self._sample_batches())",
-        "tests/unit/training/test_out_of_memory.py",
+        "tests/unit/training/test_out_of_memory.py -k batch_is_split",
     ),
     Fault(
         "memory of a failed attempt kept",
         "lora2/util/memory.py",
         "        if not is_out_of_memory(error):\n            raise\n        return None",
         "        if not is_out_of_memory(error):\n            raise\n        work.failed = error\n        return None",
-        "tests/unit/training/test_out_of_memory.py",
+        "tests/unit/training/test_out_of_memory.py -k failed_attempt",
     ),
     Fault(
         "out of memory taken for a step that cannot be recorded",
@@ -150,7 +150,7 @@ FAULTS = (
         "lora2/util/memory.py",
         "return error.__context__ is not None and is_out_of_memory(error.__context__)",
         "return False",
-        "tests/unit/training/test_out_of_memory.py -k counts_as",
+        "tests/unit/training/test_out_of_memory.py -k counts",
     ),
     Fault(
         "torch left on one thread",
@@ -263,7 +263,7 @@ FAULTS = (
         "lora2/method/size_search.py",
         "return math.inf if math.isnan(loss) else loss",
         "return loss",
-        "tests/unit/method/test_size_search.py -k numbers",
+        "tests/unit/method/test_size_search.py -k 'numbers or unknown'",
     ),
     Fault(
         "a prefix of a layer at another scale",
@@ -313,7 +313,7 @@ FAULTS = (
         "lora2/adapters/flat_buffers.py",
         "        for buffer in self.buffers:\n            buffer.gradient_sums.zero_()\n\n\n",
         "\n\n",
-        "tests/unit/adapters/test_flat_buffers.py -k steps_over",
+        "tests/unit/adapters/test_flat_buffers.py -k one_step",
     ),
     Fault(
         "ranks without limits",
@@ -541,7 +541,7 @@ FAULTS = (
         "lora2/training/batches.py",
         "batch_size, seeds[0] % SEED_LIMIT)",
         "batch_size, 0)",
-        "tests/unit/training/test_trainer.py -k seed",
+        "tests/unit/training/test_trainer.py -k seed_decides_the_order",
     ),
     Fault(
         "small micro-batches that count too much",
@@ -626,7 +626,7 @@ FAULTS = (
         "nodes/comfy/dataset.py",
         "captions.extend(group * count if len(group) == 1 else group)",
         "captions.extend(group)",
-        "tests/comfy/test_training.py -k bucket",
+        "tests/comfy/test_training.py -k single_caption",
     ),
     Fault(
         "small buffers left on another device",

@@ -150,6 +150,8 @@ def test_a_lora_of_another_family_is_refused_naming_both(model: Any, small_model
     ["../x.safetensors", "/etc/passwd", "C:\\x.safetensors", "a\0b.safetensors", "", "gone.safetensors", "x.ckpt"],
 )
 def test_a_name_that_is_no_lora_is_refused(name: str, model: Any, folders: Path) -> None:
+    """ComfyUI looks for ../x inside the folder, where there is an x; it is refused all the same."""
+    write_lora(folders, "x.safetensors", random_lora(model))
     with untouched(model), pytest.raises(pack("lora2.util.errors").LoraError) as error:
         load(model, name)
     assert str(error.value).isprintable()

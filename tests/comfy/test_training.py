@@ -250,3 +250,11 @@ def test_what_comes_from_bucket_nodes_keeps_its_captions(inside_a_node: None, co
             if d["samples"].shape[1:] == image.shape and torch.equal(d["samples"][0], image)
         )
         assert torch.equal(entry[0], texts[match][0][0])
+
+
+def test_a_single_caption_counts_for_a_whole_batch_of_pictures(comfy: Any) -> None:
+    batches, texts = [{"samples": torch.zeros(count, 4, 8, 8)} for count in (2, 1)], captions("sd15", 2)
+    images, entries = pack("nodes.comfy.dataset").pictures_and_captions(batches, texts)
+    assert len(images) == len(entries) == 3
+    for entry, text in zip(entries, (0, 0, 1), strict=True):
+        assert torch.equal(entry[0], texts[text][0][0])

@@ -161,6 +161,20 @@ def test_steps_over_flat_buffers_equal_steps_over_single_factors() -> None:
             assert relative(a.detach(), b.detach()) < 1e-5
 
 
+def test_gradients_are_those_of_one_step() -> None:
+    """The sums that the backward pass adds to start at zero in every step."""
+    model = Model().double()
+    network = randomize(AdaptiveNetwork(model.layers(), config(initial_rank=16), compute=torch.float64))
+    found = []
+    for _ in range(2):
+        with network.attached():
+            (model(pictures(3, 5, 24).double()) - 1).square().mean().backward()
+        network.finish_gradients()
+        found.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+        network.clear_gradients()
+    assert relative(found[1], found[0]) < 1e-6
+
+
 def test_arrays_are_resized_a_few_times_in_a_run_for_any_ranks() -> None:
     """600 steps with θ at full speed up, down, apart, or at random: resizes stay within their limit, and arrays near the ranks."""
     for kind, drift in (("up", 1.0), ("down", -1.0), ("apart", None), ("noise", 0.0)):

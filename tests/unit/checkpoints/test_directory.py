@@ -105,6 +105,8 @@ def test_newest_is_decided_by_number_and_not_by_the_clock(tmp_path: Path) -> Non
         path = keeper.save(at(step))
         os.utime(path, (time.time() - 3600 * step,) * 2)
     assert steps(tmp_path) == [3, 2, 1]
+    CheckpointDirectory(tmp_path, 5).save(at(1))
+    assert steps(tmp_path) == [1, 3, 2, 1], "a new run of the name has done fewer steps"
 
 
 def test_states_are_found_in_folders_below_but_not_through_links(tmp_path: Path) -> None:

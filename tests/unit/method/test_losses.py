@@ -245,9 +245,9 @@ class Block(nn.Module):
         return x + (q @ k.transpose(-1, -2)).mean(-1, keepdim=True)
 
 
-def blocks() -> tuple[list[Block], EntropyProbe]:
+def blocks(heads: tuple[int, int] = (2, 4)) -> tuple[list[Block], EntropyProbe]:
     both = [Block(8, 1), Block(8, 2)]
-    return both, EntropyProbe([(b.to_q, b.to_k, h) for b, h in zip(both, (2, 4), strict=True)])
+    return both, EntropyProbe([(b.to_q, b.to_k, h) for b, h in zip(both, heads, strict=True)])
 
 
 def run(both: list[Block], x: Tensor, context: Tensor, through: Callable[..., Tensor] | None = None) -> Tensor:
@@ -256,17 +256,18 @@ def run(both: list[Block], x: Tensor, context: Tensor, through: Callable[..., Te
     return x
 
 
-def heard_by_hand(both: list[Block], x: Tensor, context: Tensor) -> float:
+def heard_by_hand(both: list[Block], x: Tensor, context: Tensor, heads: tuple[int, int]) -> float:
     total = 0.0
     with torch.no_grad():
-        for block, heads in zip(both, (2, 4), strict=True):
-            total += plain_entropy(block.to_q(x), block.to_k(context), heads) / 2
+        for block, count in zip(both, heads, strict=True):
+            total += plain_entropy(block.to_q(x), block.to_k(context), count) / 2
             x = block(x, context)
     return total
 
 
-def test_the_probe_hears_every_block_of_a_forward() -> None:
-    both, probe = blocks()
+@pytest.mark.parametrize("heads", [(2, 4), (2, 2)], ids=["computed apart", "computed together"])
+def test_the_probe_hears_every_block_of_a_forward(heads: tuple[int, int]) -> None:
+    both, probe = blocks(heads)
     x, context = normal(3, 5, 8, seed=0).float(), normal(3, 4, 6, seed=1).float()
     with probe.attached():
         assert probe.take() is None
@@ -274,7 +275,7 @@ def test_the_probe_hears_every_block_of_a_forward() -> None:
         entropy = probe.take()
         assert entropy is not None
         assert probe.take() is None, "taken is forgotten"
-    assert float(entropy.detach()) == pytest.approx(heard_by_hand(both, x, context), rel=1e-4)
+    assert float(entropy.detach()) == pytest.approx(heard_by_hand(both, x, context, heads), rel=1e-4)
     run(both, x, context)
     assert probe.take() is None, "outside nothing is heard"
     assert not any(b.to_q._forward_hooks or b.to_k._forward_hooks for b in both)

@@ -82,6 +82,11 @@ def test_sizes_that_are_no_numbers_are_not_enough() -> None:
     )
 
 
+def test_an_unknown_loss_of_the_largest_size_does_not_hide_the_others() -> None:
+    found = smallest_sufficient_size(lambda size: math.nan if size == MOST else falling(10)(size), 0, MOST, 0.5)
+    assert found is not None
+
+
 # -- a network at every size -----------------------------------------------------------------------------------------
 
 

@@ -333,6 +333,23 @@ def test_what_counts_as_memory_that_ran_out() -> None:
         try_allocating(lambda: int("x"))
 
 
+def test_an_error_while_memory_ran_out_counts_too() -> None:
+    """A CUDA graph whose recording runs out of memory ends with an error of its own."""
+
+    def record(first: Exception) -> None:
+        try:
+            raise first
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    with pytest.raises(RuntimeError, match="capture") as error:
+        record(torch.OutOfMemoryError("x"))
+    assert is_out_of_memory(error.value)
+    with pytest.raises(RuntimeError, match="capture") as error:
+        record(ValueError("x"))
+    assert not is_out_of_memory(error.value)
+
+
 def test_the_computer_s_own_message_is_recognised() -> None:
     """What torch really says on this machine, for an allocation that no machine can make."""
     with pytest.raises(RuntimeError) as error:

@@ -57,6 +57,17 @@ def test_a_seed_decides_every_bit(compute: torch.dtype, optimizer: str, settle_a
     assert not same(runs[0][0], runs[2][0])
 
 
+def test_a_seed_decides_the_order_of_pictures_and_the_noise() -> None:
+    def drawn(seed: int) -> tuple[list[list[int]], list[float]]:
+        batches = [trainer.batches.sample() for trainer in [trainer_of(seed=seed)] for _ in range(12)]
+        return [captions for *_, captions in batches], [float(noise.sum()) for _, noise, *_ in batches]
+
+    one, again, other = drawn(7), drawn(7), drawn(8)
+    assert one == again
+    assert one[0] != other[0]
+    assert not set(one[1]) & set(other[1])
+
+
 def test_a_run_leaves_torchs_generator_and_the_model_alone() -> None:
     trainer = trainer_of(**EVERYTHING)
     toy = toy_of(trainer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -21,6 +22,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+def threads_of_a_new_thread() -> int:
+    """It takes the number that was set last by any thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
 def fail(at: int, index: int) -> int:
     if index >= at:
         raise ValueError(f"task {index}")
@@ -31,6 +38,7 @@ def test_results_are_in_order(threads: int) -> None:
     assert run_parallel(partial(fail, 100, i) for i in range(50)) == [i * i for i in range(50)]
     assert run_parallel([]) == []
     assert torch.get_num_threads() == threads
+    assert threads_of_a_new_thread() == threads
 
 
 def test_tasks_run_at_once_on_one_thread_each(threads: int) -> None:
