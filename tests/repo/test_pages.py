@@ -138,7 +138,7 @@ def test_paths_in_the_pages_exist() -> None:
     tops = ("lora2", "nodes", "dev", "benchmarks", "tests", "web", "locales", "workflows", "docs")
     for page in (path for path in PAGES if path not in GENERATED):
         for name in re.findall(r"`([\w./*-]+)`", page.read_text(encoding="utf-8")):
-            if name.split("/")[0] in tops and not re.search(r"NAME|ROOM|\*|safetensors", name):
+            if name.split("/")[0] in tops and not re.search(r"NAME|PACKAGE|\*|safetensors", name):
                 assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
@@ -271,7 +271,7 @@ def test_results_in_the_readme() -> None:
     assert row("forgetting: loss on other pictures, LoRA² against a plain LoRA", forgotten, 1) in page
     one_rank = "LoRA² with every layer cut to one rank, against a plain LoRA"
     assert row(one_rank, control("one rank", "plain"), 1) in page
-    assert row("LoRA² against its one-rank form", control("ours", "one rank"), 1) in page
+    assert row("LoRA² against the same LoRA with every layer cut to one rank", control("ours", "one rank"), 1) in page
     assert f"{-100 * gains[1][0]:.1f}–{-100 * gains[0][0]:.1f} % below" in page
     assert f"{100 * forgotten[0][0]:.0f}–{100 * forgotten[1][0]:.0f} % higher" in page
 
