@@ -61,7 +61,7 @@ def first_failure(folder: Path, tests: Sequence[str]) -> str | None:
     if done.returncode == 0:
         return None
     if done.returncode != 1 or failed is None:
-        raise Unproven(f"the tests did not run: {done.stdout[-500:]}")
+        raise Unproven(f"the tests did not run (exit status {done.returncode}): {done.stdout[-500:]}")
     return failed[1]
 
 
