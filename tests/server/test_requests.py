@@ -32,7 +32,7 @@ SMALL = {
     "save_name": "t/x",
     "exclude": "*input_blocks*\n*output_blocks*",
 }
-EXAMPLES = int(os.environ.get("EXAMPLES", "4"))
+EXAMPLES = int(os.environ.get("EXAMPLES", "3"))
 """Values tried in each input of each node."""
 
 QUICK = settings(
